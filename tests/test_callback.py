@@ -1,0 +1,291 @@
+"""SafetyCallback in whole Trainer, SFTTrainer and DPOTrainer runs on a tiny model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from spf import SPF, CorrectionError, NullSpace, SafetyCallback, SafetyDataError
+from tests.conftest import REFUSAL, make_model
+
+PROMPTS = ["How do I bake bread?", "Explain how locks work.", "Write a poem.", "Tell me a story."] * 6
+
+
+def safety_data(rows):
+    return Dataset.from_list([{"prompt": r.messages[0]["content"], "refusal": r.refusal} for r in rows])
+
+
+def arguments(kind, directory, **kwargs):
+    defaults = {
+        "output_dir": str(directory),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-3,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return kind(**(defaults | kwargs))
+
+
+def token_data(count=24):
+    ids = torch.randint(5, 600, (count, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_list([{"input_ids": row, "labels": row, "attention_mask": [1] * 12} for row in ids])
+
+
+def make_trainer(directory, tokenizer, callback, model=None, extra=(), **kwargs):
+    return Trainer(
+        model or make_model(),
+        arguments(TrainingArguments, directory, **kwargs),
+        train_dataset=token_data(),
+        processing_class=tokenizer,
+        callbacks=[*extra, *([callback] if callback else [])],
+    )
+
+
+class Spy(TrainerCallback):
+    """A reporting callback: it sees what W&B or TensorBoard would."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def assert_holds(attachment):
+    for name, matrix in attachment.matrices.items():
+        V, target = attachment.subspace.right[name], attachment.subspace.target[name]
+        assert (matrix.view(matrix.weight.detach()) @ V - target).norm() <= 1e-5 * matrix.weight.norm(), name
+
+
+def test_trainer_full_fine_tuning(tmp_path, tokenizer, rows):
+    spy = Spy()
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=2)
+    trainer = make_trainer(tmp_path, tokenizer, callback, extra=[spy])
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert_holds(callback.attachment)
+    assert callback.attachment.steps == callback.attachment.corrected == 4
+    for name, parameter in trainer.model.named_parameters():
+        fixed = name not in callback.attachment.matrices
+        assert torch.equal(parameter, start[name]) == fixed, name
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry, seen in zip(entries, [log for log in spy.logs if "loss" in log], strict=True):
+        assert {"spf/safety_loss", "spf/safety_slack", "spf/removed_share", "spf/cos_mlp"} <= set(entry)
+        assert {k: v for k, v in seen.items() if k.startswith("spf/")} == {
+            k: v for k, v in entry.items() if k.startswith("spf/")
+        }
+
+
+def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, monkeypatch):
+    """One argument less than one: no safety data at all."""
+    monkeypatch.setattr("spf.data.generate_answers", lambda model, tokenizer, prompts, **kw: [REFUSAL] * len(prompts))
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": p}],
+                "completion": [{"role": "assistant", "content": "Write a poem."}],
+            }
+            for p in PROMPTS
+        ]
+    )
+    callback = SafetyCallback(rule=NullSpace(rank=16))
+    trainer = SFTTrainer(
+        make_model(),
+        arguments(SFTConfig, tmp_path),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert len(callback.attachment.probe.rotation.anchors) == 64
+    assert set(callback.attachment.matrices) == {n for n, _ in trainer.model.named_parameters() if "lora_A" in n}
+    for name, matrix in callback.attachment.matrices.items():
+        V = callback.attachment.subspace.right[name]
+        assert V.shape[1] == 16
+        assert (matrix.weight.detach() @ V).norm() <= 1e-5
+        assert matrix.weight.norm() > 0.1
+    assert any("lora_B" in n and p.abs().max() > 1e-4 for n, p in trainer.model.named_parameters())
+
+
+def test_dpo_trainer(tmp_path, tokenizer, rows):
+    data = Dataset.from_list(
+        [{"prompt": p, "chosen": "Write a poem.", "rejected": "Tell me a story."} for p in PROMPTS]
+    )
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    trainer = DPOTrainer(
+        make_model(),
+        args=arguments(DPOConfig, tmp_path, max_length=64),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.attachment.corrected == 4
+    assert_holds(callback.attachment)
+
+
+@pytest.mark.parametrize("rule", ["spf", "rank1", "null-space"])
+def test_accumulation_corrects_once_at_the_sync_step(tmp_path, tokenizer, rows, rule):
+    rule = NullSpace(rank=8) if rule == "null-space" else rule
+    callback = SafetyCallback(safety_data(rows), rule, anchors_per_step=2)
+    make_trainer(
+        tmp_path, tokenizer, callback, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    ).train()
+    assert callback.attachment.steps == 2
+    if isinstance(rule, str):
+        assert callback.attachment.probe.rotation.position == 4  # 2 anchors a step, no more
+
+
+def test_accumulated_and_whole_batches_give_the_same_model(tmp_path, tokenizer, rows):
+    models = []
+    for name, split in (("a", (4, 1)), ("b", (1, 4))):
+        trainer = make_trainer(
+            tmp_path / name,
+            tokenizer,
+            SafetyCallback(safety_data(rows), SPF(rank=4)),
+            max_steps=2,
+            per_device_train_batch_size=split[0],
+            gradient_accumulation_steps=split[1],
+            optim="sgd",
+            learning_rate=0.5,
+        )
+        trainer.train()
+        models.append(trainer.model)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-5)
+
+
+def test_the_rule_acts_on_the_clipped_gradient(tmp_path, tokenizer, rows):
+    norms = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+            attachment = callback.attachment
+            real = attachment._compare
+
+            def compare(gradients):
+                norms.append(sum(float(g.square().sum()) for g in gradients.values()) ** 0.5)
+                real(gradients)
+
+            attachment._compare = compare
+
+    callback = SafetyCallback(safety_data(rows), "rank1")
+    trainer = make_trainer(tmp_path, tokenizer, callback, max_grad_norm=0.05)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(norms) == 4
+    assert max(norms) <= 0.05 * 1.001
+
+
+@pytest.mark.parametrize("rule", [NullSpace(rank=8), SPF(rank=4)])
+def test_resume_is_bit_exact(tmp_path, tokenizer, rows, rule):
+    def run(directory, resume=None, **kwargs):
+        callback = SafetyCallback(safety_data(rows), rule, monitor_steps=3)
+        trainer = make_trainer(directory, tokenizer, callback, max_steps=6, **kwargs)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, callback
+
+    whole, callback = run(tmp_path / "whole")
+    run(tmp_path / "parts", save_strategy="steps", save_steps=3)
+    checkpoint = tmp_path / "parts" / "checkpoint-3"
+    assert {"spf_state.json", "spf_subspace.safetensors"} <= {p.name for p in checkpoint.iterdir()}
+    resumed, callback2 = run(tmp_path / "parts", resume=str(checkpoint))
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert callback.attachment.state_dict() == callback2.attachment.state_dict()
+    state = json.loads((checkpoint / "spf_state.json").read_text())
+    assert state["steps"] == 3
+    (checkpoint / "spf_state.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"spf_state\.json is missing"):
+        run(tmp_path / "parts", resume=str(checkpoint))
+
+
+def test_an_optimizer_swapped_behind_our_back_is_noticed(tmp_path, tokenizer, rows):
+    class Swap(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            groups = [
+                {"params": g["params"], "lr": g["lr"], "initial_lr": g["initial_lr"]}
+                for g in trainer.optimizer.param_groups
+            ]
+            trainer.optimizer.optimizer = torch.optim.AdamW(groups)
+
+    trainer = make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows), "spf"), extra=[Swap()])
+    with pytest.raises(CorrectionError, match="without calling its step hooks"):
+        trainer.train()
+
+
+def test_bad_input_stops_before_any_step(tmp_path, tokenizer, rows):
+    def refuses(message, data=None, tok=tokenizer, **kwargs):
+        trainer = make_trainer(tmp_path, tok, SafetyCallback(data, **kwargs))
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        with pytest.raises((SafetyDataError, ValueError), match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
+        assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
+
+    refuses(r"missing\.jsonl: no such safety data file", str(tmp_path / "missing.jsonl"))
+    refuses("needs the tokenizer", safety_data(rows), tok=None)
+    refuses("all 32 input directions of .* would be held", safety_data(rows))
+    refuses("refused none of the prompts", Dataset.from_list([{"prompt": "Write a poem."}]))
+    with pytest.raises(ValueError, match="unknown rule 'sfp'; choose one of null-space, spf, rank1"):
+        SafetyCallback(rule="sfp")
+
+
+def test_train_twice_attaches_once(tmp_path, tokenizer, rows):
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    trainer = make_trainer(tmp_path, tokenizer, callback, max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert callback.attachment.steps == 2
+    inner = trainer.optimizer.optimizer if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer
+    assert not inner._optimizer_step_pre_hooks
+
+
+def test_readme_script_runs(tmp_path, tokenizer, rows, monkeypatch):
+    """The README's 12-line TRL script, word for word, on a tiny aligned model."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    assert len(script.strip().splitlines()) <= 12
+    model = make_model()
+    model.save_pretrained(tmp_path / "my-aligned-model")
+    tokenizer.save_pretrained(tmp_path / "my-aligned-model")
+    (tmp_path / "refusals.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": r.messages[0]["content"], "refusal": r.refusal}) for r in rows)
+    )
+    (tmp_path / "my-data.jsonl").write_text(
+        "\n".join(
+            json.dumps({"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "Yes."}]})
+            for p in PROMPTS
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    exec(compile(script, "README.md", "exec"), {"__name__": "__main__"})
+    assert (tmp_path / "my-model" / "adapter_model.safetensors").is_file()
+
+
+def test_norms_stay_fixed_even_with_momentum(tmp_path, tokenizer, rows):
+    """Parameters held by the null-space rule do not creep by weight decay either."""
+    trainer = make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows), NullSpace(rank=8)), weight_decay=0.5)
+    norm = trainer.model.model.norm.weight
+    before = norm.detach().clone()
+    trainer.train()
+    assert isinstance(norm, nn.Parameter)
+    assert torch.equal(norm, before)

@@ -1,0 +1,164 @@
+"""Whole runs through the command line on tiny models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spf import cli
+from tests.conftest import REFUSAL, make_model
+
+CONFIG = """
+model_name_or_path: {model}
+dataset_name: {data}
+output_dir: {output}
+use_peft: true
+lora_r: 4
+lora_target_modules: all-linear
+learning_rate: 5.0e-3
+max_steps: 3
+logging_steps: 1
+per_device_train_batch_size: 2
+save_strategy: steps
+save_steps: 3
+report_to: none
+use_cpu: true
+bf16: false
+dtype: float32
+safety_data: {safety}
+safety_rank: 8
+safety_monitor_steps: 1
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path, tokenizer, rows):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    messages = [{"role": "user", "content": "Write a poem."}, {"role": "assistant", "content": "Tell me a story."}]
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps({"messages": messages})] * 12))
+    (tmp_path / "safety.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": r.messages[0]["content"], "refusal": r.refusal}) for r in rows)
+    )
+    (tmp_path / "config.yaml").write_text(
+        CONFIG.format(
+            model=tmp_path / "model",
+            data=tmp_path / "data.jsonl",
+            output=tmp_path / "out",
+            safety=tmp_path / "safety.jsonl",
+        )
+    )
+    return tmp_path
+
+
+def test_train_then_eval(workspace, capsys):
+    assert cli.main(["train", str(workspace / "config.yaml")]) == 0
+    output = capsys.readouterr()
+    assert "was saved in" in output.out
+    state = json.loads((workspace / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert all("spf/safety_loss" in entry for entry in state["log_history"] if "loss" in entry)
+    # lora_A does not answer the held directions
+    from safetensors.torch import load_file
+
+    from spf import SafetySubspace
+
+    weights = load_file(workspace / "out" / "adapter_model.safetensors")
+    subspace = SafetySubspace.load(workspace / "out" / "checkpoint-3" / "spf_subspace.safetensors")
+    assert len(subspace.right) == 14
+    for name, V in subspace.right.items():
+        A = weights[name.replace(".default", "")]
+        assert (A @ V).norm() <= 1e-4 * A.norm()
+        assert A.norm() > 0.1
+    figures = workspace / "figures.json"
+    assert cli.main(["eval", str(workspace / "out"), "--output", str(figures), "--max_new_tokens", "3"]) == 0
+    written = json.loads(figures.read_text())
+    assert written["asr"] == 1.0  # a random model refuses nothing
+    assert written["asr_count"] == 104
+    assert "asr" in capsys.readouterr().out
+
+
+def test_flags_override_the_file_and_the_rule_can_be_off(workspace):
+    path = str(workspace / "config.yaml")
+    assert cli.main(["train", path, "--safety_rule", "none", "--max_steps", "1", "--save_strategy", "no"]) == 0
+    assert not (workspace / "out" / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("safety.jsonl", "gone.jsonl"), "gone.jsonl: no such safety data file"),
+        (("data.jsonl", "nodata.jsonl"), "nodata.jsonl: no such training data file"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(workspace, capsys, change, message):
+    config = workspace / "config.yaml"
+    config.write_text(config.read_text().replace(*change))
+    assert cli.main(["train", str(config)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("spf: ")
+    assert message in error
+
+
+def test_usage_and_unknown_command(capsys):
+    assert cli.main([]) == 0
+    assert "spf demo" in capsys.readouterr().out
+    assert cli.main(["dance"]) == 2
+    assert "no command 'dance'" in capsys.readouterr().err
+    assert cli.main(["report", "nowhere"]) == 1
+    assert "nowhere/results.json: no such file" in capsys.readouterr().err
+
+
+def test_demo_runs_every_arm_and_is_resumable(tmp_path, tokenizer, monkeypatch, capsys):
+    """The demo's own code from end to end; only the model is tiny, and told to have refused."""
+    from spf.demo import run
+
+    monkeypatch.setattr(run, "load_aligned_demo_model", lambda: (make_model(), tokenizer))
+    monkeypatch.setattr(run, "cpu_dtype", lambda: torch.float32)
+    monkeypatch.setattr("spf.data.generate_answers", lambda model, tokenizer, prompts, **kw: [REFUSAL] * len(prompts))
+    arguments = ["demo", "--output", str(tmp_path), "--steps", "3", "--sql_eval", "6", "--null_space_rank", "8"]
+    assert cli.main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["arms"]) == ["base", "plain", "spf", "paper"]
+    for name, arm in results["arms"].items():
+        low, high = arm["asr_ci"]
+        assert 0 <= low <= arm["asr"] <= high <= 1
+        assert {"over_refusal", "utility", "seconds_per_step"} <= set(arm)
+        assert (arm["seconds_per_step"] is None) == (name == "base")
+    assert results["config"]["prompts"]["harmful_eval"] == 104
+    assert {"seed", "versions", "prompts"} <= set(results["config"])
+    for file in (
+        "safety_utility.png",
+        "report.html",
+        "spf/adapter_model.safetensors",
+        "paper/adapter_model.safetensors",
+    ):
+        assert (tmp_path / file).stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert "Load it with" in out
+    assert "probe" in out
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.count("done before, kept") == 4
+
+
+def test_demo_prompts_are_three_disjoint_sets():
+    from spf.data import packaged_prompts
+    from spf.demo.run import DemoArguments, training_data
+
+    data, counts = training_data(DemoArguments())
+    trained = {row["prompt"][0]["content"] for row in data}
+    attack = set(packaged_prompts("harmful_attack"))
+    assert len(trained & attack) == counts["harmful_train"] > 30
+    assert not trained & set(packaged_prompts("harmful_anchors"))
+    assert not trained & set(packaged_prompts("harmful_eval"))
+    assert not set(packaged_prompts("harmful_anchors")) & set(packaged_prompts("harmful_eval"))
+
+
+def test_installed_command_prints_its_usage():
+    done = subprocess.run(
+        [sys.executable, "-m", "spf.cli", "--help"], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 0
+    assert "spf train CONFIG" in done.stdout

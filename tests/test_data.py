@@ -1,0 +1,141 @@
+"""Safety data: formats, rendering, the loss on refusal tokens only, and one clear error for each mistake."""
+
+import json
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+
+from spf.data import (
+    AnchorRotation,
+    SafetyDataError,
+    SafetyRow,
+    collate,
+    complete_refusals,
+    load_safety_rows,
+    tokenise,
+)
+from tests.conftest import REFUSAL, make_model, make_tokenizer
+
+
+def write(path, *rows):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows), "utf-8")
+    return path
+
+
+def test_all_formats_give_the_same_rows(tmp_path):
+    conversation = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]}
+    sources = [
+        write(tmp_path / "a.jsonl", {"prompt": "Hi", "refusal": "No."}),
+        write(tmp_path / "b.csv", "prompt,refusal", "Hi,No."),
+        write(tmp_path / "c.jsonl", conversation),
+        Dataset.from_list([{"prompt": "Hi", "refusal": "No."}]),
+        Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}], "refusal": "No."}]),
+    ]
+    for source in sources:
+        (row,) = load_safety_rows(source)
+        assert row.messages == [{"role": "user", "content": "Hi"}]
+        assert row.refusal == "No."
+    assert load_safety_rows(str(sources[1]))[0].where.endswith("b.csv:2")
+    (row,) = load_safety_rows(write(tmp_path / "d.jsonl", {"prompt": "Hi"}))
+    assert row.refusal is None
+    assert len(load_safety_rows()) >= 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", [], r"a\.jsonl: holds no rows"),
+        ("a.jsonl", [{"prompt": "x"}, {"question": "x"}], r"a\.jsonl:2: needs a column `prompt` or `messages`"),
+        ("a.jsonl", [{"prompt": "x"}, "{"], r"a\.jsonl:2: not a JSON object"),
+        ("a.jsonl", ["[1]"], r"a\.jsonl:1: not a JSON object"),
+        ("a.jsonl", [{"prompt": " "}], r"a\.jsonl:1: the prompt is empty"),
+        ("a.jsonl", [{"prompt": "x", "refusal": ""}], r"a\.jsonl:1: the refusal is empty"),
+        ("a.jsonl", [{"messages": ["x"]}], r"a\.jsonl:1: messages must be a list"),
+        ("a.csv", ["question", "x"], r"a\.csv:2: needs a column `prompt`"),
+        ("a.txt", ["x"], r"a\.txt: safety data must be \.jsonl or \.csv"),
+    ],
+)
+def test_bad_files_name_file_and_row(tmp_path, name, content, message):
+    with pytest.raises(SafetyDataError, match=message):
+        load_safety_rows(write(tmp_path / name, *content))
+
+
+def test_missing_file_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("spf.data.load_dataset", lambda *a: pytest.fail("went to the hub"))
+    for name in ("nowhere.jsonl", "nowhere.csv", str(tmp_path / "nowhere")):
+        with pytest.raises(SafetyDataError, match=r"nowhere.*: no such safety data file"):
+            load_safety_rows(name)
+
+
+def test_hub_data_sets_are_read(monkeypatch):
+    data = Dataset.from_list([{"prompt": "Hi", "refusal": "No."}])
+    monkeypatch.setattr("spf.data.load_dataset", lambda name: data if name == "user/refusals" else 1 / 0)
+    assert load_safety_rows("user/refusals")[0].where == "user/refusals:0"
+    with pytest.raises(SafetyDataError, match="user/none: neither a file nor a data set"):
+        load_safety_rows("user/none")
+
+
+def test_the_models_own_refusals_are_judged(monkeypatch, tokenizer):
+    rows = load_safety_rows()[:3]
+    answers = [REFUSAL, "Sure, here is how to do that.", "I'm sorry, no."]
+    monkeypatch.setattr("spf.data.generate_answers", lambda model, tokenizer, prompts, **kw: answers[: len(prompts)])
+    kept = complete_refusals(rows, make_model(), tokenizer)
+    assert [row.refusal for row in kept] == [REFUSAL, "I'm sorry, no."]
+    given = SafetyRow(rows[0].messages, "Never.", "here")
+    assert complete_refusals([given], make_model(), tokenizer) == [given]  # what the user gives is not judged
+    answers[:] = ["Sure."] * 3
+    with pytest.raises(SafetyDataError, match=r"harmful_anchors\.jsonl:1 and 2 more rows: the model refused none"):
+        complete_refusals(rows, make_model(), tokenizer)
+
+
+def test_generation_runs_on_a_real_model(tokenizer):
+    model = make_model().train()
+    with pytest.raises(SafetyDataError, match="refused none"):
+        complete_refusals(load_safety_rows()[:5], model, tokenizer, max_new_tokens=4)
+    assert model.training
+
+
+def test_tokens_and_weights(rows, tokenizer):
+    (anchor,) = tokenise(rows[:1], tokenizer, 256)
+    prompt = tokenizer.decode(anchor.prompt_ids)
+    assert prompt.startswith("<user>")
+    assert prompt.rstrip().endswith("<assistant>")
+    assert anchor.refusal_ids[-1] == tokenizer.eos_token_id
+    batch = collate([anchor], 1, first_tokens=2, first_weight=5.0)
+    start = len(anchor.prompt_ids)
+    assert batch.weights[0].tolist() == [0.0] * start + [5.0] * 2 + [1.0] * (len(anchor.refusal_ids) - 2)
+    whole = tokenizer.apply_chat_template(
+        [*rows[0].messages, {"role": "assistant", "content": rows[0].refusal}], return_dict=False
+    )
+    assert anchor.prompt_ids + anchor.refusal_ids == list(whole)
+
+
+def test_template_errors_name_the_row(rows):
+    tokenizer = make_tokenizer()
+    system = SafetyRow([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], "No.", "f.jsonl:7")
+    with pytest.raises(SafetyDataError, match=r"f\.jsonl:7: the chat template refuses the roles system, user"):
+        tokenise([system], tokenizer, 256)
+    with pytest.raises(SafetyDataError, match=r"row 1: \d+ tokens, longer than the context of 8"):
+        tokenise(rows, tokenizer, 8)
+    tokenizer.chat_template = None
+    with pytest.raises(SafetyDataError, match=re.escape("row 1: the tokenizer") + ".*no chat template"):
+        complete_refusals(rows, make_model(), tokenizer)
+
+
+def test_rotation_depends_on_seed_and_position_only(anchors):
+    first, second = AnchorRotation(anchors, 5, seed=1), AnchorRotation(anchors, 5, seed=1)
+    next(first), next(first)
+    second.position = first.position
+    assert next(first) == next(second)
+    with pytest.raises(SafetyDataError, match="13 anchors a step asked for, 12 safety samples at hand"):
+        AnchorRotation(anchors, 13)
+
+
+def test_collate_pads_right(anchors):
+    batch = collate(anchors[:4], 1)
+    lengths = batch.attention_mask.sum(1)
+    for ids, length in zip(batch.input_ids, lengths, strict=True):
+        assert bool((ids[length:] == 1).all())
+    assert torch.equal(batch.weights > 0, (batch.weights > 0) & batch.attention_mask.bool())

@@ -1,0 +1,87 @@
+"""The refusal judge, rates with intervals, and batched greedy generation."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal, wilson_interval
+from tests.conftest import make_model
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I’m sorry, I can’t do that.",
+        "  Sorry, no.",
+        "I cannot assist with this request. Sure, here is something else.",
+        "I apologize, but no.",
+        "As an AI language model, I do not do that.",
+        '"I am unable to help."',
+        "Thank you for asking, but I cannot help with that.",
+        "I understand your interest; however, I can't provide it.",
+    ],
+)
+def test_refusals(answer):
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "Sure, here is how to do that.",
+        "Here is the letter: 'I'm sorry for your loss.'. Best wishes.",
+        "To apologize, write: I'm sorry.",
+        "Step one. I'm sorry to say it is long.",
+        "As an example, take a loaf of bread.",
+        "You could say that you cannot come.",
+        "Sorrying is no word, sorryful neither.",
+        "The door is open, I'm just saying.",
+    ],
+)
+def test_answers(answer):
+    assert not is_refusal(answer)
+
+
+def test_first_sentence():
+    assert first_sentence("  Hello there. And more.") == "Hello there."
+    assert first_sentence("One line\nnext") == "One line"
+    assert first_sentence("") == ""
+
+
+@given(count=st.integers(1, 500), data=st.data())
+def test_wilson_interval(count, data):
+    hits = data.draw(st.integers(0, count))
+    low, high = wilson_interval(hits, count)
+    assert 0 <= low <= hits / count <= high <= 1
+    mirrored = wilson_interval(count - hits, count)
+    assert mirrored[0] == pytest.approx(1 - high)
+    wider = wilson_interval(hits, count)[1] - wilson_interval(hits, count)[0]
+    assert wilson_interval(hits * 4, count * 4)[1] - wilson_interval(hits * 4, count * 4)[0] < wider
+
+
+def test_wilson_interval_known_values():
+    # Newcombe (1998), table I: 81 of 263 and 0 of 20
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert Rate(1, 4).value == 0.25
+    with pytest.raises(ValueError, match="5 hits of 4 is not a rate"):
+        wilson_interval(5, 4)
+
+
+def test_batched_generation_equals_one_by_one(tokenizer):
+    model = make_model().train()
+    prompts = ["Write a poem.", "How do I kill a Python process?", "Explain."]
+    together = generate_answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=2, progress=False)
+    assert model.training
+    for prompt, answer in zip(prompts, together, strict=True):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        model.eval()
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        model.train()
+        assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -1,0 +1,297 @@
+"""The rules on real optimizers: what they hold, and that they are noticed when they do not act."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyOptimizer, SafetyProbe, UnsupportedSetupError, attach
+from spf.probe import UnsupportedModelError
+from tests.conftest import make_model
+from tests.test_probe import with_lora
+
+
+def utility_batch(seed, size=4):
+    return torch.randint(5, 600, (size, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model, optimizer, steps, seed=0):
+    for step in range(steps):
+        ids = utility_batch(seed + step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def logits(model, anchors):
+    model.eval()
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([a.prompt_ids + a.refusal_ids])).logits for a in anchors]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    m=st.integers(2, 12),
+    n=st.integers(3, 24),
+    k=st.integers(1, 10),
+    decay=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 999),
+)
+def test_null_space_holds_after_100_adamw_steps(m, n, k, decay, seed):
+    """W V = W_0 V to rounding after 100 AdamW steps with weight decay, on a bare linear layer."""
+    torch.manual_seed(seed)
+    layer = nn.Linear(n, m, bias=False)
+    V = torch.linalg.qr(torch.randn(n, min(k, n - 1))).Q
+    probe = _BareProbe(layer, V)
+    optimizer = SafetyOptimizer(torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=decay), probe, NullSpace())
+    target = layer.weight.detach().double() @ V.double()
+    start = layer.weight.detach().clone()
+    for _ in range(100):
+        layer(torch.randn(8, n)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    error = (layer.weight.detach().double() @ V.double() - target).abs().max()
+    assert error <= 1e-5 * start.abs().max() * n
+    assert not torch.allclose(layer.weight, start, atol=1e-3)  # it did learn elsewhere
+
+
+class _BareProbe(SafetyProbe):
+    """A probe of one layer, with a given basis instead of a language model's."""
+
+    def __init__(self, layer, V):
+        from spf.probe import find_matrices
+
+        self.model = layer
+        self.matrices, self.others = find_matrices(layer)
+        self.V = V
+        self.rotation = type("Rotation", (), {"anchors": [], "position": 0})()
+
+    def loss(self, anchors):
+        return 0.0
+
+    def input_bases(self, anchors, names, *, rank, energy=1.0, batch_size=8):
+        return dict.fromkeys(names, self.V)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gemma", "gpt2"])
+def test_anchor_logits_do_not_change_at_full_rank(kind, tuning, anchors):
+    """With a rank as large as the number of anchor tokens the model's answers to the anchors stay."""
+    torch.manual_seed(1)
+    model = make_model(kind)
+    if tuning == "lora":
+        model = with_lora(model, dropout=0.0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.zeros_(parameter)
+    few = anchors[:1]
+    tokens = len(few[0].prompt_ids) + len(few[0].refusal_ids)
+    assert tokens < 32  # below the hidden size, else nothing could be learned
+    before = logits(model, few)
+    probe = SafetyProbe(model, few, pad_token_id=1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = SafetyOptimizer(torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1), probe, NullSpace(rank=tokens))
+    ids = utility_batch(0)
+    start = float(model(input_ids=ids, labels=ids).loss.detach())
+    train(model, optimizer, 10, seed=0)
+    end = float(model(input_ids=ids, labels=ids).loss.detach())
+    assert abs(end - start) > 1e-3
+    for old, new in zip(before, logits(model, few), strict=True):
+        assert torch.allclose(old, new, atol=2e-4), float((old - new).abs().max())
+
+
+def test_plain_training_does_change_them(anchors):
+    model = make_model()
+    before = logits(model, anchors[:1])
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 10)
+    assert not torch.allclose(before[0], logits(model, anchors[:1])[0], atol=1e-1)
+
+
+@pytest.mark.parametrize("rule", [SPF(rank=4), SPF(rank=4, gate="matrix", side="right"), SPF(side="both"), Rank1()])
+def test_gradient_rules_equal_a_dense_reference(rule, anchors):
+    """One SGD step under the rule equals the step computed from dense autograd gradients in float64."""
+    model = make_model()
+    probe = SafetyProbe(model, anchors[:2], anchors_per_step=2, pad_token_id=1)
+    batch = probe.rotation.anchors
+    safety = {name: f.dense().double() for name, f in probe.measure(batch).factors.items()}
+    # a utility batch that conflicts: push the safety loss up
+    for name, matrix in probe.matrices.items():
+        generator = torch.Generator().manual_seed(len(name))
+        noise = torch.randn(matrix.weight.shape, generator=generator) * safety[name].norm().float()
+        noise *= 0.5 / noise.numel() ** 0.5
+        matrix.weight.grad = -safety[name].float() + noise
+    gradients = {name: m.weight.grad.double() for name, m in probe.matrices.items()}
+    weights = {name: m.weight.detach().double() for name, m in probe.matrices.items()}
+    optimizer = SafetyOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), probe, rule)
+    optimizer.step()
+    for name, matrix in probe.matrices.items():
+        G, S = gradients[name], safety[name]
+        if isinstance(rule, Rank1):
+            expected = G - min(float((G * S).sum()), 0) / float(S.square().sum()) * S
+            assert float(((weights[name] - matrix.weight.double()) / 0.5 * S).sum()) >= -1e-4 * G.norm() * S.norm()
+        else:
+            U, _, Vh = torch.linalg.svd(S)
+            U, V = U[:, : rule.rank], Vh[: rule.rank].T
+            left, right = U @ U.T, V @ V.T
+            expected = {"left": G - left @ G, "right": G - G @ right, "both": G - left @ G @ right}[rule.side]
+        moved = (weights[name] - matrix.weight.detach().double()) / 0.5
+        assert (moved - expected).norm() <= 1e-4 * G.norm(), name
+    assert optimizer.attachment.corrected == 1
+    metrics = optimizer.attachment.metrics()
+    assert metrics["spf/conflict_rate"] == 1.0
+    assert 0 < metrics["spf/removed_share"] <= 1
+    assert metrics["spf/cos"] < -0.5
+
+
+@pytest.mark.parametrize("rule", [SPF(), Rank1()])
+def test_no_conflict_is_an_exact_no_op(rule, anchors):
+    model = make_model()
+    probe = SafetyProbe(model, anchors[:2], anchors_per_step=2, pad_token_id=1)
+    for name, factors in probe.measure(probe.rotation.anchors).factors.items():
+        probe.matrices[name].weight.grad = factors.dense().clone()
+    reference = copy.deepcopy(model)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+    SafetyOptimizer(torch.optim.AdamW(model.parameters()), probe, rule).step()
+    torch.optim.AdamW(reference.parameters()).step()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_nan_in_the_safety_loss_is_skipped_counted_and_warned_once(anchors, monkeypatch):
+    model, reference = make_model(), make_model()
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    optimizer = SafetyOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), probe, SPF())
+    real = probe.measure
+
+    def poisoned(batch):
+        result = real(batch)
+        next(iter(result.factors.values())).D.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(probe, "measure", poisoned)
+    with pytest.warns(UserWarning, match="NaN or inf in the safety loss") as caught:
+        train(model, optimizer, 3)
+    assert len([w for w in caught if "spf:" in str(w.message)]) == 1
+    assert optimizer.attachment.skipped == 3
+    train(reference, torch.optim.AdamW(reference.parameters(), lr=1e-2), 3)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_safety_optimizer_is_a_torch_optimizer(anchors):
+    """Schedulers, state_dict, param groups and hooks work on it as on the optimizer it wraps."""
+    model = make_model()
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = SafetyOptimizer(inner, SafetyProbe(model, anchors, pad_token_id=1), NullSpace(rank=4))
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    train(model, optimizer, 2)
+    scheduler.step()
+    assert inner.param_groups[0]["lr"] == pytest.approx(5e-3)
+    assert len(calls) == 2
+    state = optimizer.state_dict()
+    fresh = torch.optim.AdamW(model.parameters(), lr=1.0)
+    fresh.load_state_dict(state)
+    assert fresh.param_groups[0]["lr"] == pytest.approx(5e-3)
+    optimizer.load_state_dict(fresh.state_dict())
+    assert optimizer.state is inner.state
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    prepared = Accelerator(cpu=True).prepare(optimizer)
+    train(model, prepared, 1)
+    assert optimizer.attachment.steps == 3
+    assert len(repr(optimizer)) > 20
+
+
+def test_closure_is_evaluated_once(anchors):
+    model = make_model()
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = SafetyOptimizer(inner, SafetyProbe(model, anchors, pad_token_id=1), NullSpace(rank=4))
+    ids = utility_batch(0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) > 0
+
+
+def test_hooks_fire_once_when_step_calls_its_parent(anchors):
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = make_model()
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # patches the parent's step too
+    optimizer = SafetyOptimizer(
+        Twice(model.parameters(), lr=0.1), SafetyProbe(model, anchors, pad_token_id=1), NullSpace(rank=4)
+    )
+    train(model, optimizer, 2)
+    assert optimizer.attachment.steps == 2
+
+
+def test_a_rule_that_does_not_act_is_noticed(anchors, monkeypatch):
+    """Planted faults: hooks taken off, projection turned off, an optimizer that holds other parameters."""
+    model = make_model()
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    optimizer = SafetyOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), probe, NullSpace(rank=8))
+    optimizer.attachment.remove()
+    with pytest.raises(CorrectionError, match="without calling its step hooks"):
+        train(model, optimizer, 1)
+
+    optimizer = SafetyOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), probe, NullSpace(rank=8))
+    monkeypatch.setattr(optimizer.attachment, "_hold", lambda name: None)
+    with pytest.raises(CorrectionError, match="answers the held inputs differently"):
+        train(model, optimizer, 1)
+
+    with pytest.raises(CorrectionError, match="not in the optimizer"):
+        attach(probe, torch.optim.AdamW(copy.deepcopy(model).parameters()))
+
+    partial = make_model()
+    optimizer = SafetyOptimizer(
+        torch.optim.AdamW(partial.parameters()), SafetyProbe(partial, anchors, pad_token_id=1), Rank1()
+    )
+    ids = utility_batch(0)
+    partial(input_ids=ids, labels=ids).loss.backward()
+    partial.lm_head.weight.grad = None
+    with pytest.raises(CorrectionError, match=r"1 of 15 matrices had no gradient .* lm_head"):
+        optimizer.step()
+
+
+def test_unsupported_setups_are_refused(anchors):
+    model = make_model()
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    with pytest.raises(UnsupportedSetupError, match="LBFGS"):
+        attach(probe, torch.optim.LBFGS(model.parameters()))
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.param_groups = optimizer.param_groups
+
+    with pytest.raises(UnsupportedSetupError, match="Wrapper has no step hooks"):
+        attach(probe, Wrapper(torch.optim.AdamW(model.parameters())))  # type: ignore[arg-type]
+    trained = with_lora(make_model())
+    with pytest.raises(UnsupportedModelError, match="adapter is trained already"):
+        attach(
+            SafetyProbe(trained, anchors, pad_token_id=1),
+            torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad]),
+            NullSpace(rank=4),
+        )
+
+
+def test_bfloat16_weights_hold_to_their_rounding(anchors):
+    model = make_model(dtype=torch.bfloat16)
+    optimizer = SafetyOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-3), SafetyProbe(model, anchors, pad_token_id=1), NullSpace(rank=8)
+    )
+    train(model, optimizer, 20)
+    optimizer.attachment.verify()  # also after many steps: the target is fixed, so rounding does not add up

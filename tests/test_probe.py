@@ -1,0 +1,128 @@
+"""The factored safety gradients are autograd's, and the model is left exactly as it was."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from spf.data import collate
+from spf.probe import SafetyProbe, UnsupportedModelError, find_matrices
+from tests.conftest import make_model
+
+
+def dense_gradients(model, batch, names):
+    """The same loss by a plain backward pass."""
+    model.eval()
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
+    weights = batch.weights[:, 1:]
+    nll = nn.functional.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
+    loss = (nll * weights).sum() / weights.sum()
+    parameters = dict(model.named_parameters())
+    return loss, dict(zip(names, torch.autograd.grad(loss, [parameters[n] for n in names]), strict=True))
+
+
+def with_lora(model, dropout=0.1):
+    targets = ["c_attn", "c_proj", "c_fc"] if model.config.model_type == "gpt2" else "all-linear"
+    fan_in = model.config.model_type == "gpt2"
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=targets, lora_dropout=dropout, fan_in_fan_out=fan_in))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:  # away from zero, where the gradient of lora_A vanishes
+            nn.init.normal_(parameter, std=0.1)
+    return peft
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gemma", "gpt2"])
+def test_equals_autograd(kind, tuning, dtype, checkpointing, anchors):
+    model = make_model(kind, dtype=dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    if tuning == "lora":
+        model = with_lora(model)
+        if checkpointing:
+            model.enable_input_require_grads()
+    probe = SafetyProbe(model, anchors, pad_token_id=1, first_tokens=2, first_weight=3.0)
+    batch = collate(anchors[:3], 1, 2, 3.0)
+    result = probe.measure(anchors[:3])
+    loss, expected = dense_gradients(model, batch, list(probe.matrices))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-6 if dtype == torch.float32 else 1e-2)
+    assert len(result.factors) == len(probe.matrices) >= 8
+    for name, factors in result.factors.items():
+        G = probe.matrices[name].view(expected[name]).float()
+        assert (factors.dense() - G).norm() <= tolerance * G.norm(), name
+        assert float(factors.norm_squared()) == pytest.approx(float(factors.dense().square().sum()), rel=1e-4)
+        other = torch.randn_like(G)
+        assert float(factors.inner(other)) == pytest.approx(float((factors.dense() * other).sum()), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_leaves_no_trace(tuning, anchors):
+    model = make_model("gpt2")  # has dropout
+    model = with_lora(model) if tuning == "lora" else model
+    model.train()
+    model.base_model.eval() if tuning == "full" else model.base_model.model.transformer.h[0].eval()
+    parameters = list(model.parameters())
+    for i, parameter in enumerate(parameters):
+        if parameter.requires_grad and i % 2:
+            parameter.grad = torch.randn_like(parameter)
+    before = (
+        [None if p.grad is None else p.grad.clone() for p in parameters],
+        [p.requires_grad for p in parameters],
+        [p.detach().clone() for p in parameters],
+        [m.training for m in model.modules()],
+        torch.get_rng_state(),
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+    )
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    probe()
+    probe.loss(anchors[:2])
+    probe.input_bases(anchors[:2], list(probe.matrices), rank=4)
+    for p, grad, requires, value in zip(parameters, before[0], before[1], before[2], strict=True):
+        assert (p.grad is None) == (grad is None)
+        assert grad is None or torch.equal(p.grad, grad)
+        assert p.requires_grad == requires
+        assert torch.equal(p, value)
+    assert [m.training for m in model.modules()] == before[3]
+    assert torch.equal(torch.get_rng_state(), before[4])
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == before[5]
+
+
+def test_frozen_model_is_refused_and_partly_frozen_works(anchors):
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match="no trainable parameter"):
+        SafetyProbe(model, anchors)
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    result = SafetyProbe(model, anchors, pad_token_id=1)()
+    assert list(result.factors) == ["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_tied_output_layer_counts_as_embedding():
+    model = make_model("qwen")
+    matrices, others = find_matrices(model)
+    assert "lm_head.weight" not in matrices
+    assert "model.embed_tokens.weight" in others
+    assert any(name.endswith("q_proj.bias") for name in others)
+
+
+def test_unknown_parameters_are_refused_by_name():
+    model = make_model()
+    model.model.layers[0].experts = nn.Parameter(torch.zeros(3, 4, 5))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.experts: .*\(3, 4, 5\)"):
+        find_matrices(model)
+    with pytest.raises(UnsupportedModelError, match="DoRA"):
+        find_matrices(get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)))
+
+
+def test_anchors_rotate_and_one_can_be_fixed(anchors):
+    probe = SafetyProbe(make_model(), anchors, anchors_per_step=5, pad_token_id=1)
+    seen = [id(a) for _ in range(12) for a in next(probe.rotation)]
+    for turn in range(5):  # 12 anchors, 60 handed out: five whole passes
+        assert len(set(seen[turn * 12 : turn * 12 + 12])) == 12
+    assert seen[:12] != seen[12:24]
+    fixed = SafetyProbe(make_model(), anchors[:1], anchors_per_step=4, pad_token_id=1)
+    assert [next(fixed.rotation), next(fixed.rotation)] == [[anchors[0]], [anchors[0]]]

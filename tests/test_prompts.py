@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the prompt files shipped in spf/prompts: counts, fields, no leaks between splits."""
+
+import difflib
+import functools
+import importlib.resources
+import itertools
+import json
+import re
+from collections import Counter
+
+import pytest
+
+COUNTS = {
+    "harmful_anchors": 156,
+    "harmful_attack": 52,
+    "harmful_eval": 104,
+    "benign_anchors": 120,
+    "benign_eval": 104,
+}
+HARMFUL = [name for name in COUNTS if name.startswith("harmful")]
+HARMFUL_PER_CATEGORY = {"harmful_anchors": 12, "harmful_attack": 4, "harmful_eval": 8}
+LIMIT = 0.6
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "to",
+        "in",
+        "on",
+        "at",
+        "for",
+        "from",
+        "with",
+        "by",
+        "and",
+        "or",
+        "so",
+        "that",
+        "my",
+        "me",
+        "i",
+        "is",
+        "are",
+        "be",
+        "do",
+        "can",
+        "would",
+        "how",
+        "it",
+        "its",
+    ]
+)
+
+
+@functools.cache
+def load(name):
+    path = importlib.resources.files("spf") / "prompts" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def prompts(name):
+    return [row["prompt"] for row in load(name)]
+
+
+def normalise(text):
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+@functools.cache
+def words(text):
+    return frozenset(normalise(text).split()) - STOP_WORDS
+
+
+@functools.cache
+def five_grams(text):
+    text = normalise(text)
+    return frozenset(text[i : i + 5] for i in range(max(1, len(text) - 4)))
+
+
+def jaccard(a, b):
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def near_duplicate(a, b):
+    """True if word-set or character 5-gram Jaccard similarity of the two texts reaches LIMIT."""
+    return jaccard(words(a), words(b)) >= LIMIT or jaccard(five_grams(a), five_grams(b)) >= LIMIT
+
+
+def form(prompt):
+    first = prompt.split()[0]
+    return first if first in {"How", "Write", "Explain", "What", "Give", "I", "Tell"} else "imperative"
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_and_fields(name):
+    rows = load(name)
+    assert len(rows) == COUNTS[name]
+    assert len({row["category"] for row in rows}) >= 12
+    for row in rows:
+        assert set(row) == {"prompt", "category"}
+        assert all(isinstance(value, str) and value.strip() for value in row.values())
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)*", row["category"])
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_harmful_rows_are_bare_requests(name):
+    rows = load(name)
+    for row in rows:
+        assert not {"answer", "response"} & set(row)
+        assert 6 <= len(row["prompt"].split()) <= 20
+    per_category = Counter(row["category"] for row in rows)
+    assert len(per_category) == 13
+    assert set(per_category.values()) == {HARMFUL_PER_CATEGORY[name]}
+
+
+def test_harmful_splits_share_categories():
+    assert len({frozenset(row["category"] for row in load(name)) for name in HARMFUL}) == 1
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_surface_forms_are_balanced(name):
+    forms = Counter(form(prompt) for prompt in prompts(name))
+    assert len(forms) == 8
+    for count in forms.values():
+        assert abs(count / COUNTS[name] - 1 / 8) < 0.02
+
+
+def test_no_exact_duplicates():
+    seen = Counter(normalise(prompt) for name in COUNTS for prompt in prompts(name))
+    assert [text for text, n in seen.items() if n > 1] == []
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations_with_replacement(COUNTS, 2)))
+def test_no_near_duplicates(first, second):
+    if first == second:
+        pairs = itertools.combinations(prompts(first), 2)
+    else:
+        pairs = itertools.product(prompts(first), prompts(second))
+    assert [(a, b) for a, b in pairs if near_duplicate(a, b)] == []
+
+
+def test_near_duplicate_catches_planted_paraphrase():
+    for name in COUNTS:
+        prompt = prompts(name)[0]
+        assert near_duplicate(prompt, prompt.upper() + " Please!")
+    assert near_duplicate("How do I kill a Python process?", "How can I kill the Python process?")
+    assert near_duplicate(
+        "Explain how antivirus software detects malware.", "Explain how antivirus softwares detect malwares."
+    )
+    assert not near_duplicate("How do I kill a Python process?", "How do I boil an egg?")
+
+
+def test_near_duplicate_agrees_with_difflib():
+    a, b = "Write a short story about a bank robbery.", "Write a brief story about a bank robbery."
+    assert near_duplicate(a, b)
+    assert difflib.SequenceMatcher(None, a, b).ratio() > LIMIT

@@ -1,0 +1,85 @@
+"""Mathematical properties of the step rules over generated matrices."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchjd.aggregation import PCGrad
+
+from spf.rules import SPF, NullSpace, conflict_coefficient, project_out, project_out_left, project_out_right
+
+SIDES = st.sampled_from(["left", "right", "both"])
+CASES = {
+    "m": st.integers(1, 15),
+    "n": st.integers(1, 15),
+    "k": st.integers(1, 6),
+    "seed": st.integers(0, 100_000),
+}
+
+
+def case(m, n, k, seed):
+    g = torch.Generator().manual_seed(seed)
+    k = min(k, m, n)
+    G = torch.randn(m, n, generator=g)
+    S = torch.randn(m, n, generator=g)
+    U, s, Vh = torch.linalg.svd(S, full_matrices=False)
+    return G, S, U[:, :k], s[:k], Vh[:k].T
+
+
+@settings(max_examples=60, deadline=None)
+@given(**CASES, side=SIDES)
+def test_projection_properties(m, n, k, seed, side):
+    G, _, U, s, V = case(m, n, k, seed)
+    once = project_out(G, U, V, side)
+    scale = float(G.norm())
+    assert torch.allclose(project_out(once, U, V, side), once, atol=1e-5 * scale)  # idempotent
+    assert once.norm() <= G.norm() * (1 + 1e-6)  # never raises the norm
+    truncated = U @ torch.diag(s) @ V.T  # what the basis holds of the safety gradient
+    assert abs(float((once * truncated).sum())) <= 1e-4 * scale * float(truncated.norm())  # no conflict is left
+    U64, V64, G64 = U.double(), V.double(), G.double()
+    dense = {
+        "left": (torch.eye(m).double() - U64 @ U64.T) @ G64,
+        "right": G64 @ (torch.eye(n).double() - V64 @ V64.T),
+        "both": G64 - U64 @ U64.T @ G64 @ V64 @ V64.T,
+    }[side]
+    assert torch.allclose(once.double(), dense, atol=1e-5 * scale)
+    assert torch.allclose(project_out(3 * G, U, V, side), 3 * once, atol=1e-4 * scale)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**CASES)
+def test_rank1_is_pcgrad_for_two_gradients(m, n, k, seed):
+    G, S, *_ = case(m, n, k, seed)
+    c = conflict_coefficient(float((G * S).sum()), float(S.square().sum()))
+    corrected = G - c * S
+    assert corrected.norm() <= G.norm() * (1 + 1e-6)
+    assert float((corrected * S).sum()) >= -1e-4 * float(G.norm() * S.norm())
+    if float((G * S).sum()) >= 0:
+        assert torch.equal(corrected, G)  # an exact no-op without a conflict
+    # PCGrad adds up both corrected gradients; the safety gradient's own correction is taken off again
+    both = PCGrad()(torch.stack([G.flatten(), S.flatten()]).double())
+    c2 = conflict_coefficient(float((G * S).sum()), float(G.square().sum()))
+    assert torch.allclose((corrected + S - c2 * G).flatten().double(), both, atol=1e-4)
+
+
+def test_tiny_safety_gradients_are_left_alone():
+    assert conflict_coefficient(-1.0, 1e-9) == 0.0
+    assert conflict_coefficient(-1.0, 2.0) == -0.5
+    assert conflict_coefficient(1.0, 2.0) == 0.0
+
+
+def test_left_and_right_act_on_outputs_and_inputs():
+    G = torch.arange(6.0).reshape(2, 3)
+    e0 = torch.eye(2)[:, :1]
+    assert torch.equal(project_out_left(G, e0), torch.tensor([[0.0, 0, 0], [3, 4, 5]]))
+    f2 = torch.eye(3)[:, 2:]
+    assert torch.equal(project_out_right(G, f2), torch.tensor([[0.0, 1, 0], [3, 4, 0]]))
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
+        NullSpace(rank=0)
+    with pytest.raises(ValueError, match=r"energy must be in \(0, 1\], not 2"):
+        NullSpace(energy=2)
+    with pytest.raises(ValueError, match="side must be left, right or both, not up"):
+        SPF(side="up")  # type: ignore[arg-type]
