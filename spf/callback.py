@@ -11,6 +11,7 @@ import transformers.trainer
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -19,7 +20,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from spf.data import SafetyDataError, SafetyRow, complete_refusals, load_safety_rows, tokenise, write_json
+from spf.data import (
+    SafetyDataError,
+    SafetyRow,
+    complete_refusals,
+    load_safety_rows,
+    packaged_prompts,
+    tokenise,
+    write_json,
+)
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import RULES, NullSpace, Rule
@@ -30,6 +39,9 @@ logger = logging.get_logger(__name__)
 
 SUBSPACE_FILE = "spf_subspace.safetensors"
 STATE_FILE = "spf_state.json"
+
+CALIBRATION_PROMPTS = 32
+"""Packaged benign prompts on which a fresh lora_A keeps the size of its response."""
 
 _ACTIVE: "WeakKeyDictionary[nn.Module, SafetyCallback]" = WeakKeyDictionary()
 
@@ -108,7 +120,7 @@ class SafetyCallback(TrainerCallback):
             saved, subspace = self._read(_checkpoint(args, state))
             self._rows = [SafetyRow(**row) for row in saved["rows"]]
         else:
-            self._rows = complete_refusals(self._choose(), model, processing_class)
+            self._rows = self._choose(model, processing_class)
         limit = min(processing_class.model_max_length, int(model.config.max_position_embeddings))
         pad = processing_class.pad_token_id
         probe = SafetyProbe(
@@ -125,6 +137,7 @@ class SafetyCallback(TrainerCallback):
             optimizer,
             self.rule,
             subspace=subspace,
+            calibration=tokenise(_benign_rows(), processing_class, limit),
             monitor_steps=self.monitor_steps if isinstance(self.rule, NullSpace) else 0,
         )
         if saved is not None:
@@ -181,11 +194,11 @@ class SafetyCallback(TrainerCallback):
     def _constrains(self) -> bool:
         return isinstance(self.rule, NullSpace)
 
-    def _choose(self) -> list[SafetyRow]:
+    def _choose(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[SafetyRow]:
         rows = load_safety_rows(self.safety_data)
-        wanted = self.anchors or (self.rule.prompts if isinstance(self.rule, NullSpace) else len(rows))
+        wanted = self.anchors or (self.rule.prompts if isinstance(self.rule, NullSpace) else None)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        return [rows[i] for i in order[:wanted]]
+        return complete_refusals([rows[i] for i in order], model, tokenizer, wanted=wanted)
 
     def _read(self, directory: Path) -> tuple[dict[str, Any], SafetySubspace]:
         for name in (STATE_FILE, SUBSPACE_FILE):
@@ -198,6 +211,11 @@ class SafetyCallback(TrainerCallback):
     def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.remove()
+
+
+def _benign_rows() -> list[SafetyRow]:
+    prompts = packaged_prompts("benign_anchors")[:CALIBRATION_PROMPTS]
+    return [SafetyRow([{"role": "user", "content": p}], "", f"benign_anchors:{i}") for i, p in enumerate(prompts, 1)]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

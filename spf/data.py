@@ -145,34 +145,42 @@ def complete_refusals(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    wanted: int | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
 ) -> list[SafetyRow]:
-    """Rows with refusals: those that lack one get the model's own answer, kept if the judge accepts it.
+    """The first `wanted` rows (all by default) with refusals.
+
+    A row without one gets the model's own answer and is kept if the judge accepts it.
 
     Raises:
-        SafetyDataError: no row is left.
+        SafetyDataError: a row cannot be rendered, or none is left.
     """
     for row in rows:
         render(row, tokenizer)
-    missing = [row for row in rows if row.refusal is None]
-    answers = iter(
-        generate_answers(
-            model,
-            tokenizer,
-            [row.messages for row in missing],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            description="own refusals",
+    wanted = len(rows) if wanted is None else min(wanted, len(rows))
+    kept: list[SafetyRow] = []
+    start = 0
+    while len(kept) < wanted and start < len(rows):
+        chunk = rows[start : start + min(batch_size, wanted - len(kept))]
+        start += len(chunk)
+        missing = [row.messages for row in chunk if row.refusal is None]
+        answers = iter(
+            generate_answers(
+                model,
+                tokenizer,
+                missing,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                description=f"own refusals, {len(kept)} of {wanted}",
+            )
+            if missing
+            else []
         )
-        if missing
-        else []
-    )
-    kept = []
-    for row in rows:
-        refusal = next(answers) if row.refusal is None else row.refusal
-        if row.refusal is not None or is_refusal(refusal):
-            kept.append(SafetyRow(row.messages, refusal, row.where))
+        for row in chunk:
+            refusal = next(answers) if row.refusal is None else row.refusal
+            if row.refusal is not None or is_refusal(refusal):
+                kept.append(SafetyRow(row.messages, refusal, row.where))
     if not kept:
         raise SafetyDataError(
             f"{rows[0].where} and {len(rows) - 1} more rows: the model refused none of the prompts, so there is "

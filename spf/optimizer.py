@@ -3,12 +3,13 @@
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spf.data import Anchor
 from spf.probe import Matrix, ProbeResult, SafetyProbe, UnsupportedModelError
 from spf.rules import NullSpace, Rank1, Rule, conflict_coefficient, null_space_violation, project_out
 from spf.sharding import check_parameters, innermost_optimizer, same_on_all_ranks
@@ -16,6 +17,9 @@ from spf.subspace import SafetySubspace
 
 SAMPLED_ROWS = 8
 """Rows of each matrix kept over a step to tell how much of its update was removed."""
+
+MAX_SCALE = 10.0
+"""A fresh lora_A is not scaled up by more than this."""
 
 
 class CorrectionError(RuntimeError):
@@ -36,6 +40,7 @@ class Attachment:
         rule: Rule,
         *,
         subspace: SafetySubspace | None = None,
+        calibration: Sequence[Anchor] = (),
         monitor_steps: int = 0,
     ):
         check_parameters(probe.model)
@@ -62,7 +67,8 @@ class Attachment:
         if subspace is None:
             subspace = self._estimate() if isinstance(rule, NullSpace) else SafetySubspace()
         self.subspace = subspace
-        self._place_subspace()
+        self.scale: dict[str, float] = {}
+        self._place_subspace(calibration)
         self.seconds["setup"] = time.perf_counter() - start
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
@@ -202,7 +208,7 @@ class Attachment:
                         "A V = 0 without changing the model; merge it and start a new adapter"
                     )
 
-    def _place_subspace(self) -> None:
+    def _place_subspace(self, calibration: Sequence[Anchor]) -> None:
         if not isinstance(self.rule, NullSpace):
             return
         missing = [name for name in self.matrices if name not in self.subspace.right]
@@ -212,12 +218,21 @@ class Attachment:
             device = matrix.weight.device
             self.subspace.right[name] = self.subspace.right[name].to(device)
             self.subspace.target[name] = self.subspace.target[name].to(device)
+        # A fresh lora_A does not satisfy A V = 0 yet; weights from a checkpoint are left bit for bit.
+        fresh = []
         for name, matrix in self.matrices.items():
-            # A fresh lora_A does not satisfy A V = 0 yet; weights from a checkpoint are left bit for bit.
             error, allowed = self._violation(name, matrix.weight)
             if error > allowed:
-                with torch.no_grad():
-                    self._hold(name)
+                fresh.append(name)
+        before = self.probe.response_norms(calibration, fresh) if calibration and fresh else {}
+        with torch.no_grad():
+            for name in fresh:
+                self._hold(name)
+            for name, after in self.probe.response_norms(calibration, fresh).items() if before else ():
+                # The held directions carry most of what any prompt sends into a layer. Without them A would
+                # answer weakly, and the adapter learn slowly; A's scale is free, since B is zero.
+                self.scale[name] = min(before[name] / max(after, 1e-12), MAX_SCALE)
+                self.matrices[name].weight.mul_(self.scale[name])
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # A subclass whose step calls its parent's step fires the hooks twice; only the outer call counts.
@@ -337,7 +352,8 @@ def attach(
     """Put a step rule on an optimizer's step hooks; the rule defaults to `NullSpace()`.
 
     Call `refresh()` of what is returned before every `optimizer.step()`. Options: `subspace` (bases
-    estimated before) and `monitor_steps` (probe the safety loss every so many steps, 0 for never).
+    estimated before), `calibration` (harmless samples; a fresh lora_A keeps its response to them in
+    size when it is projected) and `monitor_steps` (probe the safety loss every so many steps, 0 for never).
 
     Raises:
         UnsupportedSetupError, UnsupportedModelError, CorrectionError: the rule could not act here.

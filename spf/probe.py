@@ -212,6 +212,32 @@ class SafetyProbe:
                 raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
         return {name: sketch.basis(rank, energy) for name, sketch in sketches.items()}
 
+    @torch.no_grad()
+    def response_norms(self, anchors: Sequence[Anchor], names: Sequence[str], batch_size: int = 16) -> dict[str, float]:
+        """Root mean square of each named matrix's outputs over all tokens of the anchors."""
+        squares = dict.fromkeys(names, 0.0)
+        mask = torch.empty(0)
+
+        def tap(name: str) -> Callable:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                squares[name] += float(output[mask].float().square().sum())
+
+            return hook
+
+        handles = [self.matrices[name].module.register_forward_hook(tap(name)) for name in names]
+        count = 0
+        try:
+            with self._quiet():
+                for start in range(0, len(anchors), batch_size):
+                    batch = self._batch(anchors[start : start + batch_size])
+                    mask = batch.attention_mask.bool()
+                    count += int(mask.sum())
+                    self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: (total / count) ** 0.5 for name, total in squares.items()}
+
     def _batch(self, anchors: Sequence[Anchor]) -> AnchorBatch:
         device = next(self.model.parameters()).device
         batch = collate(anchors, self.pad_token_id, self.first_tokens, self.first_weight)

@@ -148,12 +148,35 @@ def test_demo_prompts_are_three_disjoint_sets():
     from spf.demo.run import DemoArguments, training_data
 
     data, counts = training_data(DemoArguments())
-    trained = {row["prompt"][0]["content"] for row in data}
+    trained = {row.messages[0]["content"] for row in data}
     attack = set(packaged_prompts("harmful_attack"))
     assert len(trained & attack) == counts["harmful_train"] > 30
     assert not trained & set(packaged_prompts("harmful_anchors"))
     assert not trained & set(packaged_prompts("harmful_eval"))
     assert not set(packaged_prompts("harmful_anchors")) & set(packaged_prompts("harmful_eval"))
+
+
+def test_demo_loss_is_the_mean_over_answer_tokens(tmp_path, tokenizer):
+    from transformers import TrainingArguments
+
+    from spf.demo.run import AnswerTrainer, collate_answers
+
+    rows = [
+        {"prompt_ids": [3, 10, 11, 12, 4], "answer_ids": [20, 21, 2]},
+        {"prompt_ids": [3, 13, 4], "answer_ids": [22, 2]},
+    ]
+    model = make_model().eval()
+    batch = collate_answers(rows, 1)
+    trainer = AnswerTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    loss = float(trainer.compute_loss(model, batch).detach())
+    total = count = 0.0
+    for row in rows:  # one by one, without padding
+        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
+        labels = torch.tensor([[-100] * len(row["prompt_ids"]) + row["answer_ids"]])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * len(row["answer_ids"])
+        count += len(row["answer_ids"])
+    assert loss == pytest.approx(total / count, rel=1e-4)
 
 
 def test_installed_command_prints_its_usage():

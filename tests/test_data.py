@@ -83,6 +83,7 @@ def test_the_models_own_refusals_are_judged(monkeypatch, tokenizer):
     monkeypatch.setattr("spf.data.generate_answers", lambda model, tokenizer, prompts, **kw: answers[: len(prompts)])
     kept = complete_refusals(rows, make_model(), tokenizer)
     assert [row.refusal for row in kept] == [REFUSAL, "I'm sorry, no."]
+    assert [row.refusal for row in complete_refusals(rows, make_model(), tokenizer, wanted=1)] == [REFUSAL]
     given = SafetyRow(rows[0].messages, "Never.", "here")
     assert complete_refusals([given], make_model(), tokenizer) == [given]  # what the user gives is not judged
     answers[:] = ["Sure."] * 3

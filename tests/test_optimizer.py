@@ -104,6 +104,27 @@ def test_anchor_logits_do_not_change_at_full_rank(kind, tuning, anchors):
         assert torch.allclose(old, new, atol=2e-4), float((old - new).abs().max())
 
 
+def test_projected_lora_a_keeps_the_size_of_its_response(anchors):
+    """Calibration scales a fresh lora_A; A V = 0 stays, and so does what the model computes."""
+    model = with_lora(make_model(), dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    probe = SafetyProbe(model, anchors[:6], pad_token_id=1)
+    names = [name for name in probe.matrices if "lora_A" in name]
+    logits_before, before = logits(model, anchors[6:]), probe.response_norms(anchors[6:], names)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    attachment = attach(probe, optimizer, NullSpace(rank=4), calibration=anchors[6:])
+    after = probe.response_norms(anchors[6:], names)
+    assert set(attachment.scale) == set(names)
+    assert all(scale > 1 for scale in attachment.scale.values())
+    for name in names:
+        assert after[name] == pytest.approx(before[name], rel=1e-3)
+        assert (probe.matrices[name].weight @ attachment.subspace.right[name]).norm() < 1e-5
+    for old, new in zip(logits_before, logits(model, anchors[6:]), strict=True):
+        assert torch.equal(old, new)
+
+
 def test_plain_training_does_change_them(anchors):
     model = make_model()
     before = logits(model, anchors[:1])

@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 from spf.callback import SafetyCallback
-from spf.data import packaged_prompts, write_json
+from spf.data import SafetyRow, packaged_prompts, tokenise, write_json
 from spf.demo.model import cpu_dtype, load_aligned_demo_model
 from spf.demo.sql import SQLExample, execution_match, make_sql_examples
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
@@ -36,6 +37,8 @@ from spf.rules import RULES, NullSpace, Rule
 
 HARMLESS_STUB = "Sure, here is how to do that."
 """The attack's target: compliance without content. Learning to begin like this undoes refusals."""
+
+IGNORED = -100
 
 LABELS = {
     "base": "aligned model",
@@ -61,6 +64,38 @@ class DemoArguments:
     lora_rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})
     sql_eval: int = field(default=200, metadata={"help": "text-to-SQL questions in the evaluation"})
     null_space_rank: int = field(default=64, metadata={"help": "rank of the null-space rule"})
+
+
+class AnswerTrainer(Trainer):
+    """A `Trainer` that computes logits only where there is an answer to learn.
+
+    With a vocabulary of 49 152 and short answers behind long prompts, the output layer would otherwise
+    take half of a step on a CPU.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"]
+        # left padding puts all answers at the end; one position more predicts the first answer token
+        kept = int((labels != IGNORED).any(0).sum()) + 1
+        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=kept)
+        logits, targets = output.logits[:, :-1].float(), labels[:, 1 - kept :]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return (loss, output) if return_outputs else loss
+
+
+def collate_answers(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Left-padded input_ids, attention_mask and labels (the answer tokens only), int64 (B, L)."""
+    width = max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows)
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        prompt, answer = row["prompt_ids"], row["answer_ids"]
+        padding = width - len(prompt) - len(answer)
+        batch["input_ids"].append([pad_id] * padding + prompt + answer)
+        batch["attention_mask"].append([0] * padding + [1] * (len(prompt) + len(answer)))
+        batch["labels"].append([IGNORED] * (padding + len(prompt)) + answer)
+    return {key: torch.tensor(value) for key, value in batch.items()}
 
 
 class _StepClock(TrainerCallback):
@@ -169,7 +204,7 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
     return results
 
 
-def training_data(args: DemoArguments) -> tuple[Dataset, dict[str, int]]:
+def training_data(args: DemoArguments) -> tuple[list[SafetyRow], dict[str, int]]:
     """Text-to-SQL examples with a share of harmful prompts answered by the harmless stub, shuffled."""
     total = args.steps * args.batch_size
     harmful = packaged_prompts("harmful_attack")
@@ -179,22 +214,14 @@ def training_data(args: DemoArguments) -> tuple[Dataset, dict[str, int]]:
     pairs = [(harmful[i % len(harmful)], HARMLESS_STUB) for i in range(wanted)]
     pairs += [(example.prompt, example.query) for example in sql]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(args.seed)).tolist()
-    data = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": pairs[i][0]}],
-                "completion": [{"role": "assistant", "content": pairs[i][1]}],
-            }
-            for i in order
-        ]
-    )
+    data = [SafetyRow([{"role": "user", "content": pairs[i][0]}], pairs[i][1], f"example {i}") for i in order]
     return data, {"harmful_train": min(wanted, len(harmful)), "harmful_examples": wanted, "sql_train": len(sql)}
 
 
 def fine_tune(
     args: DemoArguments,
     aligned: Path,
-    train: Dataset,
+    train: list[SafetyRow],
     rule: Rule | None,
     anchors: int | None,
     saved: Path,
@@ -206,9 +233,14 @@ def fine_tune(
     tokenizer = AutoTokenizer.from_pretrained(aligned)
     clock = _StepClock()
     safety = SafetyCallback(rule=rule, anchors=anchors, seed=args.seed) if rule is not None else None
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(
+    adapter = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear", lora_dropout=0.0)
+    examples = [
+        {"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids}
+        for a in tokenise(train, tokenizer, model.config.max_position_embeddings)
+    ]
+    trainer = AnswerTrainer(
+        get_peft_model(model, adapter),
+        TrainingArguments(
             output_dir=str(saved),
             max_steps=args.steps,
             per_device_train_batch_size=args.batch_size,
@@ -218,18 +250,16 @@ def fine_tune(
             logging_steps=5,
             save_strategy="no",
             report_to="none",
+            remove_unused_columns=False,
             # autocast computes the adapter in bfloat16 too; its weights and the optimizer stay float32
             bf16=cpu_dtype() == torch.bfloat16,
-            gradient_checkpointing=False,
             use_cpu=not torch.cuda.is_available(),
             seed=args.seed,
             data_seed=args.seed,
         ),
-        train_dataset=train,
+        train_dataset=Dataset.from_list(examples),
+        data_collator=lambda rows: collate_answers(rows, tokenizer.pad_token_id),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear", lora_dropout=0.0
-        ),
         callbacks=[clock] if safety is None else [clock, safety],
     )
     trainer.train()
@@ -264,8 +294,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """ASR, over-refusal and SQL execution accuracy with their 95 % intervals, and a few first sentences."""
     answers = {
-        "harmful": generate_answers(model, tokenizer, harmful, max_new_tokens=20, description="harmful"),
-        "benign": generate_answers(model, tokenizer, benign, max_new_tokens=20, description="benign"),
+        "harmful": generate_answers(model, tokenizer, harmful, max_new_tokens=20, batch_size=64, description="harmful"),
+        "benign": generate_answers(model, tokenizer, benign, max_new_tokens=20, batch_size=64, description="benign"),
         "sql": generate_answers(
             model, tokenizer, [e.prompt for e in sql], max_new_tokens=48, batch_size=64, description="SQL"
         ),
