@@ -40,11 +40,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make_model(
+    kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 32
+) -> PreTrainedModel:
     common = {
         "vocab_size": 2048,
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
