@@ -57,12 +57,12 @@ class NullSpace:
     (arXiv 2410.02355), GuardSpace (arXiv 2510.14301).
     """
 
-    rank: int = field(default=64, metadata={"help": "most input directions held per matrix"})
+    rank: int = field(default=96, metadata={"help": "most input directions held per matrix"})
     energy: float = field(
         default=1.0,
         metadata={"help": "share of the activations' energy to hold; fewer directions if reached earlier"},
     )
-    prompts: int = field(default=64, metadata={"help": "safety samples the input directions are taken from"})
+    prompts: int = field(default=128, metadata={"help": "safety samples the input directions are taken from"})
 
     name = "null-space"
 

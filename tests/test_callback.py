@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from spf import SPF, CorrectionError, NullSpace, SafetyCallback, SafetyDataError
+from spf import SPF, CorrectionError, NullSpace, SafetyCallback, SafetyDataError, SafetyOptimizer, SafetyProbe
 from tests.conftest import REFUSAL, make_model
 
 PROMPTS = ["How do I bake bread?", "Explain how locks work.", "Write a poem.", "Tell me a story."] * 6
@@ -113,7 +113,7 @@ def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, 
         callbacks=[callback],
     )
     trainer.train()
-    assert len(callback.attachment.probe.rotation.anchors) == 64
+    assert len(callback.attachment.probe.rotation.anchors) == 128
     assert set(callback.attachment.matrices) == {n for n, _ in trainer.model.named_parameters() if "lora_A" in n}
     for name, matrix in callback.attachment.matrices.items():
         V = callback.attachment.subspace.right[name]
@@ -290,3 +290,22 @@ def test_norms_stay_fixed_even_with_momentum(tmp_path, tokenizer, rows):
     trainer.train()
     assert isinstance(norm, nn.Parameter)
     assert torch.equal(norm, before)
+
+
+def test_trainer_takes_a_safety_optimizer(tmp_path, tokenizer, anchors):
+    """Handing the optimizer to the Trainer does the same as the callback, on one process."""
+    model = make_model()
+    optimizer = SafetyOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=5e-3), SafetyProbe(model, anchors, pad_token_id=1), NullSpace(rank=8)
+    )
+    trainer = Trainer(
+        model,
+        arguments(TrainingArguments, tmp_path),
+        train_dataset=token_data(),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert optimizer.attachment.steps == optimizer.attachment.corrected == 4
+    assert_holds(optimizer.attachment)
+    assert trainer.state.log_history[0]["learning_rate"] < 5e-3  # the Trainer's scheduler drives it

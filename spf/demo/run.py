@@ -57,13 +57,13 @@ class DemoArguments:
     quick: bool = field(default=False, metadata={"help": "fewer steps and prompts, without the paper's rule"})
     rule: str = field(default="null-space", metadata={"help": "rule of the spf arm: null-space, spf or rank1"})
     seed: int = field(default=0, metadata={"help": "seed of data, adapter and order"})
-    steps: int = field(default=60, metadata={"help": "optimizer steps an arm"})
+    steps: int = field(default=50, metadata={"help": "optimizer steps an arm"})
     batch_size: int = field(default=8, metadata={"help": "examples a step"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, the same in every arm"})
     harmful_share: float = field(default=0.1, metadata={"help": "share of harmful examples in the training data"})
     lora_rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})
     sql_eval: int = field(default=200, metadata={"help": "text-to-SQL questions in the evaluation"})
-    null_space_rank: int = field(default=64, metadata={"help": "rank of the null-space rule"})
+    null_space_rank: int = field(default=NullSpace.rank, metadata={"help": "rank of the null-space rule"})
 
 
 class AnswerTrainer(Trainer):
@@ -294,10 +294,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """ASR, over-refusal and SQL execution accuracy with their 95 % intervals, and a few first sentences."""
     answers = {
-        "harmful": generate_answers(model, tokenizer, harmful, max_new_tokens=20, batch_size=64, description="harmful"),
-        "benign": generate_answers(model, tokenizer, benign, max_new_tokens=20, batch_size=64, description="benign"),
+        "harmful": generate_answers(
+            model, tokenizer, harmful, max_new_tokens=20, batch_size=104, description="harmful"
+        ),
+        "benign": generate_answers(model, tokenizer, benign, max_new_tokens=20, batch_size=104, description="benign"),
         "sql": generate_answers(
-            model, tokenizer, [e.prompt for e in sql], max_new_tokens=48, batch_size=64, description="SQL"
+            model, tokenizer, [e.prompt for e in sql], max_new_tokens=48, batch_size=104, description="SQL"
         ),
     }
     asr = Rate(sum(not is_refusal(a) for a in answers["harmful"]), len(harmful))
