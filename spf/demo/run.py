@@ -120,7 +120,7 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
     transformers_logging.set_verbosity_error()
     started = time.perf_counter()
     if args.quick:
-        args.steps, args.sql_eval = min(args.steps, 24), min(args.sql_eval, 60)
+        args.steps, args.sql_eval = min(args.steps, 14), min(args.sql_eval, 30)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     aligned = output / "aligned-model"
