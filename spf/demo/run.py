@@ -54,7 +54,7 @@ class DemoArguments:
     """What `spf demo` runs."""
 
     output: str = field(default="demo-output", metadata={"help": "directory for models, results and report"})
-    quick: bool = field(default=False, metadata={"help": "fewer steps and prompts, without the paper's rule"})
+    quick: bool = field(default=False, metadata={"help": "a smoke run: too few steps to show the effect, no paper arm"})
     rule: str = field(default="null-space", metadata={"help": "rule of the spf arm: null-space, spf or rank1"})
     seed: int = field(default=0, metadata={"help": "seed of data, adapter and order"})
     steps: int = field(default=50, metadata={"help": "optimizer steps an arm"})
