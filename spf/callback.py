@@ -137,7 +137,7 @@ class SafetyCallback(TrainerCallback):
             optimizer,
             self.rule,
             subspace=subspace,
-            calibration=tokenise(_benign_rows(), processing_class, limit),
+            calibration=tokenise(_benign_rows(), processing_class, limit) if self._constrains and saved is None else (),
             monitor_steps=self.monitor_steps if isinstance(self.rule, NullSpace) else 0,
         )
         if saved is not None:

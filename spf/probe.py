@@ -1,6 +1,6 @@
 """SafetyProbe: one small forward/backward pass -> safety loss and factored safety gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -144,7 +144,7 @@ class SafetyProbe:
 
             return hook
 
-        with torch.enable_grad(), self._quiet(), self._hooked(tap):
+        with torch.enable_grad(), self._quiet(), self._hooked(tap, self.matrices):
             loss = self._loss(batch)
             # Records made later would be a checkpointed recomputation's.
             records = {name: list(pairs) for name, pairs in taps.items()}
@@ -186,27 +186,14 @@ class SafetyProbe:
         """
         # Twice the rank and 16 more keep the sketched directions accurate (Halko et al., section 4.2).
         sketches = {name: InputSketch(2 * rank + 16) for name in names}
-        mask = torch.empty(0)
 
-        def tap(name: str) -> Callable:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                try:
-                    sketches[name].add(inputs[0][mask])
-                except ValueError as error:
-                    raise UnsupportedModelError(f"{name}: {error}") from error
+        def take(name: str, x: Tensor, y: Tensor) -> None:
+            try:
+                sketches[name].add(x)
+            except ValueError as error:
+                raise UnsupportedModelError(f"{name}: {error}") from error
 
-            return hook
-
-        handles = [self.matrices[name].module.register_forward_pre_hook(tap(name)) for name in names]
-        try:
-            with self._quiet():
-                for start in range(0, len(anchors), batch_size):
-                    batch = self._batch(anchors[start : start + batch_size])
-                    mask = batch.attention_mask.bool()
-                    self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._stream(anchors, names, take, batch_size)
         for name, sketch in sketches.items():
             if sketch.count == 0:
                 raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
@@ -216,27 +203,37 @@ class SafetyProbe:
     def response_norms(self, anchors: Sequence[Anchor], names: Sequence[str], batch_size: int = 16) -> dict[str, float]:
         """Root mean square of each named matrix's outputs over all tokens of the anchors."""
         squares = dict.fromkeys(names, 0.0)
+
+        def take(name: str, x: Tensor, y: Tensor) -> None:
+            squares[name] += float(y.float().square().sum())
+
+        tokens = self._stream(anchors, names, take, batch_size)
+        return {name: (total / tokens) ** 0.5 for name, total in squares.items()}
+
+    def _stream(
+        self,
+        anchors: Sequence[Anchor],
+        names: Sequence[str],
+        take: Callable[[str, Tensor, Tensor], None],
+        batch_size: int,
+    ) -> int:
+        """Hand the inputs and outputs (T, n), (T, m) of the named matrices to `take`; returns the tokens in all."""
+        tokens = 0
         mask = torch.empty(0)
 
         def tap(name: str) -> Callable:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                squares[name] += float(output[mask].float().square().sum())
+                take(name, inputs[0][mask], output[mask])
 
             return hook
 
-        handles = [self.matrices[name].module.register_forward_hook(tap(name)) for name in names]
-        count = 0
-        try:
-            with self._quiet():
-                for start in range(0, len(anchors), batch_size):
-                    batch = self._batch(anchors[start : start + batch_size])
-                    mask = batch.attention_mask.bool()
-                    count += int(mask.sum())
-                    self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {name: (total / count) ** 0.5 for name, total in squares.items()}
+        with self._quiet(), self._hooked(tap, names):
+            for start in range(0, len(anchors), batch_size):
+                batch = self._batch(anchors[start : start + batch_size])
+                mask = batch.attention_mask.bool()
+                tokens += int(mask.sum())
+                self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return tokens
 
     def _batch(self, anchors: Sequence[Anchor]) -> AnchorBatch:
         device = next(self.model.parameters()).device
@@ -253,8 +250,8 @@ class SafetyProbe:
         return (nll * weights[used]).sum() / weights[used].sum()
 
     @contextmanager
-    def _hooked(self, tap: Callable[[str], Callable]) -> Iterator[None]:
-        handles = [matrix.module.register_forward_hook(tap(name)) for name, matrix in self.matrices.items()]
+    def _hooked(self, tap: Callable[[str], Callable], names: Iterable[str]) -> Iterator[None]:
+        handles = [self.matrices[name].module.register_forward_hook(tap(name)) for name in names]
         try:
             yield
         finally:

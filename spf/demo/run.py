@@ -180,9 +180,6 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
         del model
         gc.collect()
     base, plain = results["arms"]["base"], results["arms"]["plain"]
-    for result in results["arms"].values():
-        if result["overhead"] is not None:
-            result["overhead"]["plain_step_seconds"] = plain["seconds_per_step"]
     results["config"]["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / "results.json", results)
     plot_demo(results, output / "safety_utility.png")
