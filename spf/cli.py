@@ -17,6 +17,7 @@ USAGE = """spf keeps an aligned language model's refusals while you fine-tune it
   spf bench CONFIG    safety-utility curves against every alternative: a grid of fine-tuning runs, resumable
   spf align MODEL     teach a chat model to refuse (how the demo model was made)
   spf lock COMMAND    SafetyLock: extract, apply, remove, inspect, tune (spf lock shows how)
+  spf study COMMAND   the mechanistic study: run (a synthetic world), measure (any model before and after fine-tuning)
   spf report RUN      redraw the plot and the HTML report of a run from its results.json
 
   spf COMMAND --help  its options"""
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         "align": _align,
         "bench": _bench,
         "lock": _lock,
+        "study": _study,
         "report": _report,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -195,6 +197,19 @@ def _lock(arguments: list[str]) -> None:
     from spf.safetylock.command import lock_command
 
     lock_command(arguments)
+
+
+def _study(arguments: list[str]) -> None:
+    if not arguments or arguments[0] not in ("run", "measure"):
+        raise ValueError("spf study run (the synthetic world) or spf study measure (real checkpoints); each has --help")
+    if arguments[0] == "run":
+        from spf.study.run import RunArguments, run_study
+
+        run_study(_parse(RunArguments, "study run", arguments[1:]))
+    else:
+        from spf.study.measure import MeasureArguments, measure_checkpoints
+
+        measure_checkpoints(_parse(MeasureArguments, "study measure", arguments[1:]))
 
 
 def _report(arguments: list[str]) -> None:

