@@ -290,6 +290,13 @@ def _legend(figure: Figure, axes: np.ndarray, columns: int) -> None:
     )
 
 
+def _layer_axis(ax: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer", fontsize=8.5, color=_MUTED)
+
+
 def _shown_layers(count: int) -> list[int]:
     return list(range(count)) if count <= FEW_LAYERS else [round(i * (count - 1) / 3) for i in range(4)]
 
@@ -310,6 +317,7 @@ def plot_tau(runs: Sequence[Run]) -> Figure:
                 _outline(ax, dist, _set_colour(name, sets), label(name), filled=name in SET_COLOURS)
             ax.axvline(0, color=_MUTED, linewidth=0.8, linestyle=":")
             ax.set_yticks([])
+            ax.locator_params(axis="x", nbins=4)
             if row == 0:
                 _heading(ax, f"layer {layer}")
             if column == 0:
@@ -351,7 +359,7 @@ def plot_tau_layers(runs: Sequence[Run]) -> Figure:
                 for m in (run["models"][model] for run in runs)
             ]
             _lines(ax, layers, many, _set_colour(name, sets), label(name))
-        ax.set_xlabel("layer", fontsize=8.5, color=_MUTED)
+        _layer_axis(ax)
     for ax in axes[:, 0]:
         ax.set_ylabel("mean τ / mean norm", fontsize=8.5, color=_MUTED)
     _legend(figure, axes, min(len(sets), 5))
@@ -377,7 +385,7 @@ def plot_separation(runs: Sequence[Run]) -> Figure:
             _lines(ax, range(len(many[0])), many, _model_colour(model, models), label(model))
         if title.endswith("(%)"):
             ax.axhline(50, color=_MUTED, linewidth=1, linestyle="--")
-        ax.set_xlabel("layer", fontsize=8.5, color=_MUTED)
+        _layer_axis(ax)
     _legend(figure, axes, 4)
     return figure
 
@@ -438,7 +446,7 @@ def plot_shares(runs: Sequence[Run]) -> Figure:
                 _lines(ax, layers, chance, _INK, "chance: a random update", linestyle="--", marker="")
                 drawn = True
         ax.set_ylim(0, 1.03)
-        ax.set_xlabel("layer", fontsize=8.5, color=_MUTED)
+        _layer_axis(ax)
     axes[0, 0].set_ylabel("energy of ΔW outside span(W)", fontsize=8.5, color=_MUTED)
     _legend(figure, axes, 4)
     return figure
@@ -501,7 +509,7 @@ def plot_gains(runs: Sequence[Run]) -> Figure:
             _lines(ax, layers, many, _set_colour(name, sets), label(name))
         ax.axhline(1, color=_INK, linestyle="--", linewidth=1.2, label="chance: a random input")
         ax.set_ylim(bottom=0)
-        ax.set_xlabel("layer", fontsize=8.5, color=_MUTED)
+        _layer_axis(ax)
     for ax in axes[:, 0]:
         ax.set_ylabel("‖ΔW a‖ over chance", fontsize=8.5, color=_MUTED)
     _legend(figure, axes, 5)
@@ -582,7 +590,7 @@ def plot_spans(runs: Sequence[Run]) -> Figure:
             many = [[a["mean"] for a in run["updates"][update]["angles"][name]] for run in runs]
             _lines(ax, range(len(many[0])), many, _set_colour(name, sets), label(name))
         ax.set_ylim(0, 1)
-        ax.set_xlabel("layer", fontsize=8.5, color=_MUTED)
+        _layer_axis(ax)
     for ax in axes[:, 0]:
         ax.set_ylabel("mean sine", fontsize=8.5, color=_MUTED)
     _legend(figure, axes, 5)
@@ -740,9 +748,9 @@ th, td { padding: .35rem .5rem; font-size: .82rem; white-space: normal; } ul { m
 
 _WORDS = {
     "tau": "O1. Clusters. â is a prompt's activation after the first MLP layer, averaged over the positions named "
-    "below; τ = ‖â − mean unsafe‖ − ‖â − mean safe‖ is positive where it lies on the safe side. The means come from the "
-    "other half of the prompts. If fine-tuning for safety works by telling the two apart, the blue and the orange hills move "
-    "away from each other, and a jailbreak works by looking safe: its hill lies between. The scale differs by panel.",
+    "below; τ = ‖â − mean unsafe‖ − ‖â − mean safe‖ is positive where it lies on the safe side. The means come from "
+    "the other half of the prompts. If safety fine-tuning works by telling the two apart, the blue hill and the orange "
+    "one move away from each other, and a jailbreak works by looking safe: its hill lies between. Scales differ.",
     "angles": "O2. Where the update writes. The columns of W span what a layer could write before. Each direction that "
     "the update ΔW writes to has an angle to that span: sine 1 is outside (its null space), 0 inside. The dashed line "
     "is where a random direction lies: only what is above it says something about safety.",
