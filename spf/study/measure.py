@@ -4,7 +4,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,10 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.analysis import clusters, weights
 from spf.analysis.activations import Activations, capture, find_mlps, local_lipschitz
+from spf.analysis.gradients import captured_energy, chance_overlap
 from spf.analysis.inputs import Prompts
-from spf.data import SafetyRow, load_safety_rows, render, write_json
-from spf.evaluation import TRANSFORMS, Rate, evaluate_refusals
-from spf.subspace import cumulative_energy_ratio, effective_rank
+from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise, write_json
+from spf.evaluation import TRANSFORMS, Rate, evaluate_refusals, generate_answers
+from spf.probe import SafetyProbe
+from spf.subspace import cumulative_energy_ratio, effective_rank, overlap, svd_dense
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 """The paper's factors on the update."""
@@ -188,6 +190,81 @@ def _angles(sines: Tensor) -> dict[str, Any]:
     return {"mean": float(sines.mean()), "max": float(sines.max()), "count": len(sines)}
 
 
+def mean_gradients(model: PreTrainedModel, anchors: Sequence[Anchor], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """Mean gradient (m, n) of the anchors' answer loss, of the MLP matrices of five layers evenly spaced, by name."""
+    mlps = find_mlps(model)
+    watched = {name for i in range(5) for name in mlps[round(i * (len(mlps) - 1) / 4)].weight_names()}
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    sums: dict[str, Tensor] = {}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in watched)
+        probe = SafetyProbe(model, anchors, pad_token_id=pad_token_id)
+        for start in range(0, len(anchors), 4):
+            chunk = anchors[start : start + 4]
+            for name, factors in probe.measure(chunk).factors.items():
+                G = factors.dense().cpu() * (len(chunk) / len(anchors))
+                sums[name] = sums[name] + G if name in sums else G
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+    return sums
+
+
+def measure_gradients(
+    base: PreTrainedModel,
+    tuned: Mapping[str, PreTrainedModel],
+    anchors: Mapping[str, Sequence[Anchor]],
+    *,
+    k: int = 10,
+    pad_token_id: int = 0,
+) -> dict[str, Any]:
+    """The SPF paper's insights (arXiv 2601.10141) for each model: rank, sign and persistence of the safety gradient.
+
+    anchors: `safety`, harmful prompts with refusals, and `utility`, harmless ones with answers; the same for every
+    model. Of the update also: the share of its energy in the k leading left and right directions of the safety
+    gradient of `base`. Means over the MLP matrices of five layers.
+    """
+    result: dict[str, Any] = {"k": k, "counts": {name: len(a) for name, a in anchors.items()}, "models": {}}
+    first: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    transposed = _transposed(base)
+    weight_before = dict(base.named_parameters())
+    for name, model in tqdm({"base": base, **tuned}.items(), desc="gradients", leave=False):
+        found = {kind: mean_gradients(model, anchors[kind], pad_token_id) for kind in ("safety", "utility")}
+        triplets = {matrix: svd_dense(G, k) for matrix, G in found["safety"].items()}
+        first = first or triplets
+        flat = {kind: torch.cat([G.flatten() for G in gradients.values()]) for kind, gradients in found.items()}
+        entry: dict[str, Any] = {
+            "cosine": float(torch.nn.functional.cosine_similarity(flat["safety"], flat["utility"], dim=0)),
+            "norm": {kind: float(G.norm()) for kind, G in flat.items()},
+        }
+        for kind, gradients in found.items():
+            spectra = [torch.linalg.svdvals(G) for G in gradients.values()]
+            entry[f"effective_rank_{kind}"] = _average(effective_rank(s) for s in spectra)
+            entry[f"cer_{kind}"] = _average(cumulative_energy_ratio(s, k) for s in spectra)
+        if name != "base":
+            updates = {}
+            for matrix in first:
+                dW = (dict(model.named_parameters())[matrix] - weight_before[matrix]).detach().float().cpu()
+                updates[matrix] = dW.T if transposed else dW
+            for axis, side in ((0, "left"), (2, "right")):
+                bases = {matrix: (first[matrix][axis], triplets[matrix][axis]) for matrix in first}
+                entry[f"overlap_{side}"] = _average(overlap(*pair) for pair in bases.values())
+                entry[f"chance_{side}"] = _average(chance_overlap(k, k, len(U)) for U, _ in bases.values())
+                entry[f"update_{side}"] = _average(
+                    float(captured_energy(dW if side == "left" else dW.T, bases[matrix][0])[-1])
+                    for matrix, dW in updates.items()
+                    if bool(dW.any())
+                )
+        result["models"][name] = entry
+    return result
+
+
+def _average(values: Iterable[float]) -> float | None:
+    kept = list(values)
+    return sum(kept) / len(kept) if kept else None
+
+
 def scale_curve(
     model: PreTrainedModel,
     before: Mapping[str, Tensor],
@@ -248,6 +325,8 @@ def measure_world(
     energy: float = 0.99,
     batch_size: int = 32,
     autocast: bool = False,
+    anchors: Mapping[str, Sequence[Anchor]] | None = None,
+    pad_token_id: int = 0,
 ) -> dict[str, Any]:
     """All measurements of a model `base` and of models fine-tuned from it; JSON-ready (see docs/study.md).
 
@@ -256,7 +335,7 @@ def measure_world(
     attacked: inputs_embeds (N, L, d) by model and name, adversarial versions of the first N unsafe prompts;
     attacked_success: which of them work. evaluate: rates of a model, for the update scaled by `alphas`, of the models
     named in `scaled` (default: all). The results depend on nothing random; `seed` is recorded only.
-    autocast: forward passes in bfloat16; weights are always compared in float32.
+    autocast: forward passes in bfloat16; weights are always compared in float32. anchors: see `measure_gradients`.
 
     Raises:
         ValueError: safe or unsafe is missing, a model does not fit to `base` or does not differ from it.
@@ -312,6 +391,8 @@ def measure_world(
             else:
                 result["updates"][name] = measure_update(base, model, before, activations, energy=energy, bases=bases)
             result["seconds"][name] = time.perf_counter() - started
+    if anchors is not None:
+        result["gradients"] = measure_gradients(base, tuned, anchors, pad_token_id=pad_token_id)
     for name in tuned if scaled is None else scaled:
         if evaluate is not None:
             result["alpha"][name] = {
@@ -359,6 +440,9 @@ class MeasureArguments:
         default="0,0.5,1,1.5", metadata={"help": "factors on the update at which refusals are counted, or none"}
     )
     alpha_prompts: int = field(default=52, metadata={"help": "prompts a set that are answered at each factor"})
+    gradient_prompts: int = field(
+        default=16, metadata={"help": "prompts a set for the safety gradient's rank, sign and overlap; 0: leave out"}
+    )
     batch_size: int = field(default=16, metadata={"help": "prompts a forward pass"})
     bfloat16: bool = field(
         default=False, metadata={"help": "forward passes in bfloat16 (faster); weights are compared in float32 anyway"}
@@ -418,6 +502,8 @@ def measure_checkpoints(args: MeasureArguments) -> None:
         lipschitz_prompts=args.lipschitz_prompts,
         batch_size=args.batch_size,
         autocast=args.bfloat16,
+        anchors=_anchors(rows, base, tokenizer, args.gradient_prompts) if args.gradient_prompts else None,
+        pad_token_id=tokenizer.pad_token_id or 0,
     )
     results = {
         "kind": "measure",
@@ -449,6 +535,22 @@ def tokenise_prompts(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBa
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded])
     return Prompts(ids, torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded]))
+
+
+def _anchors(
+    rows: Mapping[str, Sequence[SafetyRow]], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int
+) -> dict[str, list[Anchor]]:
+    """Harmful prompts with refusals, harmless ones with answers: the files' own, or `spf align`'s and the model's."""
+    from spf.align import REFUSALS
+
+    unsafe, safe = list(rows["unsafe"][:count]), list(rows["safe"][:count])
+    refused = [SafetyRow(r.messages, r.refusal or REFUSALS[i % len(REFUSALS)], r.where) for i, r in enumerate(unsafe)]
+    missing = [row for row in safe if row.refusal is None]
+    own = generate_answers(base, tokenizer, [row.messages for row in missing], max_new_tokens=12) if missing else []
+    answers = dict(zip((row.where for row in missing), own, strict=True))
+    answered = [SafetyRow(r.messages, r.refusal or answers[r.where] or "Yes.", r.where) for r in safe]
+    limit = base.config.max_position_embeddings
+    return {"safety": tokenise(refused, tokenizer, limit), "utility": tokenise(answered, tokenizer, limit)}
 
 
 def _load(path: str | None, packaged: str) -> list[SafetyRow]:

@@ -765,6 +765,10 @@ _WORDS = {
     "Dotted: unattacked unsafe prompts.",
     "bridge": "The safety-tuned model is fine-tuned on operators it has not seen: plainly, with SafetyCallback, and "
     "with SafetyLock on top. Does keeping the refusals keep what the study sees inside? Bars are means, dots seeds.",
+    "gradients": "The SPF paper (arXiv 2601.10141) rests on three observations: the gradient of the refusal loss on "
+    "unsafe prompts has low rank, points against the utility gradient, and its subspace is stable. Here the utility "
+    "gradient is that of harmless prompts with answers. Overlap is of the leading directions before and after; the "
+    "update's share is that of its energy in the safety gradient's leading directions; in brackets, chance.",
     "alpha": "Interventions. The update is scaled: α = 0 is the model before, 1 the model after, more exaggerates it.",
 }
 
@@ -823,6 +827,26 @@ def _data_section(many: Sequence[Run]) -> str:
     table = _table(["", *(f"seed {i + 1}" for i in range(len(many)))], rows)
     said = "Texts: lengths, and how well n-grams alone tell safe from unsafe text"
     return f"<details><summary>{said}</summary>{table}</details>"
+
+
+def _gradient_table(runs: Sequence[Run]) -> str:
+    k = runs[0]["gradients"]["k"]
+    head = ["Model", "effective rank, safety", "utility", f"CER({k}), safety", "utility", "cosine of the two"]
+    head += [f"{what}, {side}" for what in ("overlap with before", "update's share") for side in ("left", "right")]
+    rows = []
+    for name in _models(runs[0]):
+        many = [run["gradients"]["models"][name] for run in runs]
+        keys = ["effective_rank_safety", "effective_rank_utility", "cer_safety", "cer_utility", "cosine"]
+        cells = [label(name), *(_spread([m[key] for m in many]) for key in keys)]
+        for what in ("overlap", "update"):
+            for side in ("left", "right"):
+                if name == "base" or many[0][f"{what}_{side}"] is None:
+                    cells.append("")
+                else:
+                    chance = _mean([m[f"chance_{side}"] for m in many])
+                    cells.append(f"{_spread([m[f'{what}_{side}'] for m in many])} ({chance:.2g})")
+        rows.append((False, [_e(cell) for cell in cells]))
+    return _table(head, rows)
 
 
 def _short(value: Any) -> str:
@@ -905,6 +929,8 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
         + picture("lipschitz", plot_lipschitz),
     )
     body += _section("Did the activations turn?", f"<p>{_e(_WORDS['spans'])}</p>" + picture("spans", plot_spans))
+    if runs[0].get("gradients"):
+        body += _section("The safety gradient", f"<p>{_e(_WORDS['gradients'])}</p>" + _gradient_table(runs))
     if runs[0]["alpha"]:
         body += _section(
             "What if the update is scaled?", f"<p>{_e(_WORDS['alpha'])}</p>" + picture("alpha", plot_alpha)

@@ -7,7 +7,7 @@ import torch
 from spf.analysis.activations import capture, find_mlps
 from spf.analysis.inputs import Prompts
 from spf.cli import main
-from spf.data import packaged_prompts
+from spf.data import Anchor, packaged_prompts
 from spf.study import measure
 from tests.conftest import make_model, make_tokenizer
 
@@ -107,7 +107,7 @@ def test_update_is_the_difference_of_the_weights(world):
 
 def test_scaling_reaches_both_models_and_leaves_the_tuned_one_as_it_was(world):
     base, tuned, found = world
-    level = {name: float(next(m.parameters()).abs().mean()) for name, m in (("base", base), *tuned.items())}
+    level = {name: float(next(m.parameters()).detach().abs().mean()) for name, m in (("base", base), *tuned.items())}
     curve = found["alpha"]["ssft-medium"]["all"]
     assert [point["alpha"] for point in curve] == [0, 0.5, 1]
     assert curve[0]["safe_instruct"] == pytest.approx(level["base"], rel=1e-4)
@@ -161,6 +161,43 @@ def test_histograms_hold_every_value_and_nan_is_refused():
         measure.describe(torch.tensor([0.0, float("nan"), 1.0, 2.0]))
 
 
+def test_gradients_are_autograds_and_leave_the_model_alone():
+    base = make_model("llama")
+    generator = torch.Generator().manual_seed(3)
+    anchors = {
+        kind: [Anchor(*torch.randint(5, 2048, (2, 4), generator=generator).tolist(), f"{kind} {i}") for i in range(5)]
+        for kind in ("safety", "utility")
+    }
+    tuned = changed(base)
+    found = measure.measure_gradients(base, {"tuned": tuned}, anchors, k=4)
+    names = [name for mlp in find_mlps(base) for name in mlp.weight_names()]
+    parameters = [dict(base.named_parameters())[name] for name in names]
+
+    def gradient(kind):
+        total = [torch.zeros_like(p) for p in parameters]
+        for chunk in (anchors[kind][:4], anchors[kind][4:]):
+            ids = torch.tensor([a.prompt_ids + a.refusal_ids for a in chunk])
+            logits = base(input_ids=ids).logits[:, 3:-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 4:].flatten()) * len(chunk) / 5
+            total = [a + b for a, b in zip(total, torch.autograd.grad(loss, parameters), strict=True)]
+        return total
+
+    safety, utility = gradient("safety"), gradient("utility")
+    flat = [torch.cat([G.flatten() for G in found]) for found in (safety, utility)]
+    entry = found["models"]["base"]
+    assert entry["cosine"] == pytest.approx(float(torch.nn.functional.cosine_similarity(*flat, dim=0)), abs=1e-4)
+    assert entry["norm"]["safety"] == pytest.approx(float(flat[0].norm()), rel=1e-3)
+    shares = []
+    for G, name in zip(safety, names, strict=True):
+        V = torch.linalg.svd(G).Vh[:4].T
+        dW = (dict(tuned.named_parameters())[name] - dict(base.named_parameters())[name]).detach()
+        shares.append(float((dW @ V).square().sum() / dW.square().sum()))
+    assert found["models"]["tuned"]["update_right"] == pytest.approx(sum(shares) / 6, rel=1e-3)
+    assert found["models"]["tuned"]["chance_left"] == pytest.approx((4 / 64 * 2 + 4 / 32) / 3)
+    assert 0 < found["models"]["tuned"]["overlap_left"] < 1
+    assert all(p.requires_grad and p.grad is None for p in base.parameters())
+
+
 # ------------------------------------------------------------------------------------------------------- command
 
 
@@ -187,12 +224,24 @@ def command(place, *more, tuned="b", safe="safe.jsonl"):
 
 
 def test_command_writes_figures_a_page_and_a_table(checkpoints, capsys):
-    options = ["--transforms", "past-tense", "--alphas", "0,1", "--alpha_prompts", "2", "--positions", "2"]
+    options = [
+        "--transforms",
+        "past-tense",
+        "--alphas",
+        "0,1",
+        "--alpha_prompts",
+        "2",
+        "--positions",
+        "2",
+        "--gradient_prompts",
+        "4",
+    ]
     assert command(checkpoints, *options) == 0
     results = json.loads((checkpoints / "out" / "results.json").read_text("utf-8"))
     assert results["measurements"]["config"]["counts"] == {"safe": 8, "unsafe": 8, "jailbreak: past-tense": 8}
     assert [p["alpha"] for p in results["measurements"]["alpha"]["b"]["all"]] == [0, 1]
     assert results["measurements"]["alpha"]["b"]["all"][0]["unsafe_refused"]["count"] == 2
+    assert results["measurements"]["gradients"]["counts"] == {"safety": 4, "utility": 4}
     page = (checkpoints / "out" / "report.html").read_text("utf-8")
     assert "Do safe and unsafe prompts form clusters?" in page
     assert (checkpoints / "out" / "plots" / "tau.png").is_file()
