@@ -4,7 +4,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -229,7 +229,8 @@ def measure_gradients(
     first: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     transposed = _transposed(base)
     weight_before = dict(base.named_parameters())
-    for name, model in tqdm({"base": base, **tuned}.items(), desc="gradients", leave=False):
+    for name in tqdm(["base", *tuned], desc="gradients", leave=False):
+        model = base if name == "base" else tuned[name]
         found = {kind: mean_gradients(model, anchors[kind], pad_token_id) for kind in ("safety", "utility")}
         triplets = {matrix: svd_dense(G, k) for matrix, G in found["safety"].items()}
         first = first or triplets
@@ -344,8 +345,8 @@ def measure_world(
         raise ValueError(f"measure: the set {' and '.join(sorted(missing))} is missing")
     if "base" in tuned:
         raise ValueError("measure: a fine-tuned model cannot be called base")
-    for name, model in tuned.items():
-        check_pair(base, model, name)
+    for name in tuned:
+        check_pair(base, tuned[name], name)
     generated = positions - 1 if generated is None else generated
     used = {name: p[:prompts] for name, p in sets.items()}
     steep = {name: p[:lipschitz_prompts] for name, p in sets.items()}
@@ -367,7 +368,8 @@ def measure_world(
     }
     before: dict[str, Activations] = {}
     with tqdm(total=(1 + len(tuned)) * len(sets) * 2, desc="measuring", leave=False) as bar:
-        for name, model in {"base": base, **tuned}.items():
+        for name in ("base", *tuned):
+            model = base if name == "base" else tuned[name]
             started = time.perf_counter()
             activations, lipschitz = {}, {}
             computing = torch.autocast(model.device.type, torch.bfloat16) if autocast else nullcontext()
@@ -395,9 +397,9 @@ def measure_world(
         result["gradients"] = measure_gradients(base, tuned, anchors, pad_token_id=pad_token_id)
     for name in tuned if scaled is None else scaled:
         if evaluate is not None:
+            model = tuned[name]
             result["alpha"][name] = {
-                part: scale_curve(tuned[name], *_parts(base, tuned[name], part), evaluate, alphas)
-                for part in scaled_parts
+                part: scale_curve(model, *_parts(base, model, part), evaluate, alphas) for part in scaled_parts
             }
     return rounded(result)
 
@@ -471,13 +473,8 @@ def measure_checkpoints(args: MeasureArguments) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, tokenizer = load_model(args.aligned, torch.float32)
     sets = {name: tokenise_prompts(found, tokenizer) for name, found in rows.items()}
-    tuned: dict[str, PreTrainedModel] = {}
-    for name, directory in names.items():
-        tuned[name] = load_model(directory, torch.float32)[0]
-        check_pair(base, tuned[name], directory)
-    for model in (base, *tuned.values()):
-        model.to(device)  # type: ignore[arg-type]
-        model.requires_grad_(False)
+    base.to(device).requires_grad_(False)  # type: ignore[arg-type]
+    tuned = _Loaded(names, device)
 
     def refusals(model: PreTrainedModel) -> dict[str, Any]:
         found = {}
@@ -522,6 +519,25 @@ def measure_checkpoints(args: MeasureArguments) -> None:
     console = Console()
     console.print(measure_table(results))
     console.print(f"Figures: {output / 'results.json'}\nReport:  {write_report(results, output)}")
+
+
+class _Loaded(Mapping[str, PreTrainedModel]):
+    """Models loaded each time they are asked for, so that one besides the first is in memory at a time."""
+
+    def __init__(self, directories: Mapping[str, str], device: str):
+        self.directories, self.device = directories, device
+
+    def __getitem__(self, name: str) -> PreTrainedModel:
+        from spf.demo.model import load_model
+
+        model = load_model(self.directories[name], torch.float32)[0]
+        return model.to(self.device).requires_grad_(False)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.directories)
+
+    def __len__(self) -> int:
+        return len(self.directories)
 
 
 def tokenise_prompts(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase) -> Prompts:
