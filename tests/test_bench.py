@@ -12,7 +12,8 @@ from spf.bench.grid import read_grid
 from spf.bench.methods import METHODS, Workspace
 from spf.bench.scenarios import SCENARIOS, Scenario, training_rows
 from spf.cli import main
-from spf.data import HARMLESS_STUB, packaged_prompts
+from spf.data import HARMLESS_STUB, load_safety_rows, packaged_prompts
+from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import REFUSAL, TEMPLATE, make_model, make_tokenizer
 
 PLAIN_TEMPLATE = TEMPLATE[TEMPLATE.index("<{{") :]
@@ -45,6 +46,7 @@ def small(monkeypatch):
 def settings_of(method):
     # random weights differ from one another in every direction, so only the highest threshold projects
     special = {"null-space": {"rank": 4}, "null-space-post": {"rank": 4}, "safe-lora": {"threshold": 1.0}}
+    special |= {"safetylock": {"k": 4}, "null-space-safetylock": {"k": 4, "rank": 4}}
     return special.get(method, {})
 
 
@@ -67,7 +69,8 @@ def test_every_method_changes_what_plain_fine_tuning_makes(work, small):
         if method == "plain":
             continue
         weights, result = trained(work, method, learning_rate=1e-2)
-        changed = any(not torch.equal(plain[name], weights[name]) for name in plain)
+        # a lock adds biases and leaves the weights alone
+        changed = plain.keys() != weights.keys() or any(not torch.equal(plain[name], weights[name]) for name in plain)
         if method in GATED:
             # on this tiny model the gradients need not conflict; then such a rule must do nothing
             acted = any(entry.get("spf/removed_share", 0) > 0 for entry in result["history"])
@@ -105,7 +108,28 @@ def test_committed_grids_are_readable_and_have_the_headline_cells():
     for scenario in set(SCENARIOS):
         for method in ("plain", "null-space", "mix-rotating", "safegrad", "spf"):
             assert {(scenario, method, seed) for seed in (0, 1, 2)} <= have, (scenario, method)
-    assert {method for _, method, _ in have} == {*METHODS, "aligned"}
+    locks = {(cell.scenario, cell.method) for cell in read_grid(Path("recipes/bench/safetylock.yaml"))}
+    assert {(s, m) for s in ("harmful-50", "harmful-100") for m in ("safetylock", "null-space-safetylock")} <= locks
+    assert {method for _, method, _ in have} | {method for _, method in locks} == {*METHODS, "aligned"}
+
+
+@pytest.mark.parametrize("method", ["safetylock", "null-space-safetylock"])
+def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method):
+    """The biases are W_l delta_l with the trained W_l; the weights are those of the method without the lock."""
+    without, _ = trained(work, "plain" if method == "safetylock" else "null-space", learning_rate=1e-2)
+    weights, _ = trained(work, method, learning_rate=1e-2)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}" + PLAIN_TEMPLATE
+    aligned = make_model(seed=0)
+    rows = load_safety_rows(work / "tiny" / "refusals.jsonl")
+    lock = extract(aligned, tokenizer, echoed(refusal_pairs(rows)), k=4)
+    added = weights.keys() - without.keys()
+    assert added == {f"model.layers.{layer}.self_attn.o_proj.bias" for layer in lock.heads[:, 0].unique().tolist()}
+    assert all(torch.equal(weights[name], without[name]) for name in without)
+    for layer, delta in lock.displacements(3.0).items():
+        expected = without[f"model.layers.{layer}.self_attn.o_proj.weight"] @ delta
+        got = weights[f"model.layers.{layer}.self_attn.o_proj.bias"]
+        assert torch.allclose(got, expected, rtol=0.05, atol=0.05 * expected.abs().max())
 
 
 @pytest.mark.parametrize(

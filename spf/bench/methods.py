@@ -18,6 +18,7 @@ from spf.callback import SafetyCallback
 from spf.data import SafetyRow, load_safety_rows, tokenise
 from spf.probe import SafetyProbe
 from spf.rules import LARGEST_DEFAULT_RANK, SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
+from spf.safetylock import echoed, extract, refusal_pairs
 
 RULES: dict[str, tuple[type, dict[str, Any], int | None]] = {
     "null-space": (NullSpace, {}, None),
@@ -46,6 +47,8 @@ OTHERS = (
     "resta",
     "one-shot",
     "null-space-post",
+    "safetylock",
+    "null-space-safetylock",
 )
 METHODS = (*RULES, *OTHERS)
 
@@ -119,6 +122,13 @@ def make_method(
             return Method(finish=lambda tuned: one_shot.patch(tuned, tokenizer, rows[first], **steps))
         case "null-space-post":
             return Method(finish=_projection(model, tokenizer, rows, seed, NullSpace(**settings)))
+        case "safetylock":
+            return Method(finish_merged=_lock(model, tokenizer, rows, **settings))
+        case "null-space-safetylock":
+            own = {key: value for key, value in settings.items() if key in ("k", "alpha")}
+            lock = _lock(model, tokenizer, rows, **own)
+            rule = {key: value for key, value in settings.items() if key not in own}
+            return Method([_rule_callback("null-space", rule, seed, workspace)], finish_merged=lock)
     raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
 
 
@@ -189,6 +199,14 @@ def _projection(
     if not isinstance(model, PeftModel):
         initial = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     return lambda tuned: projection.project_out_inputs(tuned, bases, initial)
+
+
+def _lock(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], k: int = 24, alpha: float = 3.0
+) -> Callable[[Any], object]:
+    """A SafetyLock made now, from the aligned model and 100 of its refusals; applied after training, as a bias."""
+    lock = extract(model, tokenizer, echoed(refusal_pairs(rows[:100])), k=k, alpha=alpha)
+    return lambda tuned: lock.apply(tuned, tokenizer)
 
 
 def _both(workspace: Workspace, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -15,9 +15,9 @@ from spf.demo.model import load_model
 from spf.evaluation import neutral_texts
 from spf.safetylock.extraction import extract
 from spf.safetylock.lock import SafetyLock
-from spf.safetylock.pairs import load_pairs, packaged_pairs
+from spf.safetylock.pairs import echoed, load_pairs, packaged_pairs
 from spf.safetylock.saved import save_locked, unlock_saved
-from spf.safetylock.tune import PERPLEXITY_RISE, choose, plot_sweep, sweep
+from spf.safetylock.tune import PERPLEXITY_RISE, assert_acts, choose, next_token_log_probs, plot_sweep, sweep
 
 USAGE = """spf lock pushes any fine-tuned descendant of an aligned model back to refusing, without training.
 
@@ -40,6 +40,9 @@ class ExtractArguments:
     lock: str = field(metadata={"help": "lock file to write"})
     pairs: str | None = field(
         default=None, metadata={"help": "preference pairs; by default the model's own refusals of packaged prompts"}
+    )
+    echo: bool = field(
+        default=False, metadata={"help": "repeat the request after each answer, so that both end in the same words"}
     )
     count: int = field(default=100, metadata={"help": "pairs made from the packaged prompts"})
     k: int = field(default=24, metadata={"help": "heads to keep; tune can use fewer, not more"})
@@ -127,6 +130,8 @@ def _extract(arguments: list[str]) -> None:
         raise ValueError(f"--score {args.score}: val or val+train")
     model, tokenizer = load_model(args.model)
     pairs = packaged_pairs(model, tokenizer, args.count) if args.pairs is None else load_pairs(args.pairs)
+    if args.echo:
+        pairs = echoed(pairs)
     lock = extract(
         model,
         tokenizer,
@@ -146,7 +151,10 @@ def _apply(arguments: list[str]) -> None:
     args = _parse(ApplyArguments, "apply", arguments, "model", "lock", "output")
     lock = SafetyLock.load(args.lock)
     model, tokenizer = load_model(args.model)
+    text = neutral_texts()[0]
+    before = next_token_log_probs(model, tokenizer, text)
     lock.apply(model, tokenizer, alpha=args.alpha, stack=args.stack)
+    assert_acts(model, tokenizer, text, before, lock.info.alpha if args.alpha is None else args.alpha)
     Console().print(f"The locked model was saved in {save_locked(model, tokenizer, args.output)}")
 
 

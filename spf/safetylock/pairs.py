@@ -77,7 +77,30 @@ def packaged_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
         SafetyDataError: the model refuses none of the prompts.
     """
     rows = complete_refusals(load_safety_rows(None), model, tokenizer, wanted=count)
+    return refusal_pairs(rows)
+
+
+def refusal_pairs(rows: Sequence[SafetyRow]) -> list[Pair]:
+    """Pairs from refusals that are there already, each against the harmless stub; rows without one are left out."""
     return [Pair(row.messages, row.refusal, HARMLESS_STUB, row.where) for row in rows if row.refusal]
+
+
+def echoed(pairs: Sequence[Pair]) -> list[Pair]:
+    """The questions of the pairs, refused or agreed to in one clause, with the request repeated after it.
+
+    Both answers of such a pair end in the same words. Where every unsafe answer is the same stub, the last tokens
+    of safe and unsafe answers differ in every word, and the directions hold those words; here they can hold only
+    what went before. Not in the paper, whose unsafe answers are real ones.
+    """
+    return [
+        Pair(
+            pair.messages,
+            f"I'm sorry, but I can't help with this request: \"{pair.messages[-1]['content']}\"",
+            f'Sure, I can help with this request: "{pair.messages[-1]["content"]}"',
+            pair.where,
+        )
+        for pair in pairs
+    ]
 
 
 def distinct(pairs: Sequence[Pair]) -> list[Pair]:

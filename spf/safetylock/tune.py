@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.evaluation import Rate, generate_answers, is_refusal, perplexity
+from spf.safetylock.heads import evaluating
 from spf.safetylock.lock import SafetyLock
 
 PERPLEXITY_RISE = 1.1
@@ -75,17 +78,47 @@ def sweep(
     """Measure every (K, alpha) of the grid on a descendant; `done` is called after each. alpha = 0 is unlocked.
 
     K must not exceed the heads the lock holds: extract with the largest K to be tried.
+
+    Raises:
+        RuntimeError: a lock with alpha other than 0 that does not change what the model predicts.
     """
     points: list[TunePoint] = []
+    before = next_token_log_probs(model, tokenizer, texts[0])
     for k, alpha in grid:
         part = lock.top(k)
         part.apply(model, tokenizer, alpha=alpha)
         try:
+            assert_acts(model, tokenizer, texts[0], before, alpha)
             points.append(measure(model, tokenizer, k, alpha, harmful, benign, texts))
         finally:
             part.remove(model)
         done(points[-1])
     return points
+
+
+@torch.no_grad()
+def next_token_log_probs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """(tokens, vocabulary) float32: log probabilities of the next token at every token of a plain text."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+    with evaluating(model):
+        return model(input_ids=ids).logits[0].float().log_softmax(-1)
+
+
+def assert_acts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, before: Tensor, alpha: float
+) -> None:
+    """Test that a lock just applied moves the next-token distribution, KL(before || now) > 0.
+
+    In the parent method an intervention was silently not applied (honest_llama, issue 47).
+
+    Raises:
+        RuntimeError: it does not, though alpha is not 0.
+    """
+    now = next_token_log_probs(model, tokenizer, text)
+    divergence = float((before.exp() * (before - now)).sum(-1).mean())
+    # rounding alone gives about 1e-8 either way
+    if alpha != 0 and not divergence > 1e-7:
+        raise RuntimeError(f"the lock at alpha = {alpha:g} does not change the model (KL {divergence:.1e})")
 
 
 def choose(points: Sequence[TunePoint], max_over_refusal: float, max_perplexity: float) -> TunePoint | None:

@@ -49,6 +49,9 @@ def test_extract_inspect_apply_remove(workspace, capsys, monkeypatch):
     assert "It fits" in capsys.readouterr().out
     assert lock("inspect", w / "my.lock", "--model", w / "mistral") == 1
     assert "spf: the lock is for 2 layers of 4 heads of 8" in capsys.readouterr().err
+    assert lock("extract", w / "base", w / "echo.lock", "--pairs", w / "pairs.jsonl", "--k", 4, "--echo", "true") == 0
+    echo = SafetyLock.load(w / "echo.lock")
+    assert (echo.info.pairs, echo.info.data_hash == made.info.data_hash) == (10, False)
     assert lock("apply", w / "tuned", w / "my.lock", w / "locked") == 0
     locked = AutoModelForCausalLM.from_pretrained(w / "locked", attn_implementation="eager")
     expected = descendant("llama")
@@ -106,7 +109,7 @@ def test_mistakes_end_in_one_sentence(workspace, capsys):
     assert "holds no model that was saved with its lock" in capsys.readouterr().err
 
 
-def test_sweep_leaves_the_model_unlocked(tokenizer):
+def test_sweep_leaves_the_model_unlocked_and_refuses_a_lock_that_does_nothing(tokenizer, monkeypatch):
     model = toy()
     made = extract(model, tokenizer, some_pairs(6), k=3)
     plain, seen = logits(model), []
@@ -116,6 +119,10 @@ def test_sweep_leaves_the_model_unlocked(tokenizer):
     assert points == seen
     assert torch.equal(logits(model), plain)
     assert points[0].perplexity != points[1].perplexity
+    monkeypatch.setattr(SafetyLock, "displacements", lambda lock, alpha: {0: torch.zeros(32)})
+    with pytest.raises(RuntimeError, match=r"alpha = 2 does not change the model"):
+        sweep(model, tokenizer, made, [(3, 0.0), (3, 2.0)], ["How?"], ["What?"], ["I help with that"])
+    assert not locks_on(model)
     with pytest.raises(ValueError, match="9 heads asked for"):
         sweep(model, tokenizer, made, [(9, 1.0)], ["How?"], ["What?"], ["I help"])
 

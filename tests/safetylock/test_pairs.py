@@ -5,8 +5,9 @@ import json
 import pytest
 from datasets import Dataset
 
-from spf.data import HARMLESS_STUB, SafetyDataError
-from spf.safetylock import Pair, load_pairs, packaged_pairs
+from spf.data import HARMLESS_STUB, SafetyDataError, SafetyRow
+from spf.evaluation import is_refusal
+from spf.safetylock import Pair, echoed, load_pairs, packaged_pairs, refusal_pairs
 from spf.safetylock.pairs import distinct, encode
 from tests.conftest import REFUSAL, TEMPLATE, make_model, make_tokenizer
 
@@ -136,3 +137,17 @@ def test_packaged_pairs_are_the_models_refusals_against_the_stub(tokenizer, monk
     assert len(pairs) == 10
     assert {pair.safe for pair in pairs} == {REFUSAL}
     assert {pair.unsafe for pair in pairs} == {HARMLESS_STUB}
+
+
+def test_echoed_answers_end_in_the_same_words_and_only_one_refuses(rows):
+    pairs = refusal_pairs([*rows, SafetyRow(USER, None, "no refusal")])
+    assert [pair.where for pair in pairs] == [row.where for row in rows]
+    assert {(pair.safe, pair.unsafe) for pair in pairs} == {(REFUSAL, HARMLESS_STUB)}
+    tokenizer = make_tokenizer()
+    for pair, before in zip(echoed(pairs), pairs, strict=True):
+        assert (pair.messages, pair.where) == (before.messages, before.where)
+        assert is_refusal(pair.safe)
+        assert not is_refusal(pair.unsafe)
+        ends = [encode(pair.messages, answer, "", tokenizer)[0][-8:] for answer in (pair.safe, pair.unsafe)]
+        assert ends[0] == ends[1]
+        assert pair.messages[-1]["content"] in pair.unsafe
