@@ -18,6 +18,7 @@ from spf.study.operators import (
     BASE,
     DUPLICATES,
     IDENTITY,
+    NEW,
     only_unsafe_on_unsafe_text,
     permutation,
     safe_operators,
@@ -43,7 +44,7 @@ VOCABULARY = (
     "dup4",
     "dup5",
 )
-"""59 tokens, the same in every stage. The released second constant token `ex2` made room for a null token of its own."""
+"""59 tokens, the same in every stage. The released second constant token `ex2` made room for the null token."""
 
 ID = {token: i for i, token in enumerate(VOCABULARY)}
 EOT, BOS, EOS, SOT, PAD, STOP = (ID[t] for t in (">", "$", "%", "*", "#", "*^"))
@@ -63,7 +64,7 @@ TEST_SETS = (
 )
 
 HELD_OUT = ("r1", "r2", "r3", "r4")
-"""Duplicates of operators that are unsafe on all text (PCFG 1); pre-training knows them, safety fine-tuning does not."""
+"""Duplicates of operators that are unsafe on all text (PCFG 1); known from pre-training, not in safety fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class WorldSettings:
     """What the data look like.
 
     level5: grammar tables. leaf: terminals a leaf non-terminal yields (3: the study's). window: shortest and longest
-    text, drawn uniformly. pairs: operator pairs, and output segments, per sample. pcfgs: those pre-training draws from;
-    safety fine-tuning and tests use PCFG 1. operators: those pre-training draws from. null: `dedicated`, or `2a` for the
-    released code's, a symbol of the text.
+    text, drawn uniformly. pairs: operator pairs, and output segments, per sample. pcfgs, operators: those pre-training
+    draws from; safety fine-tuning and tests use PCFG 1. branches: sub-grammars of pre-training text. null: `dedicated`, or `2a` for the released code's, a symbol
+    of the text.
     """
 
     level5: Level5 = "matched"
@@ -82,6 +83,7 @@ class WorldSettings:
     pairs: int = 1
     pcfgs: tuple[int, ...] = (1, 2, 3, 4)
     operators: tuple[str, ...] = TASKS
+    branches: tuple[str, ...] = ("base",)
     null: str = "dedicated"
 
     @property
@@ -134,6 +136,12 @@ class TestSet:
         mask = (source >= 0).long()
         return Prompts(torch.where(mask.bool(), ids.gather(1, source.clamp(min=0)), PAD), mask)
 
+    def __getitem__(self, rows: slice) -> "TestSet":
+        return TestSet(self.instruct[rows], self.null[rows])
+
+    def __len__(self) -> int:
+        return len(self.instruct.ids)
+
 
 class Sampler:
     """Draws samples; two samplers with the same settings and seed draw the same bytes.
@@ -160,12 +168,12 @@ class Sampler:
         return text
 
     def pretraining(self, count: int) -> Samples:
-        """Base text with operators of all kinds; half of the pairs have one identity.
+        """Text with operators of all kinds; half of the pairs have one identity.
 
         In one sample of a hundred the token `ex1` takes an operator's place and makes the segment null.
         """
         pcfgs = self.rng.choice(self.settings.pcfgs, count)
-        text = self.text(np.full(count, "base"), pcfgs)
+        text = self.text(self.rng.choice(self.settings.branches, count), pcfgs)
         allowed = [self.settings.operators] * count
         tasks = np.concatenate([self._pairs(allowed) for _ in range(self.settings.pairs)], axis=1)
         rows = np.flatnonzero(self.rng.random(count) < 0.01)
@@ -180,6 +188,17 @@ class Sampler:
         ]
         chosen = [self._pairs(allowed) for _ in range(self.settings.pairs)]
         return self._both(np.concatenate(chosen, axis=1), self.text(branches, np.ones(len(unsafe), int)), unsafe)
+
+    def new_operators(self, count: int) -> TestSet:
+        """Safe text with a new operator and the identity or another operator that is safe there, in random order."""
+        chosen = []
+        for _ in range(self.settings.pairs):
+            new = self._choose([tuple(NEW)] * count)
+            other = self._choose([safe_operators("safe")] * count)
+            chosen.append(self.rng.permuted(np.stack([new, other], axis=1), axis=1))
+        text = self.text(np.full(count, "safe"), np.ones(count, int))
+        pairs = self._both(np.concatenate(chosen, axis=1), text, np.zeros(count, bool))
+        return TestSet(pairs.preferred, pairs.dispreferred)
 
     def test(self, name: str, count: int) -> TestSet:
         """Prompts of a test set of PCFG 1.
@@ -283,7 +302,7 @@ def _bijections() -> np.ndarray:
     if not _TABLE:
         table = np.broadcast_to(np.arange(TERMINALS), (5, len(VOCABULARY), TERMINALS)).copy()
         for pcfg in range(1, 5):
-            for token in (*BASE, *DUPLICATES):
+            for token in (*BASE, *DUPLICATES, *NEW):
                 table[pcfg, ID[token]] = permutation(token, pcfg)
         _TABLE.append(table)
     return _TABLE[0]

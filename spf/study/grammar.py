@@ -5,9 +5,8 @@ The tables are those of the code released with Jain et al., "What Makes and Brea
 All alternatives of a rule are equally likely. The four PCFGs differ in the last level only.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import product
 from typing import Any, Literal
 
@@ -176,7 +175,7 @@ class Grammar:
     def accepts(self, string: list[int]) -> bool:
         """Whether the grammar derives the string from v."""
 
-        @lru_cache(maxsize=None)
+        @cache
         def ends(symbol: str, start: int) -> frozenset[int]:
             if symbol in self.leaves:
                 found = [
@@ -199,12 +198,13 @@ class Grammar:
         def expand(symbol: str) -> dict[tuple[str, ...], float]:
             if symbol in _LEVEL4:
                 return {(symbol,): 1.0}
-            found: Counter[tuple[str, ...]] = Counter()
+            found: dict[tuple[str, ...], float] = {}
             alternatives = self.rules[symbol]
             for alternative in alternatives:
                 for parts in product(*(expand(child).items() for child in alternative)):
                     string = tuple(s for part, _ in parts for s in part)
-                    found[string] += float(np.prod([p for _, p in parts])) / len(alternatives)
+                    chance = float(np.prod([p for _, p in parts])) / len(alternatives)
+                    found[string] = found.get(string, 0.0) + chance
             return found
 
         return expand("v")
@@ -268,12 +268,12 @@ class Tables:
         return self.expansions[symbols, choice].reshape(len(symbols), -1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def grammar(branch: str, pcfg: int = 1, level5: Level5 = "matched", leaf: int = 3) -> Grammar:
     """A sub-grammar.
 
-    leaf: terminals a leaf non-terminal yields. 3 is the study's; 1 (for tiny worlds) takes any one terminal of the
-    study's triples, which shortens all strings to a third and keeps the alphabet and every rule above.
+    leaf: terminals a leaf non-terminal yields. 3 is the study's; 1 (for tiny worlds) keeps the first terminal of each
+    of the study's triples: strings a third as long, every rule above as it is, 12 symbols in text.
 
     Raises:
         ValueError: unknown branch, PCFG, level-5 table or leaf length.
@@ -284,7 +284,7 @@ def grammar(branch: str, pcfg: int = 1, level5: Level5 = "matched", leaf: int = 
     rules = _rules(_UPPER | _LEVEL4 | (_TWO if two else _THREE) | _CHANGES[branch])
     leaves: dict[str, tuple[tuple[int, ...], ...]] = dict(_LEAVES[pcfg])
     if leaf == 1:
-        leaves = {name: tuple((t,) for triple in triples for t in triple) for name, triples in leaves.items()}
+        leaves = {name: tuple(triple[:1] for triple in triples) for name, triples in leaves.items()}
     return Grammar(rules, leaves)
 
 

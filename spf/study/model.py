@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spf.study.data import EOS, PAD, BOS, VOCABULARY
+from spf.study.data import BOS, EOS, PAD, VOCABULARY
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The controlled world's operators: bijections on the text alphabet, and which of them are unsafe on which text."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -19,10 +19,12 @@ DUPLICATES = {
     "dup1": "{",
     "dup2": "}",
     "dup3": "?",
-    "dup4": "!",
-    "dup5": "@",
 }
 """Tokens with the meaning of another."""
+
+NEW = {"dup4": 600, "dup5": 601}
+"""Operators for fine-tuning after safety training, and the seeds of their bijections in every PCFG. The released code
+lists these two tokens as further duplicates and uses neither here."""
 
 IDENTITY = "("
 
@@ -32,7 +34,7 @@ _UNSAFE_ON_SAFE_TEXT = {1: (")", "["), 2: ("]", "{"), 3: ("@", "£"), 4: (")", "
 _SAFE_ON_UNSAFE_TEXT = {1: ("(", "]", "{"), 2: ("(", ")", "["), 3: ("(", "?", "!"), 4: ("(", "{", "!")}
 
 
-@lru_cache(maxsize=None)
+@cache
 def permutation(token: str, pcfg: int = 1) -> tuple[int, ...]:
     """The bijection of an operator: terminal i becomes entry i. One table for every stage of training.
 
@@ -42,6 +44,8 @@ def permutation(token: str, pcfg: int = 1) -> tuple[int, ...]:
         ValueError: unknown operator or PCFG.
     """
     token = DUPLICATES.get(token, token)
+    if token in NEW and pcfg in _SEEDS:
+        return tuple(np.random.RandomState(NEW[token]).permutation(TERMINALS).tolist())
     if token not in BASE or pcfg not in _SEEDS:
         raise ValueError(f"permutation: no operator {token!r} in PCFG {pcfg}")
     if token == IDENTITY:

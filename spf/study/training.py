@@ -87,7 +87,7 @@ def dpo_loss(
 Modes = tuple[tuple[float, float, float, float], tuple[float, float, float, float]]
 
 STUDY_MODES: Modes = ((0.5, 0.1, 0.2, 0.2), (0.1, 0.2, 0.3, 0.4))
-"""Probabilities of the loss modes text, text and segments, first segment, last segment, at the beginning and the end."""
+"""Probabilities of the loss modes text, text and segments, first segment, last segment; first and last step."""
 
 
 def mode_probabilities(step: int, schedule: Schedule, modes: Modes = STUDY_MODES) -> np.ndarray:
@@ -138,6 +138,13 @@ TASKS_BY_RATE: dict[str, dict[Protocol, Task]] = {
     },
 }
 """Sections 3 and C of the paper: coefficients at the medium and the small learning rate."""
+
+
+def copied(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A model of its own with the same weights."""
+    twin = LlamaForCausalLM(model.config)
+    twin.load_state_dict(model.state_dict())
+    return twin.to(model.device)  # type: ignore[arg-type]
 
 
 def forward(model: PreTrainedModel, samples: Samples) -> Tensor:
@@ -222,7 +229,8 @@ def run_stage(
     if done.is_file():
         history = json.loads(done.read_text("utf-8"))
         _same_schedule(history["schedule"], schedule, done)
-        return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32), history
+        stored = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return stored.to(model.device), history  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=schedule.rate,
