@@ -195,27 +195,24 @@ def claims(results: Run) -> list[Claim]:
             found.append(_ascending("O5 jailbreaks", f"{label(name)}: τ of {label(jailbreak)} lies between", values))
     for name in mediums:
         steep = run["models"][name]["lipschitz"]
-        found.append(
-            _above("O4 steepness", f"{label(name)}: rises for safe", steep["safe"]["mean"], base["safe"]["mean"])
-        )
-        found.append(
-            _above(
-                "O4 steepness",
-                f"{label(name)}: was higher for unsafe before",
-                base["unsafe"]["mean"],
-                steep["unsafe"]["mean"],
-            )
-        )
+        before, after = base["safe"]["mean"], steep["safe"]["mean"]
+        text = f"{label(name)}: rises for safe"
+        found.append(Claim("O4 steepness", text, f"{before:.3g} to {after:.3g}", after > before))
+        before, after = base["unsafe"]["mean"], steep["unsafe"]["mean"]
+        text = f"{label(name)}: falls for unsafe"
+        found.append(Claim("O4 steepness", text, f"{before:.3g} to {after:.3g}", after < before))
     for name in mediums:
         outside, chance = share(run, name)
         found.append(_above("O2 null space", f"{label(name)}: ΔW is outside span(W) more than chance", outside, chance))
         ratio = gain_ratio(run, name)
         found.append(_above("O3 row space", f"{label(name)}: ΔW answers more to unsafe inputs", ratio, 1.0))
         if "instruct-medium" in run["updates"]:
-            text = f"{label(name)}: more than the instructions-only update"
-            found.append(_above("O2 null space", text, outside, share(run, "instruct-medium")[0]))
-            found.append(_above("O3 row space", text, ratio, gain_ratio(run, "instruct-medium")))
-    return found
+            text = f"{label(name)}: {{}} more than the instructions-only update's"
+            other = share(run, "instruct-medium")[0]
+            found.append(_above("O2 null space", text.format("ΔW is outside span(W)"), outside, other))
+            other = gain_ratio(run, "instruct-medium")
+            found.append(_above("O3 row space", text.format("the preference for unsafe inputs is"), ratio, other))
+    return sorted(found, key=lambda claim: claim.topic)
 
 
 def _behaviour_claims(evaluation: Run, mediums: Sequence[str]) -> list[Claim]:
@@ -256,7 +253,8 @@ def _claims_table(many: Sequence[Sequence[Claim]]) -> str:
         count = f'<span class="{kind}">{sign} {held} of {len(per_seed)}</span>'
         first = per_seed[0]
         rows.append((False, [_e(first.topic), _e(first.text), count, *(_e(c.measured) for c in per_seed)]))
-    return _table(["", "Claim", "Shows in", *(f"seed {i + 1}" for i in range(len(many)))], rows)
+    table = _table(["", "Claim", "Shows in", *(f"run {i + 1}" for i in range(len(many)))], rows)
+    return f'<div class="claims">{table}</div>'
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -742,9 +740,19 @@ def plot_bridge(many: Sequence[Run]) -> Figure:
 
 _EXTRA_CSS = """
 main { max-width: 1240px; } figure { margin: 1rem 0 0; }
-img { width: 100%; height: auto; display: block; border-radius: 6px; border: 1px solid var(--line); background: #fff; }
-th, td { padding: .35rem .5rem; font-size: .82rem; white-space: normal; } ul { margin: 0; padding-left: 1.2rem; }
+img { max-width: 100%; height: auto; display: block; margin: 0 auto;
+ border-radius: 6px; border: 1px solid var(--line); background: #fff; }
+th, td { padding: .35rem .5rem; font-size: .82rem; white-space: normal; } ul { margin: .6rem 0; padding-left: 1.2rem;
+ font-size: .9rem; } .claims td:nth-child(2), .claims th:nth-child(2) { text-align: left; }
 """
+
+_GLOSSARY = (
+    "Safe: an operator that is allowed on this kind of text, to be executed. Unsafe: one that is not, to be answered "
+    "with the null token. Protocols: SSFT (supervised safety fine-tuning), DPO and unlearning, at a medium and a small "
+    "learning rate; the baseline was tuned further on instructions only. Jailbreaks are unsafe in new ways: JB-CO-Task "
+    "mixes a safe and an unsafe operator, JB-CO-Text mixes the two kinds of text, JB-MisGen uses synonyms of operators "
+    "or texts that were not seen in safety tuning."
+)
 
 _WORDS = {
     "tau": "O1. Clusters. â is a prompt's activation after the first MLP layer, averaged over the positions named "
@@ -889,12 +897,13 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
     )
     intro = f"<p>{_e(said)}</p>"
     if study:
+        intro += f"<p>{_e(_GLOSSARY)}</p>"
         found = [claims(r) for r in many]
         held = sum(all(c.holds for c in per_seed) for per_seed in zip(*found, strict=True))
         body += _section(
             f"Claims: {held} of {len(found[0])} show in every seed",
             intro + _claims_table(found),
-            "✓ in every seed, ≈ in some, ✗ in none.",
+            "✓ in every run, ≈ in some, ✗ in none. A claim shows if the means say so; small differences may be noise.",
         )
         intro = ""
     meanings = "".join(f"<li><b>{_e(name)}</b>: {_e(text)}.</li>" for name, text in COLUMNS)
@@ -967,7 +976,8 @@ def _subtitle(first: Run, seeds: str) -> str:
 
 def _positions(config: Run) -> str:
     counts = ", ".join(f"{label(name)} {count}" for name, count in config["counts"].items())
-    where = f"the last {config['positions'] - config['generated']} prompt token(s)"
+    tokens = config["positions"] - config["generated"]
+    where = "the last prompt token" if tokens == 1 else f"the last {tokens} prompt tokens"
     if config["generated"]:
         where += f" and the first {config['generated']} of the model's own answer"
     return f"Activations are averaged over {where}. Prompts: {counts}."
