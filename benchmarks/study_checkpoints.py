@@ -24,8 +24,8 @@ CHECKPOINTS = {
     "plain-harmful-50": ("aligned", "harmful-50", "plain"),
     "null-space-harmful-50": ("aligned", "harmful-50", "null-space"),
     "plain-benign": ("aligned", "benign", "plain"),
-    "null-space-benign": ("aligned", "benign", "null-space"),
     "unaligned-benign": ("unaligned", "benign", "plain"),
+    "null-space-benign": ("aligned", "benign", "null-space"),
 }
 """Directory: the model it starts from, the scenario, the method."""
 

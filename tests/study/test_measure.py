@@ -196,6 +196,9 @@ def test_gradients_are_autograds_and_leave_the_model_alone():
     assert found["models"]["tuned"]["chance_left"] == pytest.approx((4 / 64 * 2 + 4 / 32) / 3)
     assert 0 < found["models"]["tuned"]["overlap_left"] < 1
     assert all(p.requires_grad and p.grad is None for p in base.parameters())
+    turned = make_model("gpt2")  # holds W^T
+    found = measure.measure_gradients(turned, {"tuned": changed(turned)}, anchors, k=4)
+    assert 0 < found["models"]["tuned"]["update_right"] < 1
 
 
 # ------------------------------------------------------------------------------------------------------- command
