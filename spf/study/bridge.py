@@ -22,7 +22,7 @@ from spf.probe import SafetyProbe
 from spf.rules import NullSpace
 from spf.safetylock.extraction import extract
 from spf.safetylock.pairs import Pair
-from spf.study.data import EOT, ID, PAD, SEGMENT_1, SEGMENT_2, VOCABULARY, Sampler, TestSet, WorldSettings
+from spf.study.data import EOT, ID, PAD, SEGMENT_1, SEGMENT_2, VOCABULARY, EvalSet, Sampler, WorldSettings
 from spf.study.evaluation import evaluate
 from spf.study.measure import measure_world
 from spf.study.training import STAGE_NUMBER, Schedule, copied, forward, run_stage, sequence_nll
@@ -38,7 +38,7 @@ class BridgeSettings:
     alpha: float = 2.0
 
 
-def anchors_of(test: TestSet) -> list[Anchor]:
+def anchors_of(test: EvalSet) -> list[Anchor]:
     """Prompts with their null answers, as safety samples."""
     anchors = []
     for number, (row, part) in enumerate(zip(test.null.ids, test.null.part, strict=True)):
@@ -60,7 +60,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def pairs_of(test: TestSet) -> list[Pair]:
+def pairs_of(test: EvalSet) -> list[Pair]:
     """Unsafe prompts with the null answer (safe) and the executed one (unsafe), for SafetyLock."""
 
     def text(ids: Tensor) -> str:
@@ -80,7 +80,7 @@ def run_bridge(
     safe: LlamaForCausalLM,
     settings: BridgeSettings,
     world: WorldSettings,
-    tests: dict[str, TestSet],
+    tests: dict[str, EvalSet],
     prompts: dict[str, Prompts],
     seed: int,
     directory: Path,

@@ -72,9 +72,9 @@ class WorldSettings:
     """What the data look like.
 
     level5: grammar tables. leaf: terminals a leaf non-terminal yields (3: the study's). window: shortest and longest
-    text, drawn uniformly. pairs: operator pairs, and output segments, per sample. pcfgs, operators: those pre-training
-    draws from; safety fine-tuning and tests use PCFG 1. branches: sub-grammars of pre-training text. null: `dedicated`, or `2a` for the released code's, a symbol
-    of the text.
+    text, drawn uniformly. pairs: operator pairs, and output segments, per sample. pcfgs, operators, branches: PCFGs,
+    operators and sub-grammars pre-training draws from; safety fine-tuning and tests use PCFG 1. null: `dedicated`, or
+    `2a` for the released code's, a symbol of the text.
     """
 
     level5: Level5 = "matched"
@@ -121,7 +121,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class TestSet:
+class EvalSet:
     """Prompts with the two outputs they may get: the operators executed, or nulls."""
 
     instruct: Samples
@@ -136,8 +136,8 @@ class TestSet:
         mask = (source >= 0).long()
         return Prompts(torch.where(mask.bool(), ids.gather(1, source.clamp(min=0)), PAD), mask)
 
-    def __getitem__(self, rows: slice) -> "TestSet":
-        return TestSet(self.instruct[rows], self.null[rows])
+    def __getitem__(self, rows: slice) -> "EvalSet":
+        return EvalSet(self.instruct[rows], self.null[rows])
 
     def __len__(self) -> int:
         return len(self.instruct.ids)
@@ -189,7 +189,7 @@ class Sampler:
         chosen = [self._pairs(allowed) for _ in range(self.settings.pairs)]
         return self._both(np.concatenate(chosen, axis=1), self.text(branches, np.ones(len(unsafe), int)), unsafe)
 
-    def new_operators(self, count: int) -> TestSet:
+    def new_operators(self, count: int) -> EvalSet:
         """Safe text with a new operator and the identity or another operator that is safe there, in random order."""
         chosen = []
         for _ in range(self.settings.pairs):
@@ -198,9 +198,9 @@ class Sampler:
             chosen.append(self.rng.permuted(np.stack([new, other], axis=1), axis=1))
         text = self.text(np.full(count, "safe"), np.ones(count, int))
         pairs = self._both(np.concatenate(chosen, axis=1), text, np.zeros(count, bool))
-        return TestSet(pairs.preferred, pairs.dispreferred)
+        return EvalSet(pairs.preferred, pairs.dispreferred)
 
-    def test(self, name: str, count: int) -> TestSet:
+    def test(self, name: str, count: int) -> EvalSet:
         """Prompts of a test set of PCFG 1.
 
         Raises:
@@ -211,7 +211,7 @@ class Sampler:
         if name in ("safe", "unsafe"):
             pairs = self.safety(np.full(count, name == "unsafe"))
             executed, null = pairs.preferred, pairs.dispreferred
-            return TestSet(null, executed) if name == "unsafe" else TestSet(executed, null)
+            return EvalSet(null, executed) if name == "unsafe" else EvalSet(executed, null)
         trained = np.where(self.rng.random(count) < 0.5, "safe", "id_mg")
         branches = {
             "jb_co_task": trained,
@@ -234,7 +234,7 @@ class Sampler:
         pairs = self._both(
             np.concatenate(tasks, axis=1), self.text(branches, np.ones(count, int)), np.ones(count, bool)
         )
-        return TestSet(pairs.dispreferred, pairs.preferred)
+        return EvalSet(pairs.dispreferred, pairs.preferred)
 
     def assemble(self, tasks: np.ndarray, text: np.ndarray, pcfgs: np.ndarray, refuse: bool = False) -> Samples:
         """Lay out prompts and outputs. tasks: (N, 2 * pairs) ids. text: (N, n) terminals, -1 after the end."""

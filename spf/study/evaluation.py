@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spf.evaluation.metrics import Rate
-from spf.study.data import SEGMENT_1, SEGMENT_2, Samples, TestSet
+from spf.study.data import SEGMENT_1, SEGMENT_2, EvalSet, Samples
 
 
 def rate_dict(hits: int, count: int) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def success(model: PreTrainedModel, samples: Samples) -> dict[str, dict[str, Any
     }
 
 
-def evaluate(model: PreTrainedModel, tests: dict[str, TestSet]) -> dict[str, Any]:
+def evaluate(model: PreTrainedModel, tests: dict[str, EvalSet]) -> dict[str, Any]:
     """For every test set, the rates of executing (`instruct`) and of refusing (`null`)."""
     return {
         name: {"instruct": success(model, test.instruct), "null": success(model, test.null)}
@@ -56,7 +56,7 @@ def evaluate(model: PreTrainedModel, tests: dict[str, TestSet]) -> dict[str, Any
     }
 
 
-def quick_rates(model: PreTrainedModel, tests: dict[str, TestSet]) -> dict[str, float]:
+def quick_rates(model: PreTrainedModel, tests: dict[str, EvalSet]) -> dict[str, float]:
     """Free-running rates alone: safe_instruct, unsafe_null, and how often each jailbreak is executed."""
     rates = {}
     for name, test in tests.items():

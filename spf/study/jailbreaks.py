@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spf.study.data import EOT, SEGMENT_1, SEGMENT_2, TestSet
+from spf.study.data import EOT, SEGMENT_1, SEGMENT_2, EvalSet
 from spf.study.training import sequence_nll
 
 Place = Literal["before_eot", "prefix"]
@@ -46,7 +46,7 @@ def mean_embedding_norm(model: PreTrainedModel) -> float:
 
 def soft_token_attack(
     model: PreTrainedModel,
-    test: TestSet,
+    test: EvalSet,
     tokens: int,
     radius: float,
     *,
@@ -94,7 +94,7 @@ def soft_token_attack(
 
 def _attack(
     model: PreTrainedModel,
-    test: TestSet,
+    test: EvalSet,
     rows: Tensor,
     end: int,
     tokens: int,

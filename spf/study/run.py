@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from spf.data import write_json
 from spf.study import grammar
 from spf.study.bridge import BridgeSettings, run_bridge
-from spf.study.data import BASE, TEST_SETS, Sampler, TestSet, WorldSettings
+from spf.study.data import BASE, TEST_SETS, Sampler, EvalSet, WorldSettings
 from spf.study.evaluation import evaluate, quick_rates, rate_dict
 from spf.study.jailbreaks import Place, mean_embedding_norm, soft_token_attack
 from spf.study.measure import measure_world
@@ -232,7 +232,7 @@ class Study:
         write_json(self.directory / "results.json", results)
         return results
 
-    def _tests(self, count: int) -> dict[str, TestSet]:
+    def _tests(self, count: int) -> dict[str, EvalSet]:
         test = STAGE_NUMBER["test"]
         return {
             name: Sampler(self.world, (self.args.seed, test, i)).test(name, count) for i, name in enumerate(TEST_SETS)
