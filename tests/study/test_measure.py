@@ -44,7 +44,7 @@ def world():
         attacked_success={"ssft-medium": {"m=1": [True] * 3 + [False] * 5}},
         evaluate=lambda model: {"safe_instruct": float(next(model.parameters()).detach().abs().mean())},
         scaled=["ssft-medium"],
-        alphas=(0, 0.5, 1),
+        alphas=(0, 1, 0.5),
     )
     return base, tuned, found
 
@@ -109,9 +109,9 @@ def test_scaling_reaches_both_models_and_leaves_the_tuned_one_as_it_was(world):
     base, tuned, found = world
     level = {name: float(next(m.parameters()).detach().abs().mean()) for name, m in (("base", base), *tuned.items())}
     curve = found["alpha"]["ssft-medium"]["all"]
-    assert [point["alpha"] for point in curve] == [0, 0.5, 1]
+    assert [point["alpha"] for point in curve] == [0, 1, 0.5]
     assert curve[0]["safe_instruct"] == pytest.approx(level["base"], rel=1e-4)
-    assert curve[2]["safe_instruct"] == pytest.approx(level["ssft-medium"], rel=1e-4)
+    assert curve[1]["safe_instruct"] == pytest.approx(level["ssft-medium"], rel=1e-4)
     # the first parameter is the embedding, which belongs to no MLP
     mlps = found["alpha"]["ssft-medium"]["mlp"]
     assert len({point["safe_instruct"] for point in mlps}) == 1
