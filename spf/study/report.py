@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from spf.report import _COLOURS, _CSS, _INK, _MORE_COLOURS, _MUTED, _e, _figure, _replace, _section, _style, _table
+from spf.report import (
+    _COLOURS,
+    _CSS,
+    _INK,
+    _MORE_COLOURS,
+    _MUTED,
+    _e,
+    _figure,
+    _replace,
+    _section,
+    _style,
+    _table,
+    _value,
+)
 from spf.report import _title as _heading
 
 if TYPE_CHECKING:
@@ -987,5 +1000,5 @@ def _reproduction(first: Run, config: Run) -> str:
     body = f"<pre><code>{_e(first['command'])}</code></pre>" if first.get("command") else ""
     items = {**first.get("versions", {}), **{k: v for k, v in config.items() if not isinstance(v, Mapping)}}
     items |= {k: first[k] for k in ("machine", "seconds", "safe", "unsafe", "seed") if k in first}
-    cells = "".join(f"<dt>{_e(str(k).replace('_', ' '))}</dt><dd>{_e(v)}</dd>" for k, v in items.items())
+    cells = "".join(f"<dt>{_e(str(k).replace('_', ' '))}</dt><dd>{_e(_value(v))}</dd>" for k, v in items.items())
     return _section("Reproduce", f"{body}<dl>{cells}</dl>")
