@@ -32,7 +32,7 @@ from spf.data import (
 from spf.optimizer import HELD_OUT, Attachment
 from spf.probe import SafetyProbe
 from spf.rules import RULES, NullSpace, Rule, SafeGrad
-from spf.sharding import UnsupportedSetupError, check_parameters, innermost_optimizer
+from spf.sharding import UnsupportedSetupError, innermost_optimizer, object_of_rank_0
 from spf.subspace import SafetySubspace
 
 logger = logging.get_logger(__name__)
@@ -110,7 +110,6 @@ class SafetyCallback(TrainerCallback):
         model, optimizer, processing_class = kwargs["model"], kwargs["optimizer"], kwargs["processing_class"]
         self._detach()
         innermost_optimizer(optimizer)
-        check_parameters(model)
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise SafetyDataError(
                 "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
@@ -121,7 +120,7 @@ class SafetyCallback(TrainerCallback):
                 raise UnsupportedSetupError(
                     "safegrad cannot go on from a checkpoint: the aligned model's predictions are not saved in it"
                 )
-            saved, subspace = self._read(_checkpoint(args, state))
+            saved, subspace = self._read(_resumed_from(args, state))
             self._rows = [SafetyRow(**row) for row in saved["rows"]]
         else:
             self._rows = self._choose(model, processing_class)
@@ -175,10 +174,11 @@ class SafetyCallback(TrainerCallback):
         state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        subspace = self._running.whole_subspace()
         if not state.is_world_process_zero:
             return
         directory = _checkpoint(args, state)
-        self._running.subspace.save(directory / SUBSPACE_FILE)
+        subspace.save(directory / SUBSPACE_FILE)
         saved = self._running.state_dict() | {"rows": [asdict(row) for row in self._rows]}
         write_json(directory / STATE_FILE, saved)
 
@@ -205,13 +205,15 @@ class SafetyCallback(TrainerCallback):
             # some more than the null space is taken from, to measure on
             wanted = round(self.rule.prompts / (1 - HELD_OUT))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        return complete_refusals([rows[i] for i in order], model, tokenizer, wanted=wanted)
+        # every process takes part in generating, but rounding must not make them keep different rows
+        return object_of_rank_0(complete_refusals([rows[i] for i in order], model, tokenizer, wanted=wanted))
 
     def _read(self, directory: Path) -> tuple[dict[str, Any], SafetySubspace]:
         for name in (STATE_FILE, SUBSPACE_FILE):
             if not (directory / name).is_file():
                 raise FileNotFoundError(
-                    f"{directory / name} is missing, so the run cannot go on; was it made without SafetyCallback?"
+                    f"{directory / name} is missing, so the run cannot go on; was it made without SafetyCallback? "
+                    "A checkpoint outside output_dir has to be named in TrainingArguments(resume_from_checkpoint=...)"
                 )
         return json.loads((directory / STATE_FILE).read_text("utf-8")), SafetySubspace.load(directory / SUBSPACE_FILE)
 
@@ -227,6 +229,14 @@ def _benign_rows() -> list[SafetyRow]:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
+    # Trainer.train does not tell callbacks the directory it was given
+    named = args.resume_from_checkpoint
+    if isinstance(named, str) and (Path(named) / STATE_FILE).is_file():
+        return Path(named)
+    return _checkpoint(args, state)
 
 
 class _LogRelay(TrainerCallback):

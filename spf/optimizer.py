@@ -1,9 +1,11 @@
 """attach(model, optimizer, ...): a step rule on the optimizer's own step hooks; SafetyOptimizer for plain loops."""
 
+import math
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +23,12 @@ from spf.rules import (
     NullSpace,
     Rule,
     SafeGrad,
+    components,
     null_space_violation,
-    project_out,
+    project_out_right,
+    without_components,
 )
-from spf.sharding import check_parameters, innermost_optimizer, same_on_all_ranks
+from spf.sharding import Block, Sharding, UnsupportedSetupError, same_on_all_ranks
 from spf.subspace import SafetySubspace, outside
 
 SAMPLED_ROWS = 8
@@ -58,14 +62,15 @@ class Attachment:
         calibration: Sequence[Anchor] = (),
         monitor_steps: int = 0,
     ):
-        check_parameters(probe.model)
         self.probe = probe
         self.rule = rule
         self.gradient_rule: SPF | CombiningRule | Mix | None = (
             rule.feedback if isinstance(rule, NullSpace) else None if isinstance(rule, Constrained) else rule
         )
         self.monitor_steps = monitor_steps
-        self.optimizer = innermost_optimizer(optimizer)
+        trainable = {name: matrix.weight for name, matrix in probe.matrices.items()} | probe.others
+        self.sharding = Sharding(probe.model, optimizer, trainable)
+        self.optimizer = self.sharding.optimizer
         self.matrices = self._expected()
         self._check_optimizer()
         self.steps = 0
@@ -74,11 +79,16 @@ class Attachment:
         self.seconds = {"setup": 0.0, "probe": 0.0, "projection": 0.0}
         self._window: dict[str, list[float]] = {}
         self._met: set[str] = set()
+        self._to_step: set[str] = set()
+        self._expects_step = False
         self._result: ProbeResult | None = None
         self._rows: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._update = [0.0, 0.0]
         self._inner: dict[str, float] = {}
         self._safety_norm: dict[str, float] = {}
-        self._before_step: dict[str, Tensor] = {}
+        self._utility_norm: dict[str, float] = {}
+        self._before_step: dict[str, list[Tensor]] = {}
         self._depth = 0
         start = time.perf_counter()
         basis = self._split_anchors()
@@ -105,22 +115,14 @@ class Attachment:
 
     def refresh(self) -> None:
         """Probe the next anchors, where the rule or the monitor wants them before this step."""
+        self._expects_step = True
         monitor = self.monitor_steps > 0 and self.steps % self.monitor_steps == 0
         if isinstance(self.rule, NullSpace) and self.gradient_rule is None and not monitor:
             return
         start = time.perf_counter()
         self._result = self.probe()
-        if not self._result.finite:
-            self._result = None
-            self.skipped += 1
-            if self.skipped == 1:
-                warnings.warn(
-                    f"spf: NaN or inf in the safety loss or its gradient at step {self.steps}; such steps are "
-                    "not corrected by it and are counted in spf/skipped",
-                    stacklevel=2,
-                )
-        else:
-            loss = self.probe.loss(self._reference) if monitor else self._result.loss
+        loss = self.probe.loss(self._reference) if monitor else self._result.loss
+        if math.isfinite(loss):
             self._note("safety_loss", loss)
             self._note("safety_slack", self.reference_loss - loss)
         self.seconds["probe"] += time.perf_counter() - start
@@ -133,8 +135,8 @@ class Attachment:
         """
         if self.steps == 0:
             raise CorrectionError(
-                "spf: the optimizer stepped without calling its step hooks, so no update was corrected; "
-                f"the hooks are on {type(self.optimizer).__name__}: is another optimizer in use?"
+                "spf: the optimizer stepped without calling its step hooks after refresh(), so no update was "
+                f"corrected; the hooks are on {type(self.optimizer).__name__}: is another optimizer in use?"
             )
         missed = sorted(set(self.matrices) - self._met)
         if missed and self.skipped < self.steps:
@@ -143,10 +145,7 @@ class Attachment:
                 f"among them {missed[0]}; freeze parameters that the loss does not use"
             )
         if isinstance(self.rule, NullSpace):
-            # looked up anew, in case the parameters were replaced since the rule was attached
-            parameters = dict(self.probe.model.named_parameters())
-            for name in self.matrices:
-                error, allowed = self._violation(name, parameters[name])
+            for name, (error, allowed) in self._violations(self.matrices).items():
                 if not error <= allowed:
                     raise CorrectionError(
                         f"spf: {name} answers the held inputs differently after the step: |W V - W_0 V| = "
@@ -161,7 +160,7 @@ class Attachment:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the anchors' position, as JSON; the bases are in `subspace`."""
+        """Counters and the anchors' position, as JSON; the bases are in `whole_subspace()`."""
         return {
             "rule": self.rule.name,
             "steps": self.steps,
@@ -187,6 +186,16 @@ class Attachment:
         self.multiplier = state["multiplier"]
         self.probe.reference_nll = {where: tuple(nll) for where, nll in state["reference_nll"].items()}
 
+    def whole_subspace(self) -> SafetySubspace:
+        """The subspace with the targets of all rows, from every process's own. All of them have to call it."""
+        if not self.sharding.split:
+            return self.subspace
+        target = {
+            name: self.sharding.gather_rows(name, rows, self.sharding.parts[name].shape[0]).cpu()
+            for name, rows in self.subspace.target.items()
+        }
+        return replace(self.subspace, target=target)
+
     def _split_anchors(self) -> list[Anchor]:
         """The samples the null space is taken from; the others, if any, are left to the rotation."""
         anchors = self.probe.rotation.anchors
@@ -205,13 +214,22 @@ class Attachment:
         return self.probe.matrices
 
     def _check_optimizer(self) -> None:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, matrix in self.matrices.items():
-            if id(matrix.weight) not in held:
+            if name not in self.sharding.parts:
                 raise CorrectionError(
                     f"spf: {name} is trainable but not in the optimizer, so its updates cannot be corrected; "
                     "freeze it or make the optimizer from model.parameters()"
                 )
+            if self.sharding.split and matrix.transposed:
+                raise UnsupportedSetupError(f"{name}: Conv1D (GPT-2) is not supported with FSDP2 or DeepSpeed; use DDP")
+        calls = self.sharding.calls(list(self.matrices))
+        comparing = isinstance(self.rule, Constrained) or (self.gradient_rule and self.gradient_rule.gate == "global")
+        if calls > 1 and comparing:
+            raise UnsupportedSetupError(
+                f"the rule {self.rule.name} compares all gradients at once, but DeepSpeed steps them in {calls} "
+                "groups; give all matrices the same optimizer settings and raise sub_group_size (stage 3), or use "
+                "null-space"
+            )
 
     def _estimate(self, anchors: Sequence[Anchor], benign: Sequence[Anchor]) -> SafetySubspace:
         assert isinstance(self.rule, NullSpace)
@@ -232,16 +250,29 @@ class Attachment:
         self._check_lora(bases)
         target = {}
         for name, matrix in self.matrices.items():
-            W = matrix.view(matrix.weight.detach()).float()
-            target[name] = W.new_zeros(W.shape[0], bases[name].shape[1]) if matrix.is_lora_a else W @ bases[name]
+            V, rows = bases[name], self.sharding.parts[name].rows
+            if matrix.is_lora_a:
+                target[name] = V.new_zeros(self._height(name), V.shape[1])[rows]
+                continue
+            with self.sharding.weight(name, matrix.transposed) as (first, W):
+                used = W[rows.start - first : rows.stop - first] if self.sharding.split else W
+                target[name] = used.float() @ V
         return SafetySubspace(right=bases, target=target, metadata={"rule": repr(self.rule)})
+
+    def _height(self, name: str) -> int:
+        """The number of rows of a matrix."""
+        shape = self.sharding.parts[name].shape
+        return shape[1] if self.matrices[name].transposed else shape[0]
 
     def _check_lora(self, bases: dict[str, Tensor]) -> None:
         for name, matrix in self.matrices.items():
             if matrix.is_lora_a:
-                B = self.probe.model.get_parameter(name.replace(".lora_A.", ".lora_B."))
-                A_V = matrix.weight.detach().float() @ bases[name]
-                if bool(B.any()) and float(A_V.norm()) > 1e-3 * float(matrix.weight.norm()):
+                with torch.no_grad(), self.sharding.weight(name.replace(".lora_A.", ".lora_B.")) as (_, B):
+                    trained = B.float().square().sum()
+                with torch.no_grad(), self.sharding.weight(name) as (_, A):
+                    held, all_of_it = (A.float() @ bases[name]).square().sum(), A.float().square().sum()
+                trained, held, all_of_it = self.sharding.total(torch.stack([trained, held, all_of_it])).tolist()
+                if trained > 0 and held > 1e-6 * all_of_it:
                     raise UnsupportedModelError(
                         f"{name}: the adapter is trained already (lora_B is not zero), so it cannot be held to "
                         "A V = 0 without changing the model; merge it and start a new adapter"
@@ -253,26 +284,31 @@ class Attachment:
         missing = [name for name in self.matrices if name not in self.subspace.right]
         if missing:
             raise ValueError(f"the safety subspace has no basis for {missing[0]}: it was made for another model")
-        for name, matrix in self.matrices.items():
-            device = matrix.weight.device
+        for name in self.matrices:
+            device, rows = self.sharding.parts[name].holder.device, self.sharding.parts[name].rows
+            target = self.subspace.target[name]
+            if self.sharding.split and len(target) == self._height(name):
+                target = target[rows].clone()  # a file holds all rows
             self.subspace.right[name] = self.subspace.right[name].to(device)
-            self.subspace.target[name] = self.subspace.target[name].to(device)
+            self.subspace.target[name] = target.to(device)
         # A fresh lora_A does not satisfy A V = 0 yet; weights from a checkpoint are left bit for bit.
-        fresh = []
-        for name, matrix in self.matrices.items():
-            error, allowed = self._violation(name, matrix.weight)
-            if error > allowed:
-                fresh.append(name)
-        rescale = calibration and fresh and self.rule.rescale
+        adapters = [name for name, matrix in self.matrices.items() if matrix.is_lora_a]
+        fresh = [name for name, (error, allowed) in self._violations(adapters).items() if error > allowed]
+        if not fresh:
+            return
+        rescale = calibration and self.rule.rescale
         before = self.probe.response_norms(calibration, fresh) if rescale else {}
         with torch.no_grad():
             for name in fresh:
-                self._hold(name)
+                with self.sharding.weight(name, edit=True) as (_, A):
+                    A.copy_(project_out_right(A.float(), self.subspace.right[name].to(A.device)))
             for name, after in self.probe.response_norms(calibration, fresh).items() if before else ():
                 # The held directions carry most of what any prompt sends into a layer. Without them A would
                 # answer weakly, and the adapter learn slowly; A's scale is free, since B is zero.
                 self.scale[name] = min(before[name] / max(after, 1e-12), MAX_SCALE)
-                self.matrices[name].weight.mul_(self.scale[name])
+                with self.sharding.weight(name, edit=True) as (_, A):
+                    A.mul_(self.scale[name])
+            self.sharding.publish()
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # A subclass whose step calls its parent's step fires the hooks twice; only the outer call counts.
@@ -280,22 +316,28 @@ class Attachment:
         if self._depth > 1:
             return
         start = time.perf_counter()
-        gradients = {name: m.view(m.weight.grad) for name, m in self.matrices.items() if m.weight.grad is not None}
-        self._met = set(gradients)
+        if not self._to_step:
+            self._to_step, self._met = set(self.sharding.parts), set()
+        here = self.sharding.stepped()
+        gradients = {
+            name: gradient
+            for name in self.matrices
+            if name in here and (gradient := self.sharding.parts[name].holder.grad) is not None
+        }
+        self._met |= set(gradients)
         with torch.no_grad():
-            if self._result is not None:
+            if self._result is not None and gradients:
                 self._compare(gradients)
-            if self._result is not None and self.gradient_rule is not None:
+            if self._result is not None and self.gradient_rule is not None and gradients:
                 self._correct_gradients(gradients, self._result, self.gradient_rule)
             if isinstance(self.rule, NullSpace):
-                for parameter in self.probe.others.values():
-                    # Without a gradient the optimizer skips it, decay and momentum included.
-                    parameter.grad = None
-                self._rows = {name: self._sample(m).clone() for name, m in self.matrices.items()}
-            if isinstance(self.rule, Constrained) and self._result is not None:
-                self._before_step = {name: m.weight.detach().clone() for name, m in self.matrices.items()}
-            else:
-                self._result = None
+                self._keep_others(here)
+                self._rows = {name: self._sample(name).clone() for name in self.matrices if name in here}
+            if isinstance(self.rule, Constrained) and self._result is not None and gradients:
+                self._before_step = {
+                    name: [b.tensor.clone() for b in self._blocks(name, self.sharding.parts[name].holder.detach())]
+                    for name in self.matrices
+                }
         self.seconds["projection"] += time.perf_counter() - start
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -303,64 +345,132 @@ class Attachment:
         if self._depth > 0:
             return
         start = time.perf_counter()
-        self.steps += 1
-        if isinstance(self.rule, NullSpace):
-            with torch.no_grad():
-                updated = {name: self._sample(m).clone() for name, m in self.matrices.items()}
-                for name in self.matrices:
-                    self._hold(name)
-                removed = sum(
-                    (updated[name] - self._sample(m)).float().square().sum() for name, m in self.matrices.items()
-                )
-                whole = sum((updated[name] - self._rows[name]).float().square().sum() for name in self.matrices)
-                self._removed(float(removed), float(whole))
-            self._rows = {}
-        elif isinstance(self.rule, Constrained) and self._result is not None:
-            with torch.no_grad():
+        here = self.sharding.stepped()
+        with torch.no_grad():
+            if isinstance(self.rule, NullSpace):
+                for name, values in self._kept.items():
+                    part = self.sharding.parts[name]
+                    part.piece(part.holder.detach()).copy_(values)
+                self._kept = {}
+                self._hold([name for name in self.matrices if name in here])
+            elif isinstance(self.rule, Constrained) and self._result is not None and self._before_step:
                 self._constrain(self._result, self.rule)
-            self._result, self._before_step = None, {}
+                self._before_step = {}
+        # DeepSpeed calls the optimizer once a group; a step is over when every group had its turn.
+        self._to_step -= here
+        if not self._to_step:
+            # torch steps an optimizer without state once, at rate 0, to save it under FSDP2: no step of training
+            if self._expects_step:
+                self.steps += 1
+                if isinstance(self.rule, NullSpace):
+                    self._removed(*self._update)
+            self._expects_step, self._result, self._update = False, None, [0.0, 0.0]
         self.seconds["projection"] += time.perf_counter() - start
 
-    def _hold(self, name: str) -> None:
-        matrix, V, target = self.matrices[name], self.subspace.right[name], self.subspace.target[name]
-        W = matrix.view(matrix.weight.data)
-        W.sub_((null_space_violation(W.float(), V, target) @ V.T).to(W.dtype))
+    def _keep_others(self, here: set[str]) -> None:
+        for name, parameter in self.probe.others.items():
+            if not self.sharding.flat:
+                # Without a gradient the optimizer skips it, decay and momentum included.
+                parameter.grad = None
+            elif name in here:
+                part = self.sharding.parts[name]
+                self._kept[name] = part.piece(part.holder.detach()).clone()
 
-    def _violation(self, name: str, parameter: Tensor) -> tuple[float, float]:
-        """|W V - W_0 V|_F, and how much of it rounding explains."""
-        W = self.matrices[name].view(parameter.detach()).float()
-        error = null_space_violation(W, self.subspace.right[name], self.subspace.target[name]).norm()
-        # fp32: accumulated in a product of n terms; bf16: half a unit in the last place per element
-        eps = max(torch.finfo(parameter.dtype).eps, 30 * torch.finfo(torch.float32).eps)
-        return float(error), eps * float(W.norm())
+    def _blocks(self, name: str, tensor: Tensor) -> list[Block]:
+        """The rectangles of a matrix in this process, of its holder, the gradient or the optimizer's state."""
+        return self.sharding.parts[name].blocks(tensor, self.matrices[name].transposed)
 
-    def _sample(self, matrix: Matrix) -> Tensor:
-        W = matrix.view(matrix.weight.detach())
-        return W[:: max(1, W.shape[0] // SAMPLED_ROWS)]
+    def _hold(self, names: Sequence[str]) -> None:
+        """W <- W - (W V - W_0 V) V^T, block by block."""
+        parts = self.sharding.parts
+        updated = {name: self._sample(name).clone() for name in names}
+        holders = {name: parts[name].holder.detach() for name in names}
+        cut = self.sharding.cut_products(holders, self.subspace.right)
+        for name in names:
+            V, target, first = self.subspace.right[name], self.subspace.target[name], parts[name].rows.start
+            for block in self._blocks(name, holders[name]):
+                wanted = target[block.rows.start - first : block.rows.stop - first]
+                if block.cut:
+                    row = parts[name].cut_rows.index(block.rows.start)
+                    gap = cut[name][row : row + 1] - wanted
+                else:
+                    gap = null_space_violation(block.tensor.float(), V, wanted)
+                block.tensor.sub_((gap @ V[block.columns].T).to(block.tensor.dtype))
+            held = self._sample(name)
+            self._update[0] += float((updated[name] - held).float().square().sum())
+            self._update[1] += float((updated[name] - self._rows[name]).float().square().sum())
+
+    def _violations(self, names: Iterable[str]) -> dict[str, tuple[float, float]]:
+        """|W V - W_0 V|_F of the model's own weights, and how much of it rounding explains, by name."""
+        squares, eps = [], {}
+        for name in names:
+            matrix, V, part = self.matrices[name], self.subspace.right[name], self.sharding.parts[name]
+            target = self.subspace.target[name]
+            with torch.no_grad(), self.sharding.weight(name, matrix.transposed) as (first, W):
+                # fp32: accumulated in a product of n terms; bf16: half a unit in the last place per element
+                eps[name] = max(torch.finfo(W.dtype).eps, 30 * torch.finfo(torch.float32).eps)
+                if self.sharding.split:
+                    W = W[part.owned.start - first : part.owned.stop - first]
+                    target = target[part.owned.start - part.rows.start : part.owned.stop - part.rows.start]
+                W = W.float().to(V.device)
+                error = null_space_violation(W, V, target)
+                squares.append(torch.stack([error.square().sum(), W.square().sum()]))
+        if not squares:
+            return {}
+        sums = self.sharding.total(torch.stack(squares)).sqrt().tolist()
+        return {name: (error, eps[name] * size) for name, (error, size) in zip(eps, sums, strict=True)}
+
+    def _sample(self, name: str) -> Tensor:
+        """Some of this process's rows of a matrix, for the statistics (none if it holds no whole row)."""
+        whole = [b.tensor for b in self._blocks(name, self.sharding.parts[name].holder.detach()) if not b.cut]
+        return whole[0][:: max(1, len(whole[0]) // SAMPLED_ROWS)] if whole else torch.empty(0)
 
     def _compare(self, gradients: dict[str, Tensor]) -> None:
-        """Note the cosine of utility and safety gradient, per layer group and over all."""
+        """Inner products of utility and safety gradient, in one all-reduce; notes their cosine per layer group.
+
+        Where anything is NaN or inf, on whatever process, the step goes uncorrected by the gradient rule.
+        """
         assert self._result is not None
+        result, names = self._result, list(gradients)
+        inner, utility = [], []
+        for name in names:
+            factors, blocks = result.factors[name], self._blocks(name, gradients[name])
+            inner.append(sum((factors.inner_block(b.tensor, b.rows, b.columns) for b in blocks), torch.zeros(())))
+            utility.append(sum((b.tensor.float().square().sum() for b in blocks), torch.zeros(())))
+        device = gradients[names[0]].device
+        values = torch.stack([value.to(device) for value in (*inner, *utility)])
+        values = self.sharding.total(values if result.finite else torch.full_like(values, torch.nan))
+        if not bool(torch.isfinite(values).all()):
+            self._result = None
+            self.skipped += 1
+            if self.skipped == 1:
+                warnings.warn(
+                    f"spf: NaN or inf in the safety loss or a gradient at step {self.steps}; such steps are not "
+                    "corrected by it and are counted in spf/skipped",
+                    stacklevel=2,
+                )
+            return
+        sums = values.tolist()
+        self._inner = dict(zip(names, sums[: len(names)], strict=True))
+        self._utility_norm = dict(zip(names, sums[len(names) :], strict=True))
+        self._safety_norm = {name: float(result.factors[name].norm_squared()) for name in names}
         totals: dict[str, list[float]] = {}
-        self._inner, self._safety_norm = {}, {}
-        for name, G in gradients.items():
-            factors = self._result.factors[name]
-            inner, safety = float(factors.inner(G.float())), float(factors.norm_squared())
-            self._inner[name], self._safety_norm[name] = inner, safety
+        for name in names:
             group = "attention" if "attn" in name or "attention" in name else "mlp" if "mlp" in name else "other"
             for key in (group, "all"):
                 total = totals.setdefault(key, [0.0, 0.0, 0.0])
-                for i, value in enumerate((inner, safety, float(G.float().square().sum()))):
+                for i, value in enumerate((self._inner[name], self._safety_norm[name], self._utility_norm[name])):
                     total[i] += value
-        for key, (inner, safety, utility) in totals.items():
-            if safety > 0 and utility > 0:
-                self._note("cos" if key == "all" else f"cos_{key}", inner / (safety * utility) ** 0.5)
+        for key, (inner_product, safety, norm) in totals.items():
+            if safety > 0 and norm > 0:
+                self._note("cos" if key == "all" else f"cos_{key}", inner_product / (safety * norm) ** 0.5)
         if isinstance(self.rule, NullSpace):
             self._note("conflict_rate", float(totals["all"][0] < 0))
 
-    def _correct_gradients(self, gradients: dict[str, Tensor], result: ProbeResult, rule: SPF | CombiningRule) -> None:
-        inner, safety = self._inner, self._safety_norm
-        utility = {name: float(G.float().square().sum()) for name, G in gradients.items()}
+    def _correct_gradients(
+        self, gradients: dict[str, Tensor], result: ProbeResult, rule: SPF | CombiningRule | Mix
+    ) -> None:
+        inner, safety, utility = self._inner, self._safety_norm, self._utility_norm
         if rule.gate == "global":
             # one test over all matrices: every matrix gets the sums
             inner, safety = dict.fromkeys(inner, sum(inner.values())), dict.fromkeys(safety, sum(safety.values()))
@@ -372,15 +482,11 @@ class Attachment:
         if isinstance(rule, DualAscent):
             self.multiplier = rule.multiplier(self.multiplier, result.excess)
             self._note("multiplier", self.multiplier)
-        removed = 0.0
-        for name, G in gradients.items():
-            factors, exact = result.factors[name], G.float()
-            if isinstance(rule, SPF):
-                if inner[name] >= 0:
-                    continue
-                U, _, V = factors.svd(rule.rank)
-                corrected = project_out(exact, U, V, rule.side)
-            else:
+        if isinstance(rule, SPF):
+            removed = self._remove_subspace({name: gradients[name] for name in gradients if inner[name] < 0}, rule)
+        else:
+            removed = 0.0
+            for name, gradient in gradients.items():
                 a, c = (
                     (1.0, self.multiplier)
                     if isinstance(rule, DualAscent)
@@ -388,34 +494,76 @@ class Attachment:
                 )
                 if (a, c) == (1.0, 0.0):
                     continue
-                corrected = a * exact + c * factors.dense()
-            removed += float((exact - corrected).square().sum())
-            G.copy_(corrected)
+                for b in self._blocks(name, gradient):
+                    b.tensor.copy_(a * b.tensor.float() + c * result.factors[name].block(b.rows, b.columns, b.tensor))
+                own = (self._utility_norm[name], self._inner[name], self._safety_norm[name])
+                removed += (a - 1) ** 2 * own[0] + 2 * (a - 1) * c * own[1] + c**2 * own[2]
         if not isinstance(self.rule, NullSpace):
             self._removed(removed, sum(utility.values()))
 
+    def _remove_subspace(self, gradients: dict[str, Tensor], rule: SPF) -> float:
+        """Take the safety subspace out of these gradients; returns the squared norm of what went."""
+        assert self._result is not None
+        bases = {name: self._result.factors[name].svd(rule.rank) for name in gradients}
+        right = {name: V.to(gradients[name].device) for name, (_, _, V) in bases.items()}
+        left = {name: U.to(gradients[name].device) for name, (U, _, _) in bases.items()}
+        found: dict[str, Tensor] = {}
+        if rule.side == "right":
+            cut = self.sharding.cut_products(gradients, right)
+        else:
+            for name, gradient in gradients.items():
+                U, V = left[name], right[name]
+                shape = (U.shape[1], V.shape[0] if rule.side == "left" else V.shape[1])
+                found[name] = U.new_zeros(shape)
+                for b in self._blocks(name, gradient):
+                    part = components(b.tensor.float(), U[b.rows], V[b.columns], rule.side)
+                    found[name][:, b.columns if rule.side == "left" else slice(None)] += part
+            if found:
+                flat = self.sharding.total(torch.cat([c.flatten() for c in found.values()]))
+                pieces = flat.split([c.numel() for c in found.values()])
+                found = {name: piece.view_as(found[name]) for name, piece in zip(found, pieces, strict=True)}
+        removed = sum(float(c.square().sum()) for c in found.values())
+        for name, gradient in gradients.items():
+            U, V = left[name], right[name]
+            for b in self._blocks(name, gradient):
+                if rule.side == "left":
+                    part = found[name][:, b.columns]
+                elif rule.side == "both":
+                    part = found[name]
+                elif b.cut:
+                    row = self.sharding.parts[name].cut_rows.index(b.rows.start)
+                    part = cut[name][row : row + 1]
+                else:
+                    part = components(b.tensor.float(), U[b.rows], V[b.columns], rule.side)
+                if rule.side == "right":
+                    # of this process's rows, as what is logged is rank 0's
+                    removed += float(part.square().sum())
+                b.tensor.copy_(without_components(b.tensor.float(), part, U[b.rows], V[b.columns], rule.side))
+        return removed
+
     def _constrain(self, result: ProbeResult, rule: Constrained) -> None:
         """Change the step just made so that the linearised safety loss stays within its margin."""
-        inner = curvature = whole = 0.0
-        directions = {}
-        for name, matrix in self.matrices.items():
-            weight = matrix.weight.detach()
-            step = (weight - self._before_step[name]).float()
-            S = matrix.view(result.factors[name].dense())
-            state = self.optimizer.state[matrix.weight]
-            direction = S / (state["exp_avg_sq"].float().sqrt() + 1e-8) if "exp_avg_sq" in state else S
-            inner += float((S * step).sum())
-            curvature += float((S * direction).sum())
-            whole += float(step.square().sum())
-            directions[name] = direction
-        violation = max(0.0, result.excess - rule.margin + inner)
-        self._note("conflict_rate", float(inner > 0))
-        if violation > 0 and curvature > 0:
-            factor = violation / curvature
-            for name, matrix in self.matrices.items():
-                matrix.weight.data.sub_((factor * directions[name]).to(matrix.weight.dtype))
-        changed = sum(float(d.square().sum()) for d in directions.values()) * (violation / curvature) ** 2
-        self._removed(changed if violation > 0 else 0.0, whole)
+        directions: list[tuple[Tensor, Tensor]] = []
+        inner = curvature = whole = size = torch.zeros(())
+        for name, blocks_before in self._before_step.items():
+            holder = self.sharding.parts[name].holder
+            state = self.optimizer.state[holder]
+            moments = [b.tensor for b in self._blocks(name, state["exp_avg_sq"])] if "exp_avg_sq" in state else None
+            for i, (b, before) in enumerate(zip(self._blocks(name, holder.detach()), blocks_before, strict=True)):
+                step = (b.tensor - before).float()
+                S = result.factors[name].block(b.rows, b.columns, b.tensor)
+                direction = S / (moments[i].float().sqrt() + 1e-8) if moments else S
+                inner, curvature = inner + (S * step).sum(), curvature + (S * direction).sum()
+                whole, size = whole + step.square().sum(), size + direction.square().sum()
+                directions.append((b.tensor, direction))
+        values = self.sharding.total(torch.stack([inner, curvature, whole, size])).tolist()
+        violation = max(0.0, result.excess - rule.margin + values[0])
+        self._note("conflict_rate", float(values[0] > 0))
+        factor = violation / values[1] if violation > 0 and values[1] > 0 else 0.0
+        if factor:
+            for weight, direction in directions:
+                weight.sub_((factor * direction).to(weight.dtype))
+        self._removed(factor**2 * values[3], values[2])
 
     def _removed(self, removed: float, whole: float) -> None:
         self.corrected += removed > 0

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spf.data import Anchor, AnchorBatch, AnchorRotation, collate
 from spf.rules import Tokens
+from spf.sharding import full_shape
 from spf.subspace import Factors, InputSketch
 
 
@@ -71,9 +72,9 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
     for name, parameter in others.items():
         if "lora_magnitude_vector" in name:
             raise UnsupportedModelError(f"{name}: DoRA is not supported; use LoRA without use_dora")
-        if parameter.ndim >= 2 and parameter not in embeddings:
+        if len(full_shape(parameter)) >= 2 and parameter not in embeddings:
             raise UnsupportedModelError(
-                f"{name}: a trainable tensor of shape {tuple(parameter.shape)} outside linear layers and "
+                f"{name}: a trainable tensor of shape {full_shape(parameter)} outside linear layers and "
                 "embeddings; freeze it, or train it without spf"
             )
     if not matrices:

@@ -30,13 +30,31 @@ def project_out_right(G: Tensor, V: Tensor) -> Tensor:
     return G - (G @ V) @ V.T
 
 
+def components(G: Tensor, U: Tensor, V: Tensor, side: Side) -> Tensor:
+    """What G (m, n) has in the safety subspace: U^T G (k, n) on the left, G V (m, k) on the right, U^T G V (both).
+
+    Of a part of G, with the same part of the bases' rows, it is that part's share: the shares of all parts
+    sum up to the whole's on the left and for both, and on the right over the parts of a row.
+    """
+    if side == "left":
+        return U.T @ G
+    if side == "right":
+        return G @ V
+    return U.T @ G @ V
+
+
+def without_components(G: Tensor, C: Tensor, U: Tensor, V: Tensor, side: Side) -> Tensor:
+    """G without the components C that `components` found; of a part of G too, with the whole's C."""
+    if side == "left":
+        return G - U @ C
+    if side == "right":
+        return G - C @ V.T
+    return G - U @ C @ V.T
+
+
 def project_out(G: Tensor, U: Tensor, V: Tensor, side: Side) -> Tensor:
     """G without the safety subspace: on the left, on the right, or only its part U U^T G V V^T (both)."""
-    if side == "left":
-        return project_out_left(G, U)
-    if side == "right":
-        return project_out_right(G, V)
-    return G - U @ (U.T @ G @ V) @ V.T
+    return without_components(G, components(G, U, V, side), U, V, side)
 
 
 def conflict_coefficient(inner: float, norm_squared: float, floor: float = 1e-8) -> float:

@@ -30,7 +30,16 @@ class Factors:
 
     def inner(self, G: Tensor) -> Tensor:
         """<G, D^T X> for a dense G (m, n): sum_t d_t^T G x_t, 2 T m n FLOPs."""
-        return ((self.D @ G.to(self.D.dtype)) * self.X).sum()
+        return self.inner_block(G, slice(None), slice(None))
+
+    def inner_block(self, G: Tensor, rows: slice, columns: slice) -> Tensor:
+        """The part of <., D^T X> that the rectangle G of those rows and columns gives, on G's device."""
+        D, X = self.D[:, rows].to(G.device), self.X[:, columns].to(G.device)
+        return ((D @ G.to(D.dtype)) * X).sum()
+
+    def block(self, rows: slice, columns: slice, like: Tensor) -> Tensor:
+        """The rectangle of D^T X, float32, on the device of `like`."""
+        return self.D[:, rows].to(like.device).T @ self.X[:, columns].to(like.device)
 
     def svd(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Top singular triplets U (m, k), s (all of the spectrum), V (n, k), with k <= rank.

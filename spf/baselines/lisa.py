@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from spf.baselines.one_shot import refusal_anchors, safety_loss
 from spf.data import AnchorRotation, SafetyDataError, SafetyRow, collate
-from spf.sharding import UnsupportedSetupError, check_parameters, innermost_optimizer
+from spf.sharding import UnsupportedSetupError, innermost_optimizer, refuse_sharded
 
 
 class LisaCallback(TrainerCallback):
@@ -83,7 +83,7 @@ class LisaCallback(TrainerCallback):
             raise UnsupportedSetupError(
                 "LisaCallback cannot resume: a checkpoint does not hold the weights of the last switch"
             )
-        check_parameters(model)
+        refuse_sharded(model, "Lisa")
         optimizer = innermost_optimizer(kwargs["optimizer"])
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise SafetyDataError(

@@ -1,0 +1,295 @@
+"""One process of a distributed run: python -m [torch.distributed.run ... -m] tests.distributed.worker MODE OUTPUT.
+
+MODE is single, ddp, fsdp2, zero1, zero2 or zero3. It trains every case and writes its losses, final
+parameters and counters to OUTPUT. Unpatched accelerate runs FSDP2 and DeepSpeed only on accelerators, so
+there its choice of a backend is overridden with gloo before anything else is imported.
+"""
+
+import os
+import sys
+
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+MODE, OUTPUT = sys.argv[1], sys.argv[2]
+
+import accelerate.state as accelerate_state  # noqa: E402
+
+if MODE.startswith("zero"):
+    import deepspeed.comm.torch
+
+    # a kernel for shared memory that g++ would have to compile; gloo does without
+    deepspeed.comm.torch.build_shm_op = lambda: None
+
+if MODE not in ("single", "ddp"):
+    accelerate_state.PartialState._prepare_backend = lambda *args, **kwargs: (
+        "gloo",
+        accelerate_state.DistributedType.MULTI_GPU,
+    )
+
+import copy  # noqa: E402
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import transformers.training_args  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments  # noqa: E402
+
+import spf.optimizer as optimizer_module  # noqa: E402
+from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback  # noqa: E402
+from spf.optimizer import Attachment  # noqa: E402
+from spf.rules import Constrained, Mix, SafeGrad  # noqa: E402
+from tests.conftest import make_tokenizer  # noqa: E402
+from tests.test_callback import token_data  # noqa: E402
+
+# the cases in bf16 need no GPU, but transformers asks for one
+transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+
+STEPS = 4
+
+
+@dataclasses.dataclass
+class Case:
+    rule: Any
+    lora: bool = False
+    optim: str = "sgd"  # AdamW would amplify the order of summation
+    learning_rate: float = 0.5
+    bf16: bool = False
+    checkpointing: bool = False
+
+
+CASES = {
+    "null-space-full": Case(NullSpace(rank=8)),
+    "null-space-lora-adamw": Case(NullSpace(rank=8), True, "adamw_torch", 1e-2),
+    "feedback-full": Case(NullSpace(rank=8, prompts=8, feedback=Mix(weight=0.5))),
+    "spf-left-full": Case(SPF(rank=4, gate="matrix")),
+    "spf-right-lora": Case(SPF(rank=4, side="right", gate="matrix"), True),
+    "spf-both-full": Case(SPF(rank=4, side="both", gate="matrix")),
+    "rank1-lora": Case(Rank1(), True),
+    "safegrad-full": Case(SafeGrad()),
+    "constrained-full-adamw": Case(Constrained(margin=0.0), False, "adamw_torch", 5e-2),
+    "null-space-bf16": Case(NullSpace(rank=8), False, "adamw_torch", 1e-2, bf16=True),
+    "checkpointing": Case(NullSpace(rank=8), checkpointing=True),
+}
+
+in_hook = False
+collectives: list[tuple[str, int]] = []
+
+
+def watch_hooks() -> None:
+    """Record every collective of torch that runs inside the rule's step hooks."""
+    for name in ("_before", "_after"):
+        real = getattr(Attachment, name)
+
+        def wrapped(self, *args, real=real):
+            global in_hook
+            in_hook = True
+            try:
+                return real(self, *args)
+            finally:
+                in_hook = False
+
+        setattr(Attachment, name, wrapped)
+    for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        real = getattr(dist, name)
+
+        def counted(*args, real=real, name=name, **kwargs):
+            if in_hook:
+                collectives.append((name, args[0].numel() * args[0].element_size()))
+            return real(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+def make_model(lora: bool) -> Any:
+    # Odd sizes: ZeRO's borders cut rows, FSDP2's shards are uneven.
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=36,
+        head_dim=10,
+        intermediate_size=63,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if lora:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
+    return model
+
+
+# Made before any TrainingArguments: ZeRO-3's would have from_config fill the weights in another way.
+MODELS = {lora: make_model(lora) for lora in (False, True)}
+
+
+def launcher() -> dict[str, Any]:
+    if MODE in ("single", "ddp"):
+        return {"use_cpu": True}
+    if MODE == "fsdp2":
+        wrapped = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "reshard_after_forward": True,
+            "state_dict_type": "SHARDED_STATE_DICT",
+        }
+        return {"fsdp": True, "fsdp_config": wrapped}
+    stage = {"stage": int(MODE[-1]), "stage3_param_persistence_threshold": 0}
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
+    return {
+        "deepspeed": {
+            "zero_optimization": stage,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": "auto"},
+            **dict.fromkeys(auto, "auto"),
+        }
+    }
+
+
+def make_trainer(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, SafetyCallback]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+    callback = SafetyCallback(str(Path(OUTPUT) / "safety.jsonl"), case.rule, monitor_steps=2)
+    settings: dict[str, Any] = {
+        "output_dir": str(directory),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4 // WORLD,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": case.learning_rate,
+        "weight_decay": 0.1,
+        "optim": case.optim,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "seed": 3,
+        "bf16": case.bf16,
+        "gradient_checkpointing": case.checkpointing,
+        "disable_tqdm": True,
+    }
+    args = TrainingArguments(**(settings | launcher() | changes))
+    trainer = Trainer(
+        copy.deepcopy(MODELS[case.lora]),
+        args,
+        train_dataset=token_data(64),
+        processing_class=make_tokenizer(),
+        callbacks=[callback],
+    )
+    return trainer, callback
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if isinstance(parameter, DTensor):
+            whole = parameter.full_tensor()
+        elif MODE == "zero3":
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.data.clone()
+        else:
+            whole = parameter
+        state[name] = whole.detach().float().clone()
+    return state
+
+
+def record(trainer: Trainer, callback: SafetyCallback) -> dict[str, Any]:
+    attachment = callback.attachment
+    assert attachment is not None
+    logs = trainer.state.log_history
+    return {
+        "parameters": parameters(trainer),
+        "losses": [log["loss"] for log in logs if "loss" in log],
+        "cos": [log["spf/cos"] for log in logs if "spf/cos" in log],
+        "corrected": attachment.corrected,
+        "cut_rows": sum(len(attachment.sharding.parts[name].cut_rows) for name in attachment.matrices),
+        "split": attachment.sharding.split,
+    }
+
+
+def run(case: Case, directory: Path) -> dict[str, Any]:
+    collectives.clear()
+    trainer, callback = make_trainer(case, directory)
+    trainer.train()
+    return record(trainer, callback) | {"collectives": list(collectives)}
+
+
+def resume(case: Case, directory: Path) -> dict[str, Any]:
+    """Train half, save, and go on with everything made anew."""
+    trainer, _ = make_trainer(case, directory, save_strategy="steps", save_steps=STEPS // 2)
+    trainer.train()
+    if dist.is_initialized():
+        dist.barrier()
+    trainer, callback = make_trainer(case, directory)
+    trainer.train(resume_from_checkpoint=str(directory / f"checkpoint-{STEPS // 2}"))
+    return record(trainer, callback)
+
+
+def resume_elsewhere(case: Case, directory: Path) -> dict[str, Any]:
+    """Go on from the checkpoint that one process made."""
+    checkpoint = str(Path(OUTPUT) / "single" / "resume" / f"checkpoint-{STEPS // 2}")
+    trainer, callback = make_trainer(case, directory, resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return record(trainer, callback)
+
+
+def planted_fault(case: Case, directory: Path) -> dict[str, Any]:
+    """The constraint is not applied: training has to stop."""
+    real = Attachment._hold
+    Attachment._hold = lambda self, names: None  # type: ignore[method-assign]
+    try:
+        trainer, _ = make_trainer(case, directory)
+        trainer.train()
+    except CorrectionError as error:
+        return {"error": str(error)}
+    finally:
+        Attachment._hold = real  # type: ignore[method-assign]
+    return {"error": ""}
+
+
+def unprojected(case: Case, directory: Path) -> dict[str, Any]:
+    """The gradient rule corrects nothing: the comparison with one process has to notice."""
+    real = optimizer_module.without_components
+    optimizer_module.without_components = lambda G, *rest: G  # type: ignore[assignment]
+    try:
+        return run(case, directory)
+    finally:
+        optimizer_module.without_components = real
+
+
+SPECIAL = {
+    "resume": (resume, "null-space-full"),
+    "resume-lora": (resume, "null-space-lora-adamw"),
+    "fault": (planted_fault, "null-space-full"),
+    "unprojected": (unprojected, "spf-left-full"),
+}
+if MODE == "ddp":
+    SPECIAL["resume-elsewhere"] = (resume_elsewhere, "null-space-full")
+
+if __name__ == "__main__":
+    watch_hooks()
+    place = Path(OUTPUT)
+    for name in [*CASES, *SPECIAL]:
+        directory = place / MODE / name
+        what, case = SPECIAL.get(name, (run, name))
+        result = what(CASES[case], directory)
+        torch.save(result.pop("parameters", {}), place / f"{MODE}-{name}-{RANK}.pt")
+        (place / f"{MODE}-{name}-{RANK}.json").write_text(json.dumps(result))
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    # gloo's teardown at interpreter exit aborts now and then
+    os._exit(0)
