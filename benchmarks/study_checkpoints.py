@@ -25,7 +25,6 @@ CHECKPOINTS = {
     "null-space-harmful-50": ("aligned", "harmful-50", "null-space"),
     "plain-benign": ("aligned", "benign", "plain"),
     "unaligned-benign": ("unaligned", "benign", "plain"),
-    "null-space-benign": ("aligned", "benign", "null-space"),
 }
 """Directory: the model it starts from, the scenario, the method."""
 
