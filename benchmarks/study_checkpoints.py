@@ -74,6 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     workspace = prepare("demo", args.output.resolve())
     assert workspace.unaligned is not None
+    load_tokenizer(workspace.aligned).save_pretrained(workspace.unaligned)  # spf study measure reads it from there
     starts = {"aligned": workspace.aligned, "unaligned": workspace.unaligned}
     for name, (start, scenario, method) in CHECKPOINTS.items():
         directory = args.output.resolve() / f"{name}-seed-{args.seed}"
