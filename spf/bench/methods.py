@@ -202,9 +202,12 @@ def _projection(
 
 
 def _lock(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], k: int = 24, alpha: float = 3.0
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], k: int = 24, alpha: float = 2.5
 ) -> Callable[[Any], object]:
-    """A SafetyLock made now, from the aligned model and 100 of its refusals; applied after training, as a bias."""
+    """A SafetyLock made now, from the aligned model and 100 prompts it refuses; applied after training, as a bias.
+
+    K and alpha are those chosen on validation prompts in benchmarks/safetylock.py.
+    """
     lock = extract(model, tokenizer, echoed(refusal_pairs(rows[:100])), k=k, alpha=alpha)
     return lambda tuned: lock.apply(tuned, tokenizer)
 
