@@ -18,7 +18,7 @@ class ModelSize:
     mlp: int
 
 
-SIZES = {"tiny": ModelSize(3, 4, 64, 256), "mini": ModelSize(6, 6, 192, 768)}
+SIZES = {"tiny": ModelSize(3, 4, 64, 128), "mini": ModelSize(6, 6, 192, 768)}
 """`mini` has the study's layers, heads and widths; its MLP is gated, with RMSNorm and rotary positions."""
 
 

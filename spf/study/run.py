@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from spf.data import write_json
 from spf.study import grammar
 from spf.study.bridge import BridgeSettings, run_bridge
-from spf.study.data import BASE, TEST_SETS, Sampler, EvalSet, WorldSettings
+from spf.study.data import BASE, TEST_SETS, EvalSet, Sampler, WorldSettings
 from spf.study.evaluation import evaluate, quick_rates, rate_dict
 from spf.study.jailbreaks import Place, mean_embedding_norm, soft_token_attack
 from spf.study.measure import measure_world
@@ -97,28 +97,44 @@ def tiny() -> Preset:
 
     Deviations from `paper`: 3 layers of width 64. One PCFG in pre-training. A leaf of the grammar yields one terminal,
     so strings are a third as long, and all texts have 12 tokens: the distance from a text token to its output is the
-    same everywhere. Text and outputs are learned together from the start (no slow shift between loss modes). 2 500
-    steps of 128 at 3e-3, then 600 steps of 64 to 128 a protocol at 2e-3 (medium) and 6e-4 (small) instead of 1e-4 and
-    1e-5. SSFT sees as many unsafe prompts as safe ones (the paper: a fifth). Soft tokens stand before the prompt, so
-    that the text keeps its distance to the outputs.
+    same everywhere. Pre-training text is of the safe and unsafe (ID-MG) sub-grammars too, without labels; text
+    and outputs are learned together from the start (no slow shift between loss modes). 2 000 steps of 128 at 3e-3, then
+    300 to 500 steps of 96 a protocol at 2e-3 (medium) and 6e-4 (small) instead of 1e-4 and 1e-5. SSFT sees as many
+    unsafe prompts as safe ones (the paper: a fifth). gamma of unlearning is .03 and .003 (.1 and .01), of DPO .003 and
+    .0003 (.01 and .002): with the paper's, safe prompts lose outputs in so few steps. Soft tokens stand before the
+    prompt, so that the text keeps its distance to the outputs.
     """
 
-    def protocols(rate: float) -> dict[Protocol, Schedule]:
+    def protocols(rate: float, steps: int, longer: int) -> dict[Protocol, Schedule]:
         return {
-            "instruct": Schedule(300, 128, rate, 20),
-            "ssft": Schedule(600, 128, rate, 20),
-            "dpo": Schedule(600, 64, rate, 20),
-            "unlearning": Schedule(600, 64, rate, 20),
+            "instruct": Schedule(200, 96, rate, 20),
+            "ssft": Schedule(steps, 96, rate, 20),
+            "dpo": Schedule(longer, 96, rate, 20),
+            "unlearning": Schedule(longer, 96, rate, 20),
         }
 
-    half = {name: {**tasks, "ssft": Task(0.5)} for name, tasks in TASKS_BY_RATE.items()}
+    tasks: dict[str, dict[Protocol, Task]] = {
+        name: {
+            "instruct": Task(0.0),
+            "ssft": Task(0.5),
+            "dpo": Task(0.5, beta=0.1, gamma=gamma / 10),
+            "unlearning": Task(0.5, gamma=gamma),
+        }
+        for name, gamma in (("medium", 0.03), ("small", 0.003))
+    }
     return Preset(
         model="tiny",
-        world=WorldSettings(leaf=1, window=(12, 12), pcfgs=(1,), operators=(*BASE, "r1", "r3")),
-        pretraining=Schedule(2_500, 128, 3e-3, 100, 3e-5),
-        modes=((0.0, 0.3, 0.35, 0.35), (0.0, 0.3, 0.35, 0.35)),
-        tasks=half,
-        protocols={"medium": protocols(2e-3), "small": protocols(6e-4)},
+        world=WorldSettings(
+            leaf=1,
+            window=(12, 12),
+            pcfgs=(1,),
+            operators=(*BASE, "r1", "r3"),
+            branches=("base", "safe", "id_mg"),
+        ),
+        pretraining=Schedule(2_000, 128, 3e-3, 100, 3e-5),
+        modes=((0.0, 0.5, 0.25, 0.25), (0.0, 0.5, 0.25, 0.25)),
+        tasks=tasks,
+        protocols={"medium": protocols(2e-3, 400, 500), "small": protocols(6e-4, 300, 300)},
         bridge=BridgeSettings(Schedule(200, 64, 1e-3, 20)),
         save_every=500,
         test_prompts=500,
@@ -213,8 +229,7 @@ class Study:
             ),
         )
         results = {
-            "command": "spf study run "
-            + " ".join(f"--{n} {v}" for n, v in vars(self.args).items() if n != "output"),
+            "command": "spf study run " + " ".join(f"--{n} {v}" for n, v in vars(self.args).items() if n != "output"),
             "preset": self.args.preset,
             "grammar": self.args.grammar,
             "seed": self.args.seed,
