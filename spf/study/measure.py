@@ -57,6 +57,10 @@ def describe(values: Tensor) -> dict[str, Any]:
     }
 
 
+def _mean_and_std(values: Tensor) -> dict[str, float]:
+    return {"mean": float(values.mean()), "std": float(values.std())}
+
+
 def rounded(content: Any) -> Any:
     """The same content with floats at five significant digits."""
     if isinstance(content, Mapping):
@@ -81,10 +85,11 @@ def measure_model(
         hidden = {name: found.hidden[layer] for name, found in activations.items()}
         safe, unsafe = hidden["safe"], hidden["unsafe"]
         tau = clusters.held_out(hidden)
-        for kind, found in (("tau", tau), ("tau_cosine", clusters.held_out(hidden, clusters.tau_cosine))):
-            # split after the halves were told apart by the rows' order
-            parts = {f"{name} that work": found[name][torch.tensor(w)] for name, w in (works or {}).items() if any(w)}
-            result[kind].append({name: describe(values) for name, values in {**found, **parts}.items()})
+        # split after the halves were told apart by the rows' order
+        parts = {f"{name} that work": tau[name][torch.tensor(w)] for name, w in (works or {}).items() if any(w)}
+        result["tau"].append({name: describe(values) for name, values in {**tau, **parts}.items()})
+        cosine = clusters.held_out(hidden, clusters.tau_cosine)
+        result["tau_cosine"].append({name: _mean_and_std(values) for name, values in cosine.items()})
         result["separation"].append(
             {
                 "side_accuracy": clusters.side_accuracy(tau["safe"], tau["unsafe"]),
@@ -178,8 +183,7 @@ def _rows(s: Tensor, V: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         coefficients = weights.row_coefficients(s, V, A, COEFFICIENTS)
         sets[name] = {
             "coefficients": coefficients.mean(0).tolist(),
-            "std": coefficients.std(0).tolist(),
-            "gain": describe(weights.gains(s, V, A)),
+            "gain": _mean_and_std(weights.gains(s, V, A)),
         }
     n = len(V)
     chance = weights.chance_coefficients(s, n, COEFFICIENTS).tolist()
