@@ -278,6 +278,18 @@ def _axes(figure: Figure, rows: int, columns: int, **options: Any) -> np.ndarray
     return axes
 
 
+def _panels(count: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of at most four panels a row; the panels that are left over are hidden."""
+    columns = min(4, count)
+    rows = math.ceil(count / columns)
+    # a single panel is drawn wider, so that the legend below has room
+    figure = _figure(width * max(columns, 3) + 0.5, height * rows + 0.7)
+    axes = _axes(figure, rows, columns, **options)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return figure, axes
+
+
 def _outline(ax: Axes, dist: Mapping[str, Any], colour: str, name: str, *, filled: bool) -> None:
     """One histogram as a density, from its stored counts."""
     counts = np.asarray(dist["counts"], dtype=float)
@@ -354,12 +366,8 @@ def _lines(
 def plot_tau_layers(runs: Sequence[Run]) -> Figure:
     """Mean tau of every set by layer, one panel a model; in units of the activations' norm, so that layers compare."""
     models, sets = _models(runs[0]), _sets(runs[0])
-    columns = min(4, len(models))
-    figure = _figure(2.9 * columns + 0.6, 2.3 * math.ceil(len(models) / columns) + 0.6)
-    axes = _axes(figure, math.ceil(len(models) / columns), columns, sharey=True)
+    figure, axes = _panels(len(models), 2.9, 2.3, sharey=True)
     layers = range(len(runs[0]["models"]["base"]["tau"]))
-    for ax in axes.flat[len(models) :]:
-        ax.set_visible(False)
     for ax, model in zip(axes.flat, models, strict=False):
         _style(ax, "y")
         _heading(ax, label(model))
@@ -468,11 +476,7 @@ def plot_rows(runs: Sequence[Run]) -> Figure:
     run = runs[0]
     updates = [u for u, found in run["updates"].items() if any(found["rows"])]
     sets = list(next(iter(_last_rows(run, updates[0]).values()))["sets"])
-    columns = min(4, len(updates))
-    figure = _figure(3.1 * columns + 0.5, 2.5 * math.ceil(len(updates) / columns) + 0.7)
-    axes = _axes(figure, math.ceil(len(updates) / columns), columns)
-    for ax in axes.flat[len(updates) :]:
-        ax.set_visible(False)
+    figure, axes = _panels(len(updates), 3.1, 2.5)
     for ax, update in zip(axes.flat, updates, strict=False):
         kind, rows = next(iter(_last_rows(run, update).items()))
         _style(ax, "y")
@@ -503,11 +507,7 @@ def plot_gains(runs: Sequence[Run]) -> Figure:
     """||dW a||/||a|| by layer and set over the chance level, one panel an update."""
     updates = [u for u, found in runs[0]["updates"].items() if any(found["rows"])]
     sets = list(next(iter(_last_rows(runs[0], updates[0]).values()))["sets"])
-    columns = min(4, len(updates))
-    figure = _figure(3.1 * columns + 0.5, 2.5 * math.ceil(len(updates) / columns) + 0.7)
-    axes = _axes(figure, math.ceil(len(updates) / columns), columns)
-    for ax in axes.flat[len(updates) :]:
-        ax.set_visible(False)
+    figure, axes = _panels(len(updates), 3.1, 2.5)
     for ax, update in zip(axes.flat, updates, strict=False):
         layers = [i for i, kinds in enumerate(runs[0]["updates"][update]["rows"]) if kinds]
         _style(ax, "y")
@@ -532,11 +532,7 @@ def plot_lipschitz(runs: Sequence[Run]) -> Figure:
     run = runs[0]
     models = _models(run)
     sets = list(run["models"]["base"]["lipschitz"])
-    columns = min(4, len(models))
-    figure = _figure(2.9 * columns + 0.5, 2.1 * math.ceil(len(models) / columns) + 0.7)
-    axes = _axes(figure, math.ceil(len(models) / columns), columns)
-    for ax in axes.flat[len(models) :]:
-        ax.set_visible(False)
+    figure, axes = _panels(len(models), 2.9, 2.1)
     for ax, model in zip(axes.flat, models, strict=False):
         _style(ax, "y")
         _heading(ax, label(model))
@@ -589,11 +585,7 @@ def plot_spans(runs: Sequence[Run]) -> Figure:
     """Mean sine of the principal angles between the spans of activations before and after, by layer (App. C.1)."""
     updates = list(runs[0]["updates"])
     sets = list(runs[0]["updates"][updates[0]]["angles"])
-    columns = min(4, len(updates))
-    figure = _figure(2.9 * columns + 0.5, 2.2 * math.ceil(len(updates) / columns) + 0.7)
-    axes = _axes(figure, math.ceil(len(updates) / columns), columns, sharey=True)
-    for ax in axes.flat[len(updates) :]:
-        ax.set_visible(False)
+    figure, axes = _panels(len(updates), 2.9, 2.2, sharey=True)
     for ax, update in zip(axes.flat, updates, strict=False):
         _style(ax, "y")
         _heading(ax, label(update))
@@ -684,11 +676,7 @@ def plot_attack(many: Sequence[Run]) -> Figure:
 def plot_training(many: Sequence[Run]) -> Figure:
     """Loss of every training stage (first seed)."""
     stages = {name: found for name, found in many[0]["training"].items() if found.get("loss")}
-    columns = min(4, len(stages))
-    figure = _figure(2.9 * columns + 0.5, 2.0 * math.ceil(len(stages) / columns) + 0.4)
-    axes = _axes(figure, math.ceil(len(stages) / columns), columns)
-    for ax in axes.flat[len(stages) :]:
-        ax.set_visible(False)
+    figure, axes = _panels(len(stages), 2.9, 2.0)
     for ax, (name, found) in zip(axes.flat, stages.items(), strict=False):
         _style(ax, "both")
         _heading(ax, label(name), f"{found['seconds']:.0f} s")
@@ -771,7 +759,8 @@ _WORDS = {
     "tau": "O1. Clusters. â is a prompt's activation after the first MLP layer, averaged over the positions named "
     "below; τ = ‖â − mean unsafe‖ − ‖â − mean safe‖ is positive where it lies on the safe side. The means come from "
     "the other half of the prompts. If safety fine-tuning works by telling the two apart, the blue hill and the orange "
-    "one move away from each other, and a jailbreak works by looking safe: its hill lies between. Scales differ.",
+    "one move away from each other, and a jailbreak works by looking safe: its hill lies between. Scales differ. Noise "
+    "in the means pushes the two halves apart, so where prompts are few and clusters weak a set may show two hills.",
     "angles": "O2. Where the update writes. The columns of W span what a layer could write before. Each direction that "
     "the update ΔW writes to has an angle to that span: sine 1 is outside (its null space), 0 inside. The dashed line "
     "is where a random direction lies: only what is above it says something about safety.",
