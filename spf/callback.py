@@ -148,11 +148,12 @@ class SafetyCallback(TrainerCallback):
         self._verified = False
         _ACTIVE[model] = self
         held = f", {len(probe.others)} other parameters kept fixed" if probe.others and self._constrains else ""
-        logger.warning(
-            f"spf: rule {self.rule.name} on {len(self.attachment.matrices)} matrices{held}; {len(self._rows)} "
-            f"safety samples; safety loss {self.attachment.reference_loss:.3f}; set-up "
-            f"{self.attachment.seconds['setup']:.1f} s"
-        )
+        if state.is_world_process_zero:
+            logger.warning(
+                f"spf: rule {self.rule.name} on {len(self.attachment.matrices)} matrices{held}; {len(self._rows)} "
+                f"safety samples; safety loss {self.attachment.reference_loss:.3f}; set-up "
+                f"{self.attachment.seconds['setup']:.1f} s"
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -213,9 +213,17 @@ class Sharding:
         part = self.parts[name]
         if _is_zero3(part.parameter):
             import deepspeed
+            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+            # Small parameters stay whole between uses; leaving the context would cut them up for good.
+            whole = part.parameter.ds_status == ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+            if whole and not edit:
+                yield 0, part.parameter.data
+                return
             with deepspeed.zero.GatheredParameters([part.parameter], modifier_rank=0 if edit else None):
                 yield 0, part.parameter.data
+            if whole:
+                part.parameter.all_gather()  # type: ignore[attr-defined]
             return
         data = part.parameter.data
         if isinstance(data, DTensor):

@@ -72,6 +72,9 @@ def main(arguments: list[str]) -> None:
         callbacks=[callback] if callback else None,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if trainer.is_fsdp_enabled:
+        # checkpoints may be sharded, what is handed over is a whole model
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(training.output_dir)
     if trainer.accelerator.is_main_process:
         print(f"The fine-tuned model was saved in {training.output_dir}. Measure it: spf eval {training.output_dir}")

@@ -134,7 +134,7 @@ def make_model(lora: bool) -> Any:
 MODELS = {lora: make_model(lora) for lora in (False, True)}
 
 
-def launcher() -> dict[str, Any]:
+def launcher(lora: bool) -> dict[str, Any]:
     if MODE in ("single", "ddp"):
         return {"use_cpu": True}
     if MODE == "fsdp2":
@@ -146,7 +146,8 @@ def launcher() -> dict[str, Any]:
             "state_dict_type": "SHARDED_STATE_DICT",
         }
         return {"fsdp": True, "fsdp_config": wrapped}
-    stage = {"stage": int(MODE[-1]), "stage3_param_persistence_threshold": 0}
+    # by default all parameters of a model this small stay whole in stage 3, as an adapter's do
+    stage = {"stage": int(MODE[-1]), **({} if lora else {"stage3_param_persistence_threshold": 0})}
     auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
     return {
         "deepspeed": {
@@ -179,7 +180,7 @@ def make_trainer(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, 
         "gradient_checkpointing": case.checkpointing,
         "disable_tqdm": True,
     }
-    args = TrainingArguments(**(settings | launcher() | changes))
+    args = TrainingArguments(**(settings | launcher(case.lora) | changes))
     trainer = Trainer(
         copy.deepcopy(MODELS[case.lora]),
         args,

@@ -1,0 +1,76 @@
+"""The accelerate recipes, as documented: accelerate launch --config_file ... spf train ..., on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from spf.data import packaged_prompts
+from tests.conftest import REFUSAL, make_model, make_tokenizer
+from tests.distributed.test_modes import needs_deepspeed
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = [
+    ("ddp", "sft_lora"),
+    ("fsdp2", "sft_full"),
+    *(pytest.param(f"zero{stage}", "sft_full", marks=needs_deepspeed) for stage in (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("launcher", "recipe"), RECIPES)
+def test_recipe_trains_and_saves_a_model(launcher, recipe, tmp_path):
+    # wide enough that DeepSpeed cuts lm_head up too: TRL's fused loss fails on one that it keeps whole
+    model = make_model(width=64)
+    model.save_pretrained(tmp_path / "aligned")
+    make_tokenizer().save_pretrained(tmp_path / "aligned")
+    prompts = packaged_prompts("harmful_anchors")[:12]
+    (tmp_path / "refusals.jsonl").write_text("\n".join(json.dumps({"prompt": p, "refusal": REFUSAL}) for p in prompts))
+    benign = packaged_prompts("benign_anchors")[:16]
+    rows = [
+        {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": REFUSAL}]}
+        for p in benign
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    settings = {
+        "model_name_or_path": tmp_path / "aligned",
+        "dataset_name": tmp_path / "data.jsonl",
+        "output_dir": tmp_path / "tuned",
+        "safety_data": tmp_path / "refusals.jsonl",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+    } | ({"use_cpu": True} if launcher == "ddp" else {})
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    worker = ["-m", "tests.distributed.cpu_cli", "train", f"recipes/{recipe}.yaml", *flags]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            f"recipes/accelerate/{launcher}.yaml",
+            *worker,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-3000:]
+    assert printed.count("spf: rule null-space on") == 1
+    assert "spf/removed_share" in printed
+    file = "adapter_model.safetensors" if recipe == "sft_lora" else "model.safetensors"
+    saved = load_file(tmp_path / "tuned" / file)
+    if recipe == "sft_full":
+        weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+        tuned = saved["model.layers.0.mlp.up_proj.weight"].float()
+        assert tuned.shape == weight.shape
+        assert 0 < (tuned - weight).abs().max() < 0.1
