@@ -52,6 +52,7 @@ LABELS = {
     "jb_misgen_tokens": "JB-MisGen, tokens",
     "jb_misgen_text": "JB-MisGen, text",
     "jb_misgen_both": "JB-MisGen, both",
+    "new_operators": "new operators",
 }
 """What models and sets are called in figures and tables; others keep the names they have."""
 
@@ -329,7 +330,7 @@ def plot_tau(runs: Sequence[Run]) -> Figure:
     run = runs[0]
     models, sets = _models(run), _sets(run)
     layers = _shown_layers(len(run["models"]["base"]["tau"]))
-    figure = _figure(2.6 * len(layers) + 0.8, 1.55 * len(models) + 0.7)
+    figure = _figure(2.6 * max(len(layers), 3) + 0.8, 1.55 * len(models) + 0.7)
     axes = _axes(figure, len(models), len(layers))
     for row, model in enumerate(models):
         for column, layer in enumerate(layers):
@@ -548,13 +549,13 @@ def plot_lipschitz(runs: Sequence[Run]) -> Figure:
 def plot_lipschitz_means(runs: Sequence[Run]) -> Figure:
     """Mean local Lipschitzness of every model and set, with its 95 % interval; a dot a seed where there are several."""
     models, sets = _models(runs[0]), list(runs[0]["models"]["base"]["lipschitz"])
-    figure = _figure(9.5, 0.36 * len(models) * max(2, len(sets) / 2) + 1.4)
+    figure = _figure(9.5, 0.13 * len(models) * max(3, len(sets)) + 1.2)
     axes = _axes(figure, 1, 1)
     ax = axes[0, 0]
     _style(ax, "x")
     for row, model in enumerate(models):
         for i, name in enumerate(sets):
-            y = row + 0.7 * (i + 0.5) / len(sets) - 0.35
+            y = row + 0.8 * (i + 0.5) / len(sets) - 0.4
             found = [run["models"][model]["lipschitz"][name] for run in runs]
             colour = _set_colour(name, sets)
             if len(found) == 1:
@@ -624,7 +625,7 @@ def plot_alpha(runs: Sequence[Run]) -> Figure:
             for key in keys:
                 curves = [run["alpha"][update][part] for run in runs]
                 colour = colours.get(key) or _MORE_COLOURS[others.index(key) % len(_MORE_COLOURS)][0]
-                name = said.get(key, f"{label(key)}: executed")
+                name = said.get(key, f"{label(key.removesuffix('_instruct'))}: executed")
                 xs = [point["alpha"] for point in curves[0]]
                 _lines(ax, xs, [[100 * _rate(p[key]) for p in curve] for curve in curves], colour, name)
                 if len(curves) == 1 and isinstance(curves[0][0][key], Mapping):
@@ -729,6 +730,11 @@ def plot_bridge(many: Sequence[Run]) -> Figure:
                     ax.plot([place] * len(values), values, "o", color=_INK, markersize=2.5)
         if title.startswith("O2"):
             ax.axhline(share(runs[0], tuned[0])[1], color=_INK, linestyle="--", linewidth=1.2, label="chance")
+        if title.startswith("O3"):
+            ax.axhline(1, color=_INK, linestyle="--", linewidth=1.2)
+        if unit == "%":
+            ax.set_ylim(0, 103)
+        ax.set_xlim(-0.6, len(names) - 0.4)
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
         if len(ax.get_legend_handles_labels()[1]):
             unique = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
