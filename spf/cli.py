@@ -200,12 +200,16 @@ def _lock(arguments: list[str]) -> None:
 
 
 def _study(arguments: list[str]) -> None:
-    if not arguments or arguments[0] not in ("run", "measure"):
-        raise ValueError("spf study run (the synthetic world) or spf study measure (real checkpoints); each has --help")
+    if not arguments or arguments[0] not in ("run", "measure", "report"):
+        raise ValueError("spf study run (the synthetic world), measure (real checkpoints) or report (several seeds)")
     if arguments[0] == "run":
         from spf.study.run import RunArguments, run_study
 
         run_study(_parse(RunArguments, "study run", arguments[1:]))
+    elif arguments[0] == "report":
+        from spf.study.report import SeedsArguments, report_runs
+
+        Console().print(f"Report: {report_runs(_parse(SeedsArguments, 'study report', arguments[1:]))}")
     else:
         from spf.study.measure import MeasureArguments, measure_checkpoints
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -869,6 +870,33 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_short(v) for v in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass
+class SeedsArguments:
+    """One report from the results of several runs of the synthetic world, or of one run again."""
+
+    runs: list[str] = field(metadata={"help": "directories of runs, each with results.json"})
+    output: str = field(metadata={"help": "directory for report.html and plots"})
+
+
+def report_runs(args: SeedsArguments) -> Path:
+    """`spf study report`: read the runs and write their report.
+
+    Raises:
+        FileNotFoundError: a directory holds no results.json.
+        ValueError: runs of different presets or grammars, or of other models.
+    """
+    found = []
+    for run in args.runs:
+        path = Path(run) / "results.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; name the directory of a run")
+        found.append(json.loads(path.read_text("utf-8")))
+    kinds = {(r.get("kind"), r.get("preset"), r.get("grammar")) for r in found}
+    if len(kinds) > 1:
+        raise ValueError(f"spf study report: the runs differ in preset or grammar: {sorted(map(str, kinds))}")
+    return write_report(found, Path(args.output))
 
 
 def write_report(results: Run | Sequence[Run], directory: Path) -> Path:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spf.analysis.inputs import Prompts
+from spf.cli import main
 from spf.evaluation import Rate
 from spf.study import measure, report
 from tests.conftest import make_model
@@ -151,6 +152,22 @@ def test_table_of_models_gives_the_spread_over_seeds(runs):
     assert all(len(row) == len(head) for row in rows)
     assert all("±" in row[1] for row in rows)
     assert not any("±" in cell for row in report.summary_rows([runs[0]["measurements"]])[1] for cell in row)
+
+
+def test_command_reads_the_runs_and_names_what_does_not_fit(runs, tmp_path, capsys, monkeypatch):
+    for i, run in enumerate(runs):
+        measure.write_json(tmp_path / f"{i}" / "results.json", run)
+    measure.write_json(tmp_path / "parity" / "results.json", {**runs[0], "grammar": "parity"})
+    seen = []
+    monkeypatch.setattr(report, "write_report", lambda found, directory: seen.append(found) or directory)
+    command = ["study", "report", "--output", str(tmp_path), "--runs"]
+    assert main([*command, str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    assert [run["seed"] for run in seen[0]] == [0, 1]
+    assert main([*command, str(tmp_path / "0"), str(tmp_path / "parity")]) == 1
+    assert main([*command, str(tmp_path / "nowhere")]) == 1
+    said = capsys.readouterr().err
+    assert "differ in preset or grammar" in said
+    assert "nowhere/results.json: no such file" in said.replace("\n", "")
 
 
 def test_unusable_results_are_refused(runs, tmp_path):
