@@ -126,7 +126,7 @@ def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method
     added = weights.keys() - without.keys()
     assert added == {f"model.layers.{layer}.self_attn.o_proj.bias" for layer in lock.heads[:, 0].unique().tolist()}
     assert all(torch.equal(weights[name], without[name]) for name in without)
-    for layer, delta in lock.displacements(2.5).items():
+    for layer, delta in lock.displacements(1.0).items():
         expected = without[f"model.layers.{layer}.self_attn.o_proj.weight"] @ delta
         got = weights[f"model.layers.{layer}.self_attn.o_proj.bias"]
         assert torch.allclose(got, expected, rtol=0.05, atol=0.05 * expected.abs().max())

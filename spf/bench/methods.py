@@ -202,7 +202,7 @@ def _projection(
 
 
 def _lock(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], k: int = 24, alpha: float = 2.5
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], k: int = 96, alpha: float = 1.0
 ) -> Callable[[Any], object]:
     """A SafetyLock made now, from the aligned model and 100 prompts it refuses; applied after training, as a bias.
 
