@@ -1,5 +1,6 @@
 """The study's measurements: `measure_world` for models in memory, `measure_checkpoints` for `spf study measure`."""
 
+import json
 import math
 import platform
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from spf.analysis.activations import Activations, capture, find_mlps, local_lips
 from spf.analysis.gradients import captured_energy, chance_overlap
 from spf.analysis.inputs import Prompts
 from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise, write_json
-from spf.evaluation import TRANSFORMS, Rate, evaluate_refusals, generate_answers
+from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
 from spf.probe import SafetyProbe
 from spf.subspace import cumulative_energy_ratio, effective_rank, overlap, svd_dense
 
@@ -483,29 +485,47 @@ def measure_checkpoints(args: MeasureArguments) -> None:
     def refusals(model: PreTrainedModel) -> dict[str, Any]:
         found = {}
         for name in ("unsafe", "safe"):
-            prompts = [row.messages[-1]["content"] for row in rows[name][: args.alpha_prompts]]
+            prompts = [row.messages for row in rows[name][: args.alpha_prompts]]
             with torch.autocast(device, torch.bfloat16, enabled=args.bfloat16):
-                refused = evaluate_refusals(model, tokenizer, prompts, max_new_tokens=20, progress=False)
-            rate = Rate(sum(refused), len(refused))
+                answers = generate_answers(model, tokenizer, prompts, max_new_tokens=20, progress=False)
+            rate = Rate(sum(map(is_refusal, answers)), len(answers))
             found[f"{name}_refused"] = {"value": rate.value, "interval": rate.interval, "count": rate.count}
         return found
 
-    measured = measure_world(
-        base,
-        tuned,
-        sets,
-        positions=args.positions,
-        generated=0,
-        evaluate=refusals if alphas else None,
-        scaled_parts=("all",),
-        alphas=alphas,
-        prompts=args.prompts,
-        lipschitz_prompts=args.lipschitz_prompts,
-        batch_size=args.batch_size,
-        autocast=args.bfloat16,
-        anchors=_anchors(rows, base, tokenizer, args.gradient_prompts) if args.gradient_prompts else None,
-        pad_token_id=tokenizer.pad_token_id or 0,
+    output = Path(args.output)
+    versions = {name: version(name) for name in ("spf", "torch", "transformers", "peft")}
+    parts = _Parts(output / "parts", {**vars(args), "versions": versions})
+    measured = parts.get(
+        "models",
+        lambda: measure_world(
+            base,
+            tuned,
+            sets,
+            positions=args.positions,
+            generated=0,
+            prompts=args.prompts,
+            lipschitz_prompts=args.lipschitz_prompts,
+            batch_size=args.batch_size,
+            autocast=args.bfloat16,
+        ),
     )
+    if args.gradient_prompts:
+        measured["gradients"] = parts.get(
+            "gradients",
+            lambda: measure_gradients(
+                base,
+                tuned,
+                _anchors(rows, base, tokenizer, args.gradient_prompts),
+                pad_token_id=tokenizer.pad_token_id or 0,
+            ),
+        )
+
+    def scaled(name: str) -> dict[str, Any]:
+        model = tuned[name]
+        return {"all": scale_curve(model, *_parts(base, model, "all"), refusals, alphas)}
+
+    if alphas:
+        measured["alpha"] = {name: parts.get(f"alpha-{i}", partial(scaled, name)) for i, name in enumerate(names)}
     results = {
         "kind": "measure",
         "aligned": args.aligned,
@@ -513,16 +533,39 @@ def measure_checkpoints(args: MeasureArguments) -> None:
         "safe": args.safe or "packaged benign_eval",
         "unsafe": args.unsafe or "packaged harmful_eval",
         "command": " ".join(["spf", *sys.argv[1:]]),
-        "versions": {name: version(name) for name in ("spf", "torch", "transformers", "peft")},
+        "versions": versions,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
         "seconds": round(time.perf_counter() - started, 1),
         "measurements": measured,
     }
-    output = Path(args.output)
     write_json(output / "results.json", results)
+    parts.remove()
     console = Console()
     console.print(measure_table(results))
     console.print(f"Figures: {output / 'results.json'}\nReport:  {write_report(results, output)}")
+
+
+class _Parts:
+    """Finished parts of an interrupted run, one JSON each; those made with other settings are made again."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any]):
+        self.directory, self.settings = directory, settings
+
+    def get(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.directory / f"{name}.json"
+        if path.is_file():
+            kept = json.loads(path.read_text("utf-8"))
+            if kept["settings"] == self.settings:
+                found: dict[str, Any] = kept["found"]
+                return found
+        found = rounded(compute())
+        write_json(path, {"settings": self.settings, "found": found})
+        return found
+
+    def remove(self) -> None:
+        for path in self.directory.glob("*.json"):
+            path.unlink()
+        self.directory.rmdir()
 
 
 class _Loaded(Mapping[str, PreTrainedModel]):
@@ -568,7 +611,10 @@ def _anchors(
     missing = [row for row in safe if row.refusal is None]
     own = generate_answers(base, tokenizer, [row.messages for row in missing], max_new_tokens=12) if missing else []
     answers = dict(zip((row.where for row in missing), own, strict=True))
-    answered = [SafetyRow(r.messages, r.refusal or answers[r.where] or "Yes.", r.where) for r in safe]
+    answered = [SafetyRow(r.messages, r.refusal or answers[r.where], r.where) for r in safe]
+    answered = [row for row in answered if row.refusal]
+    if not answered:
+        raise ValueError("the model answers no harmless prompt with any text; --gradient_prompts 0 leaves this part out")
     limit = base.config.max_position_embeddings
     return {"safety": tokenise(refused, tokenizer, limit), "utility": tokenise(answered, tokenizer, limit)}
 

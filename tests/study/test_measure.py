@@ -253,6 +253,31 @@ def test_command_writes_figures_a_page_and_a_table(checkpoints, capsys):
     assert str(checkpoints / "out") in said.replace("\n", "")
 
 
+def test_an_interrupted_run_goes_on_where_it_stopped(checkpoints, monkeypatch):
+    options = ["--alphas", "0", "--alpha_prompts", "2", "--positions", "2", "--gradient_prompts", "0"]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "scale_curve", interrupted)
+        assert command(checkpoints, *options) == 130
+    assert [path.name for path in (checkpoints / "out" / "parts").iterdir()] == ["models.json"]
+    calls = []
+    measured = measure.measure_world
+    monkeypatch.setattr(measure, "measure_world", lambda *a, **k: calls.append(1) or measured(*a, **k))
+    assert command(checkpoints, *options) == 0
+    assert calls == []
+    assert not (checkpoints / "out" / "parts").exists()
+    results = json.loads((checkpoints / "out" / "results.json").read_text("utf-8"))
+    assert results["measurements"]["alpha"]["b"]["all"][0]["alpha"] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "scale_curve", interrupted)
+        assert command(checkpoints, *options) == 130
+    assert command(checkpoints, *options[:-1], "3") == 0  # other settings: measured again
+    assert calls == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
