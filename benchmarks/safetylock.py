@@ -393,7 +393,7 @@ def final(bench: Bench, rate: float) -> dict:
         "aligned": bench.kept("final-aligned", partial(measure, None)),
         "plain": bench.kept(f"final-{rate:g}-plain", partial(measure, rate)),
     }
-    paper = {"pairs": "answers", "k": PAPER[0], "alpha": PAPER[1]}
+    paper: dict[str, Any] = {"pairs": "answers", "k": PAPER[0], "alpha": PAPER[1]}
     arms = {"chosen": swept["chosen"], "lowest_asr": swept["lowest_asr"]}
     for arm, found in arms.items() if swept["chosen"] else {"paper": paper}.items():
         name, k, alpha = found["pairs"], found["k"], found["alpha"]
