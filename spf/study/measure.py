@@ -136,9 +136,10 @@ def measure_update(
             squares[1] += float(W.square().sum())
             if torch.equal(W, W2):
                 continue
-            U, s, V = weights.update_svd(W, W2)
+            # decomposed where the model is, compared on the CPU, where the activations are
+            U, s, V = (part.cpu() for part in weights.update_svd(W, W2))
             if name not in bases:
-                bases[name] = weights.leading_left(W, energy)
+                bases[name] = weights.leading_left(W, energy).cpu()
             kind = name.split(".")[-2]
             result["matrices"].append({"name": name, "layer": layer, "kind": kind, **_matrix(U, s, bases[name], W)})
             if kind in mlp.first:
@@ -614,7 +615,9 @@ def _anchors(
     answered = [SafetyRow(r.messages, r.refusal or answers[r.where], r.where) for r in safe]
     answered = [row for row in answered if row.refusal]
     if not answered:
-        raise ValueError("the model answers no harmless prompt with any text; --gradient_prompts 0 leaves this part out")
+        raise ValueError(
+            "the model answers no harmless prompt with any text; --gradient_prompts 0 leaves this part out"
+        )
     limit = base.config.max_position_embeddings
     return {"safety": tokenise(refused, tokenizer, limit), "utility": tokenise(answered, tokenizer, limit)}
 
