@@ -57,12 +57,27 @@ def test_alternatives_are_uniform():
 
 @pytest.mark.parametrize("branch", ["safe", "id_mg", "intermediate"])
 def test_windows_are_cut_from_strings(branch):
+    """A window as long as the shortest strings is a string where those begin at 0; others are parts of longer ones."""
     source = grammar(branch, 2, "matched", 1)
     rng = np.random.default_rng(3)
-    strings = {"".join(chr(65 + t) for t in row if t >= 0) for row in source.sample_strings(rng, 30000)}
-    text = "|".join(strings)
-    for row in source.sample(rng, np.full(100, 5)):
-        assert "".join(chr(65 + t) for t in row) in text
+    length = source.tables.shortest
+    windows = source.sample(rng, np.full(3000, length))
+    strings = source.sample_strings(rng, 3000)
+    parts = []
+    for string in strings:
+        total = int((string >= 0).sum())
+        start = int(rng.integers(0, total - length + 1))
+        parts.append(string[start : start + length])
+    # Windows drawn by the sampler and windows cut by hand have the same pairs of neighbours at every place.
+    for place in range(length - 1):
+        pairs = [
+            np.bincount(w[:, place].astype(int) * 30 + w[:, place + 1], minlength=900) / 3000
+            for w in (windows, np.array(parts))
+        ]
+        assert np.abs(pairs[0] - pairs[1]).sum() < 0.45
+    accepted = [sum(source.accepts(row.tolist()) for row in w[:400]) for w in (windows, np.array(parts))]
+    assert abs(accepted[0] - accepted[1]) < 60
+    assert accepted[0] > 20 or branch == "intermediate"
 
 
 @settings(max_examples=30, deadline=None)
