@@ -1,4 +1,4 @@
-"""The fine-tuned checkpoints that docs/study.md measures: LoRA adapters of the demo model, trained as benchmark cells are.
+"""The checkpoints that docs/study.md measures: LoRA adapters of the demo model, trained as benchmark cells are.
 
 Adapters are kept unmerged, so that an update is measured without the rounding of merged weights.
 
