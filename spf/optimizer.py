@@ -102,6 +102,7 @@ class Attachment:
         self.subspace = subspace
         self.scale: dict[str, float] = {}
         self._place_subspace(calibration)
+        self.sharding.forget_order()
         self.seconds["setup"] = time.perf_counter() - start
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
@@ -125,6 +126,7 @@ class Attachment:
         if math.isfinite(loss):
             self._note("safety_loss", loss)
             self._note("safety_slack", self.reference_loss - loss)
+        self.sharding.forget_order()
         self.seconds["probe"] += time.perf_counter() - start
 
     def verify(self) -> None:

@@ -231,6 +231,17 @@ class Sharding:
         else:
             yield 0, data.T if transposed else data
 
+    def forget_order(self) -> None:
+        """Have ZeRO-3 learn the order of the modules anew, after passes through the model that are no training.
+
+        A probe calls the output layer, TRL's fused losses do not: what would be prefetched for it is gone
+        again when the backward pass comes.
+        """
+        if self._zero is not None and _is_stage3(self._zero):
+            coordinator = self._zero.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+
     def publish(self) -> None:
         """Let the optimizer's own copy of the weights, where it has one, follow what was written through `weight`."""
         if self._zero is not None:

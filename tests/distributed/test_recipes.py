@@ -23,8 +23,7 @@ RECIPES = [
 
 @pytest.mark.parametrize(("launcher", "recipe"), RECIPES)
 def test_recipe_trains_and_saves_a_model(launcher, recipe, tmp_path):
-    # wide enough that DeepSpeed cuts lm_head up too: TRL's fused loss fails on one that it keeps whole
-    model = make_model(width=64)
+    model = make_model()
     model.save_pretrained(tmp_path / "aligned")
     make_tokenizer().save_pretrained(tmp_path / "aligned")
     prompts = packaged_prompts("harmful_anchors")[:12]
