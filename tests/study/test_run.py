@@ -65,7 +65,7 @@ def smallest(monkeypatch):
         tiny,
         world=WORLD,
         pretraining=step,
-        protocols={rate: dict.fromkeys(protocols, step) for rate, protocols in tiny.protocols.items()},
+        protocols={"medium": dict.fromkeys(tiny.protocols["medium"], step), "small": {"ssft": step}},
         bridge=BridgeSettings(step, anchors=40, heads=1),
         test_prompts=24,
         attack_tokens=(1,),
@@ -85,8 +85,7 @@ def test_the_whole_study_runs_and_continues(smallest, tmp_path, monkeypatch, cap
     run_study(args)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["command"] == "spf study run --preset tiny --grammar parity --seed 3"
-    names = ["base"] + [f"{p}-{r}" for r in ("medium", "small") for p in ("instruct", "ssft", "dpo", "unlearning")]
-    names.remove("instruct-small")
+    names = ["base", "instruct-medium", "ssft-medium", "dpo-medium", "unlearning-medium", "ssft-small"]
     assert set(results["evaluation"]) == set(names)
     assert set(results["evaluation"]["base"]) == set(TEST_SETS)
     assert results["evaluation"]["base"]["safe"]["instruct"]["free_running"]["count"] == 24
