@@ -1,15 +1,24 @@
-"""Step time of every rule against plain fine-tuning, in alternation in one run, at 8 x 512 tokens.
+"""Step time and peak memory of every rule against plain fine-tuning, in alternation in one run.
 
-python benchmarks/overhead.py --output benchmarks/results/overhead/demo-lora.json
+python benchmarks/overhead.py --size 135M --tuning lora --output benchmarks/results/overhead/135M-lora.json
+
+Random weights of the named size, random tokens, 4 anchors of 40 tokens a probe. Each rule is timed
+against its own copy of plain fine-tuning, step by step in turn. Ratios on a CPU are of processor time, which other
+programs on the machine disturb less than the clock; the clock's are beside it. Beside them stand the limits: what
+the rule has to compute and to keep, over what plain fine-tuning does (operations), and the bytes it adds.
+`--memory` measures each arm's peak in a process of its own.
 """
 
 import argparse
-import copy
+import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,95 +26,250 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torchjd.aggregation import PCGrad
+from torchjd.autojac import backward, jac_to_grad
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spf.bench.cell import load_tokenizer, prepare
 from spf.bench.trainer import IGNORED, answer_logits
-from spf.data import load_safety_rows, tokenise, write_json
+from spf.data import Anchor, write_json
 from spf.demo.model import cpu_dtype
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
 from spf.rules import SPF, Mix, NullSpace, Rank1, SafeGrad
 
+# hidden, layers, heads, key-value heads, intermediate, vocabulary: SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B and -3B,
+# Llama-3.1-8B
+SIZES = {
+    "tiny": (64, 2, 4, 2, 128, 512),
+    "135M": (576, 30, 9, 3, 1536, 49152),
+    "0.5B": (896, 24, 14, 2, 4864, 151936),
+    "1B": (2048, 16, 32, 8, 8192, 128256),
+    "3B": (3072, 28, 24, 8, 8192, 128256),
+    "8B": (4096, 32, 32, 8, 14336, 128256),
+}
 RULES = {
     "null-space": NullSpace(),
-    "spf, 4 anchors": SPF(),
-    "rank1, 4 anchors": Rank1(),
-    "mix, 4 anchors": Mix(),
-    "safegrad, 4 anchors": SafeGrad(),
+    "null-space with feedback": NullSpace(feedback=Mix()),
+    "spf": SPF(),
+    "rank1": Rank1(),
+    "mix": Mix(),
+    "safegrad": SafeGrad(),
 }
+OTHERS = ["released-code style", "torchjd pcgrad"]
+ANCHOR = 40
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo", help="demo, or a directory of an aligned model")
-    parser.add_argument("--work", type=Path, default=Path("bench-work"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="135M")
+    parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--answer", type=int, default=128, help="tokens of each sequence that have a loss")
-    parser.add_argument("--rounds", type=int, default=8, help="steps of every rule after one that warms up")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--rounds", type=int, default=8, help="pairs of steps after one that warms up")
+    parser.add_argument("--rules", nargs="+", choices=[*RULES, *OTHERS], default=[*RULES, *OTHERS])
+    parser.add_argument("--memory", action="store_true", help="also peak memory, each arm in its own process")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("overhead.json"))
     args = parser.parse_args()
-    work = prepare(args.model, args.work)
-    base = AutoModelForCausalLM.from_pretrained(work.aligned, dtype=cpu_dtype())
-    tokenizer = load_tokenizer(work.aligned)
-    anchors = tokenise(load_safety_rows(work.refusals), tokenizer, base.config.max_position_embeddings)
-    torch.manual_seed(0)
-    ids = torch.randint(0, base.config.vocab_size, (args.batch, args.tokens))
-    labels = torch.where(torch.arange(args.tokens) < args.tokens - args.answer, IGNORED, ids)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    arms, setup = {}, {}
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
-    for name, rule in {"plain": None, **{name: RULES[name] for name in args.rules}}.items():
-        model = get_peft_model(copy.deepcopy(base), lora).train()
-        adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        started = time.perf_counter()
-        if rule is not None:
-            probe = SafetyProbe(model, anchors[:144], pad_token_id=tokenizer.pad_token_id)
-            # the null space measures its safety loss every 10 steps, as SafetyCallback does
-            adamw = SafetyOptimizer(adamw, probe, rule, monitor_steps=10 if isinstance(rule, NullSpace) else 0)
-        setup[name] = time.perf_counter() - started
-        arms[name] = (model, adamw)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in tqdm(range(args.rounds + 1), desc="rounds"):
-        for name, (model, optimizer) in arms.items():
-            started = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_dtype() == torch.bfloat16):
-                logits, targets, _ = answer_logits(model, inputs)
-                loss = torch.nn.functional.cross_entropy(logits, targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds[name].append(time.perf_counter() - started)
+    if args.peak_of:
+        print(json.dumps(peak(args)))
+        return
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "batch": args.batch,
-        "tokens": args.tokens,
-        "answer": args.answer,
-        "rounds": args.rounds,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "spf")},
-        "setup_seconds": setup,
-        "seconds": {name: values[1:] for name, values in seconds.items()},
-        "ratio": {},
+        **{key: getattr(args, key) for key in ("size", "tuning", "batch", "tokens", "answer", "rounds")},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "torchjd", "spf")},
+        "arms": {},
     }
-    table = Table("rule", "s a step, median", "x plain, median of pairs", "range", "s before training")
-    for name, values in result["seconds"].items():
-        ratios = [ours / plain for ours, plain in zip(values, result["seconds"]["plain"], strict=True)]
-        result["ratio"][name] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-        found = result["ratio"][name]
+    for name in args.rules:
+        result["arms"][name] = timed(name, args) | limits(name, args)
+        write_json(args.output, result)
+    if args.memory:
+        command = [sys.executable, *sys.argv, "--peak-of"]
+        peaks = {}
+        for name in tqdm(["plain", *args.rules], desc="peak memory"):
+            done = subprocess.run([*command, name], capture_output=True, text=True, check=True)
+            peaks[name] = json.loads(done.stdout.splitlines()[-1])
+        result["peak_mb_plain"] = peaks["plain"]
+        for name in args.rules:
+            result["arms"][name]["peak_mb"] = peaks[name]
+            result["arms"][name]["peak_ratio"] = peaks[name] / peaks["plain"]
+        write_json(args.output, result)
+    show(result)
+    print(f"Figures: {args.output}")
+
+
+def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, float]]:
+    """A training step of an arm, and the seconds its set-up took."""
+    hidden, layers, heads, kv_heads, inner, vocabulary = SIZES[args.size]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
+        max_position_embeddings=max(2048, args.tokens),
+        tie_word_embeddings=args.size != "8B",
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lora, half = args.tuning == "lora", cpu_dtype() == torch.bfloat16
+    with device:
+        # full fine-tuning keeps fp32 masters under autocast, LoRA a frozen base in the machine's type
+        model = AutoModelForCausalLM.from_config(config, dtype=cpu_dtype() if lora else torch.float32)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
+    model.train()
+    ids = torch.randint(0, vocabulary, (args.batch, args.tokens), device=device)
+    labels = torch.where(torch.arange(args.tokens, device=device) < args.tokens - args.answer, IGNORED, ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(trainable, lr=1e-5)
+    started = time.perf_counter()
+    anchors = [
+        Anchor(row[:-12], row[-12:], f"random {i}")
+        for i, row in enumerate(torch.randint(0, vocabulary, (144, ANCHOR)).tolist())
+    ]
+    probe = SafetyProbe(model, anchors)
+    if name in RULES:
+        # the null space alone measures its safety loss every 10 steps, as SafetyCallback does
+        monitored = name == "null-space"
+        optimizer = SafetyOptimizer(optimizer, probe, RULES[name], monitor_steps=10 if monitored else 0)
+    seconds = {"setup": time.perf_counter() - started}
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits, targets, _ = answer_logits(model, batch)
+            return nn.functional.cross_entropy(logits, targets)
+
+    def safety_batch() -> dict[str, torch.Tensor]:
+        rows = next(probe.rotation)
+        ids = torch.tensor([anchor.prompt_ids + anchor.refusal_ids for anchor in rows], device=device)
+        labels = torch.where(torch.arange(ANCHOR, device=device) < ANCHOR - 12, IGNORED, ids)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def step() -> None:
+        if name == "torchjd pcgrad":
+            backward([loss_of(inputs), loss_of(safety_batch())], inputs=trainable)
+            jac_to_grad(trainable, PCGrad())
+        elif name == "released-code style":
+            # two whole backward passes and two copies of all gradients, a rank-1 correction a parameter
+            loss_of(safety_batch()).backward()
+            safety = [p.grad.clone() for p in trainable]
+            optimizer.zero_grad()
+            loss_of(inputs).backward()
+            utility = [p.grad.clone() for p in trainable]
+            for p, u, s in zip(trainable, utility, safety, strict=True):
+                inner, norm = (u * s).sum(), s.square().sum()
+                p.grad = u - torch.where((inner < 0) & (norm > 1e-8), inner / norm, 0.0) * s
+        else:
+            loss_of(inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step, seconds
+
+
+def timed(name: str, args: argparse.Namespace) -> dict:
+    """Seconds a step of the arm and of plain fine-tuning beside it, and the ratios of the pairs."""
+    ours, setup = build(name, args)
+    plain, _ = build("plain", args)
+    clock: dict[str, list[float]] = {"ours": [], "plain": []}
+    processor: dict[str, list[float]] = {"ours": [], "plain": []}
+    for number in tqdm(range(args.rounds + 1), desc=name):
+        # the order changes, so that neither always runs behind the other
+        for key, step in [("ours", ours), ("plain", plain)][:: 1 if number % 2 else -1]:
+            started, spent = time.perf_counter(), time.process_time()
+            step()
+            clock[key].append(time.perf_counter() - started)
+            processor[key].append(time.process_time() - spent)
+    result: dict = {"setup_seconds": setup["setup"]}
+    for label, seconds in (("seconds", clock), ("processor_seconds", processor)):
+        pairs = [a / b for a, b in zip(seconds["ours"][1:], seconds["plain"][1:], strict=True)]
+        result[label] = {key: values[1:] for key, values in seconds.items()}
+        result[label + "_ratio"] = {"median": statistics.median(pairs), "low": min(pairs), "high": max(pairs)}
+    return result
+
+
+def limits(name: str, args: argparse.Namespace) -> dict:
+    """The extra operations over those of a plain step, and the extra bytes kept: what no code can go below."""
+    hidden, layers, heads, kv_heads, inner, vocabulary = SIZES[args.size]
+    kv = hidden // heads * kv_heads
+    layer = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (inner, hidden), (inner, hidden)]
+    layer.append((hidden, inner))
+    bases = layers * sum(m * n for m, n in layer)
+    tokens, answers = args.batch * args.tokens, args.batch * args.answer
+    lora = args.tuning == "lora"
+    # forward, gradients of activations, and of weights where they are trained
+    step = (4 if lora else 6) * tokens * bases + 6 * answers * hidden * vocabulary
+    matrices = layers * [part for m, n in layer for part in ([(8, n), (m, 8)] if lora else [(m, n)])]
+    probe = 4 * ANCHOR
+    held = [(m, n) for m, n in matrices if not lora or m == 8]
+    rank = RULES["null-space"]
+    null_space = sum(4 * m * n * rank.limit(n) for m, n in held)
+    shared = layers * [hidden, hidden, hidden, inner]  # q, k, v and gate, up read the same inputs
+    kept = 4 * (sum(n * rank.limit(n) for n in shared) + sum(m * rank.limit(n) for m, n in held))
+    # the probe: forward and gradients of activations; inner products and dense corrections from T-token factors
+    probing = 4 * probe * bases + 4 * 4 * 12 * hidden * vocabulary
+    factored = sum(2 * probe * m * n for m, n in matrices)
+    kept_factors = 4 * probe * sum(m + n for m, n in matrices)
+    extra, held_bytes = {
+        "null-space": (null_space + probing / 10, kept),
+        "null-space with feedback": (null_space + probing + 2 * factored, kept + kept_factors),
+        "spf": (probing + factored + sum(4 * m * n * 10 for m, n in matrices), kept_factors),
+        "rank1": (probing + 2 * factored, kept_factors),
+        "mix": (probing + 2 * factored, kept_factors),
+        "safegrad": (probing + 2 * factored, kept_factors),
+        "released-code style": ((4 if lora else 6) * probe * bases, 8 * sum(m * n for m, n in matrices)),
+        "torchjd pcgrad": ((4 if lora else 6) * probe * bases, 8 * sum(m * n for m, n in matrices)),
+    }[name]
+    return {"operations_limit": 1 + extra / step, "extra_mb_limit": held_bytes / 2**20}
+
+
+def peak(args: argparse.Namespace) -> float:
+    """Peak memory of three steps of one arm, MiB: of the GPU, or of this process."""
+    step, _ = build(args.peak_of, args)
+    for _ in range(3):
+        step()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def show(result: dict) -> None:
+    table = Table(title=f"{result['size']}, {result['tuning']}, {result['batch']} x {result['tokens']} tokens")
+    for column in (
+        "rule",
+        "time x plain",
+        "range",
+        "by operations",
+        "memory x plain",
+        "MiB kept, at least",
+        "set-up s",
+    ):
+        table.add_column(column)
+    label = "seconds_ratio" if torch.cuda.is_available() else "processor_seconds_ratio"
+    for name, arm in result["arms"].items():
+        ratio = arm[label]
         table.add_row(
             name,
-            f"{statistics.median(values):.2f}",
-            f"{found['median']:.3f}",
-            f"{found['low']:.3f} to {found['high']:.3f}",
-            f"{setup[name]:.1f}",
+            f"{ratio['median']:.3f}",
+            f"{ratio['low']:.3f} to {ratio['high']:.3f}",
+            f"{arm['operations_limit']:.4f}",
+            f"{arm['peak_ratio']:.3f}" if "peak_ratio" in arm else "-",
+            f"{arm['extra_mb_limit']:.0f}",
+            f"{arm['setup_seconds']:.1f}",
         )
-    write_json(args.output, result)
     Console().print(table)
-    Console().print(f"Figures: {args.output}")
 
 
 if __name__ == "__main__":

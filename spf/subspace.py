@@ -47,11 +47,20 @@ class Factors:
         QR of both factors and an SVD of the T x T core: O(T^2 (m + n)). k is smaller where the gradient
         has fewer non-zero singular values.
         """
-        Q_d, R_d = torch.linalg.qr(self.D.T)
-        Q_x, R_x = torch.linalg.qr(self.X.T)
-        U, s, Vh = torch.linalg.svd(R_d @ R_x.T, full_matrices=False)
+        reflectors, cores = [], []
+        for factor in (self.D, self.X):
+            a, tau = torch.geqrf(factor.T)
+            reflectors.append((a, tau))
+            cores.append(a[: len(tau)].triu())
+        U, s, Vh = torch.linalg.svd(cores[0] @ cores[1].T, full_matrices=False)
         k = min(rank, numerical_rank(s, max(self.D.shape[1], self.X.shape[1])))
-        return Q_d @ U[:, :k], s, Q_x @ Vh[:k].T
+        bases = []
+        for (a, tau), part in zip(reflectors, (U[:, :k], Vh[:k].T), strict=True):
+            # Q times k columns, without forming Q
+            padded = part.new_zeros(len(a), k)
+            padded[: len(part)] = part
+            bases.append(torch.ormqr(a, tau, padded))
+        return bases[0], s, bases[1]
 
 
 def svd_dense(G: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

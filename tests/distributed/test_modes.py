@@ -112,6 +112,11 @@ def test_two_processes_equal_one(mode):
         # borders that cut rows are what is hard about flat partitions
         assert trained(mode)[0]["null-space-lora-adamw"]["cut_rows"] > 0
     if mode == "zero3":
+        for case in (rank["in-groups"] for rank in trained(mode)):
+            assert case["groups"] > 1
+            assert case["corrected"] == 4
+            assert distance(case, single["null-space-full"]) < 1e-6
+            assert "steps them in" in case["refused"]
         assert trained(mode)[0]["null-space-full"]["cut_rows"] > 0
 
 

@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments  # noqa: E402
 
 import spf.optimizer as optimizer_module  # noqa: E402
-from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback  # noqa: E402
+from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError  # noqa: E402
 from spf.optimizer import Attachment  # noqa: E402
 from spf.rules import Constrained, Mix, SafeGrad  # noqa: E402
 from tests.conftest import make_tokenizer  # noqa: E402
@@ -271,12 +271,33 @@ def unprojected(case: Case, directory: Path) -> dict[str, Any]:
         optimizer_module.without_components = real
 
 
+def in_groups(case: Case, directory: Path) -> dict[str, Any]:
+    """Stage 3 steps sub-group by sub-group: the null space works, a rule that compares everything is refused."""
+    settings = launcher(case.lora)
+    settings["deepspeed"]["zero_optimization"]["sub_group_size"] = 3000
+    trainer, callback = make_trainer(case, directory, **settings)
+    trainer.train()
+    assert callback.attachment is not None
+    result = record(trainer, callback)
+    result["groups"] = callback.attachment.sharding.calls(list(callback.attachment.matrices))
+    settings = launcher(case.lora)
+    settings["deepspeed"]["zero_optimization"]["sub_group_size"] = 3000
+    trainer, _ = make_trainer(dataclasses.replace(case, rule=Mix()), directory, **settings)
+    try:
+        trainer.train()
+    except UnsupportedSetupError as error:
+        result["refused"] = str(error)
+    return result
+
+
 SPECIAL = {
     "resume": (resume, "null-space-full"),
     "resume-lora": (resume, "null-space-lora-adamw"),
     "fault": (planted_fault, "null-space-full"),
     "unprojected": (unprojected, "spf-left-full"),
 }
+if MODE == "zero3":
+    SPECIAL["in-groups"] = (in_groups, "null-space-full")
 if MODE == "ddp":
     SPECIAL["resume-elsewhere"] = (resume_elsewhere, "null-space-full")
 
