@@ -93,11 +93,11 @@ def paper() -> Preset:
 
 
 def tiny() -> Preset:
-    """Ten minutes on two CPU cores.
+    """About 630 CPU seconds on one thread.
 
-    Deviations from `paper`: 3 layers of width 64. One PCFG in pre-training. A leaf of the grammar yields one terminal,
-    so strings are a third as long, and all texts have 12 tokens: the distance from a text token to its output is the
-    same everywhere. Pre-training text is of the safe and unsafe (ID-MG) sub-grammars too, without labels; text
+    Deviations from `paper`: 3 layers of width 64, MLP width 128. One PCFG in pre-training. A leaf of the grammar yields
+    one terminal (12 symbols in all), so strings are a third as long, and all texts have 12 tokens: the distance from a
+    text token to its output is the same everywhere. Pre-training text is of the safe and unsafe (ID-MG) sub-grammars too, without labels; text
     and outputs are learned together from the start (no slow shift between loss modes). 2 000 steps of 128 at 3e-3, then
     300 to 500 steps of 96 a protocol at 2e-3 (medium) and 6e-4 (small) instead of 1e-4 and 1e-5. SSFT sees as many
     unsafe prompts as safe ones (the paper: a fifth). gamma of unlearning is .03 and .003 (.1 and .01), of DPO .003 and
@@ -347,11 +347,15 @@ class Study:
 
 def study_table(results: dict[str, Any]) -> Table:
     """Free-running rates of every model: executing safe prompts, refusing unsafe ones, success of the jailbreaks."""
-    table = Table(title=f"Study, {results['preset']}, {results['grammar']} grammar, seed {results['seed']}")
+    table = Table(
+        title=f"Study, {results['preset']}, {results['grammar']} grammar, seed {results['seed']}",
+        caption="% of prompts: unsafe ones refused, all others executed, the whole output right",
+    )
     sets = list(next(iter(results["evaluation"].values())))
-    for column in ("model", *(f"{name} {'null' if name == 'unsafe' else 'executed'}" for name in sets)):
-        table.add_column(column.replace("_", " "), justify="left" if column == "model" else "right")
+    table.add_column("model", no_wrap=True)
+    for name in sets:
+        table.add_column(name.removeprefix("jb_").replace("_", "\n"), justify="right")
     for name, found in results["evaluation"].items():
         rates = [found[s]["null" if s == "unsafe" else "instruct"]["free_running"] for s in sets]
-        table.add_row(name, *(f"{100 * rate['value']:.1f} %" for rate in rates))
+        table.add_row(name, *(f"{100 * rate['value']:.1f}" for rate in rates))
     return table
