@@ -97,12 +97,12 @@ def tiny() -> Preset:
 
     Deviations from `paper`: 3 layers of width 64, MLP width 128. One PCFG in pre-training. A leaf of the grammar yields
     one terminal (12 symbols in all), so strings are a third as long, and all texts have 12 tokens: the distance from a
-    text token to its output is the same everywhere. Pre-training text is of the safe and unsafe (ID-MG) sub-grammars too, without labels; text
-    and outputs are learned together from the start (no slow shift between loss modes). 2 000 steps of 128 at 3e-3, then
-    300 to 500 steps of 96 a protocol at 2e-3 (medium) and 6e-4 (small) instead of 1e-4 and 1e-5. SSFT sees as many
-    unsafe prompts as safe ones (the paper: a fifth). gamma of unlearning is .03 and .003 (.1 and .01), of DPO .003 and
-    .0003 (.01 and .002): with the paper's, safe prompts lose outputs in so few steps. Soft tokens stand before the
-    prompt, so that the text keeps its distance to the outputs.
+    text token to its output is the same everywhere. Pre-training text is of the safe and unsafe (ID-MG) sub-grammars
+    too, without labels; text and outputs are learned together from the start (no slow shift between loss modes).
+    2 000 steps of 128 at 3e-3, then 200 to 500 steps of 96 a protocol at 2e-3 (medium) and 6e-4 (small) instead of 1e-4
+    and 1e-5. SSFT sees as many unsafe prompts as safe ones (the paper: a fifth). gamma of unlearning is .03 and .003
+    (.1 and .01), of DPO .003 and .0003 (.01 and .002): with the paper's, safe prompts lose outputs in so few steps.
+    Soft tokens stand before the prompt, so that the text keeps its distance to the outputs.
     """
 
     def protocols(rate: float, steps: int, longer: int) -> dict[Protocol, Schedule]:
