@@ -6,7 +6,7 @@ Random weights of the named size, random tokens, 4 anchors of 40 tokens a probe.
 against its own copy of plain fine-tuning, step by step in turn. Ratios on a CPU are of processor time, which other
 programs on the machine disturb less than the clock; the clock's are beside it. Beside them stand the limits: what
 the rule has to compute and to keep, over what plain fine-tuning does (operations), and the bytes it adds.
-`--memory` measures each arm's peak in a process of its own.
+Then the same with `--memory` adds each arm's peak memory, in a process of its own.
 """
 
 import argparse
@@ -70,12 +70,15 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=128, help="tokens of each sequence that have a loss")
     parser.add_argument("--rounds", type=int, default=8, help="pairs of steps after one that warms up")
     parser.add_argument("--rules", nargs="+", choices=[*RULES, *OTHERS], default=[*RULES, *OTHERS])
-    parser.add_argument("--memory", action="store_true", help="also peak memory, each arm in its own process")
+    parser.add_argument("--memory", action="store_true", help="add peak memory to the file of a timed run")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("overhead.json"))
     args = parser.parse_args()
     if args.peak_of:
         print(json.dumps(peak(args)))
+        return
+    if args.memory:
+        measure_memory(args)
         return
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -90,19 +93,29 @@ def main() -> None:
     for name in args.rules:
         result["arms"][name] = timed(name, args) | limits(name, args)
         write_json(args.output, result)
-    if args.memory:
-        command = [sys.executable, *sys.argv, "--peak-of"]
-        peaks = {}
-        for name in tqdm(["plain", *args.rules], desc="peak memory"):
-            done = subprocess.run([*command, name], capture_output=True, text=True, check=True)
-            peaks[name] = json.loads(done.stdout.splitlines()[-1])
-        result["peak_mb_plain"] = peaks["plain"]
-        for name in args.rules:
-            result["arms"][name]["peak_mb"] = peaks[name]
-            result["arms"][name]["peak_ratio"] = peaks[name] / peaks["plain"]
-        write_json(args.output, result)
     show(result)
     print(f"Figures: {args.output}")
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    """Add each arm's peak, in a process of its own, to the file of an earlier run without --memory."""
+    result = json.loads(args.output.read_text("utf-8"))
+    for key in ("size", "tuning", "batch", "tokens", "answer"):
+        if result[key] != getattr(args, key):
+            raise ValueError(f"{args.output} was made with {key} {result[key]}, not {getattr(args, key)}")
+    names = [name for name in args.rules if name in result["arms"]]
+    peaks = {}
+    for name in tqdm(["plain", *names], desc="peak memory"):
+        done = subprocess.run(
+            [sys.executable, *sys.argv, "--peak-of", name], capture_output=True, text=True, check=True
+        )
+        peaks[name] = json.loads(done.stdout.splitlines()[-1])
+    result["memory_command"] = " ".join(["python", *sys.argv])
+    result["peak_mb_plain"] = peaks["plain"]
+    for name in names:
+        result["arms"][name] |= {"peak_mb": peaks[name], "peak_ratio": peaks[name] / peaks["plain"]}
+    write_json(args.output, result)
+    show(result)
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, float]]:
