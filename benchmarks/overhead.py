@@ -68,7 +68,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--answer", type=int, default=128, help="tokens of each sequence that have a loss")
-    parser.add_argument("--rounds", type=int, default=8, help="pairs of steps after one that warms up")
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="pairs of steps after one that warms up; processes an arm with --memory"
+    )
     parser.add_argument("--rules", nargs="+", choices=[*RULES, *OTHERS], default=[*RULES, *OTHERS])
     parser.add_argument("--memory", action="store_true", help="add peak memory to the file of a timed run")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -104,16 +106,17 @@ def measure_memory(args: argparse.Namespace) -> None:
         if result[key] != getattr(args, key):
             raise ValueError(f"{args.output} was made with {key} {result[key]}, not {getattr(args, key)}")
     names = [name for name in args.rules if name in result["arms"]]
-    peaks = {}
-    for name in tqdm(["plain", *names], desc="peak memory"):
+    peaks: dict[str, list[float]] = {name: [] for name in ["plain", *names]}
+    for name in tqdm(list(peaks) * args.rounds, desc="peak memory"):
         done = subprocess.run(
             [sys.executable, *sys.argv, "--peak-of", name], capture_output=True, text=True, check=True
         )
-        peaks[name] = json.loads(done.stdout.splitlines()[-1])
+        peaks[name].append(json.loads(done.stdout.splitlines()[-1]))
     result["memory_command"] = " ".join(["python", *sys.argv])
     result["peak_mb_plain"] = peaks["plain"]
+    plain = statistics.median(peaks["plain"])
     for name in names:
-        result["arms"][name] |= {"peak_mb": peaks[name], "peak_ratio": peaks[name] / peaks["plain"]}
+        result["arms"][name] |= {"peak_mb": peaks[name], "peak_ratio": statistics.median(peaks[name]) / plain}
     write_json(args.output, result)
     show(result)
 

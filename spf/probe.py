@@ -235,7 +235,8 @@ class SafetyProbe:
         for name, sketch in sketches.items():
             if sketch.count == 0:
                 raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
-        bases = {name: sketch.basis(rank, energy) for name, sketch in sketches.items()}
+        # one after the other leaves, so that sketches and bases are never all there at once
+        bases = {name: sketches.pop(name).basis(rank, energy) for name in list(sketches)}
         return {name: bases[shared[name]] for name in names}
 
     def _shared_inputs(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, str]:

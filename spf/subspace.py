@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -103,6 +104,14 @@ def outside(V: Tensor, free: Tensor) -> Tensor:
     return U[:, s > 1e-3].to(V.dtype)
 
 
+@lru_cache(maxsize=8)
+def _test_matrix(n: int, size: int, device: torch.device) -> Tensor:
+    """Omega (n, size) with orthonormal columns; layers with as many inputs share it."""
+    # Its own generator: the caller's random state must stay as it is.
+    gaussian = torch.randn(n, size, generator=torch.Generator().manual_seed(n))
+    return torch.linalg.qr(gaussian).Q.to(device)
+
+
 class InputSketch:
     """Streams a layer's inputs (rows of X) into the basis of their leading directions.
 
@@ -139,9 +148,7 @@ class InputSketch:
         self.rows = []
         if self.omega is None or self.Y is None:
             n = X.shape[1]
-            # Its own generator: the caller's random state must stay as it is.
-            gaussian = torch.randn(n, min(self.size, n), generator=torch.Generator().manual_seed(n))
-            self.omega = torch.linalg.qr(gaussian).Q.to(X.device)
+            self.omega = _test_matrix(n, min(self.size, n), X.device)
             self.Y = torch.zeros_like(self.omega)
         self.Y += X.T @ (X @ self.omega)
 
