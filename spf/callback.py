@@ -26,10 +26,11 @@ from spf.data import (
     complete_refusals,
     load_safety_rows,
     packaged_prompts,
+    reword,
     tokenise,
     write_json,
 )
-from spf.optimizer import HELD_OUT, Attachment
+from spf.optimizer import HELD_OUT, Attachment, basis_samples
 from spf.probe import SafetyProbe
 from spf.rules import RULES, NullSpace, Rule, SafeGrad
 from spf.sharding import UnsupportedSetupError, innermost_optimizer, object_of_rank_0
@@ -140,6 +141,7 @@ class SafetyCallback(TrainerCallback):
             optimizer,
             self.rule,
             subspace=subspace,
+            reworded=tokenise(self._reworded(), processing_class, limit) if saved is None else (),
             calibration=tokenise(_benign_rows(), processing_class, limit) if self._constrains and saved is None else (),
             monitor_steps=self.monitor_steps if isinstance(self.rule, NullSpace) else 0,
         )
@@ -208,6 +210,12 @@ class SafetyCallback(TrainerCallback):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
         # every process takes part in generating, but rounding must not make them keep different rows
         return object_of_rank_0(complete_refusals([rows[i] for i in order], model, tokenizer, wanted=wanted))
+
+    def _reworded(self) -> list[SafetyRow]:
+        if not isinstance(self.rule, NullSpace):
+            return []
+        # never those that are kept out of the basis
+        return reword(self._rows[: min(self.rule.reworded, basis_samples(self.rule, len(self._rows)))])
 
     def _read(self, directory: Path) -> tuple[dict[str, Any], SafetySubspace]:
         for name in (STATE_FILE, SUBSPACE_FILE):

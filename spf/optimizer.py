@@ -45,6 +45,11 @@ class CorrectionError(RuntimeError):
     """The rule did not reach the parameters it should have."""
 
 
+def basis_samples(rule: NullSpace, samples: int) -> int:
+    """How many of the safety samples, the first ones, the null space is taken from."""
+    return min(rule.prompts, samples - int(samples * HELD_OUT))
+
+
 class Attachment:
     """A step rule at work: it holds the hooks, the subspace and the counters.
 
@@ -59,6 +64,7 @@ class Attachment:
         rule: Rule,
         *,
         subspace: SafetySubspace | None = None,
+        reworded: Sequence[Anchor] = (),
         calibration: Sequence[Anchor] = (),
         monitor_steps: int = 0,
     ):
@@ -98,7 +104,9 @@ class Attachment:
         if isinstance(self.gradient_rule, DualAscent | SafeGrad) or isinstance(rule, Constrained):
             probe.remember(logprobs=isinstance(rule, SafeGrad))
         if subspace is None:
-            subspace = self._estimate(basis, calibration) if isinstance(rule, NullSpace) else SafetySubspace()
+            subspace = (
+                self._estimate([*basis, *reworded], calibration) if isinstance(rule, NullSpace) else SafetySubspace()
+            )
         self.subspace = subspace
         self.scale: dict[str, float] = {}
         self._place_subspace(calibration)
@@ -203,7 +211,7 @@ class Attachment:
         anchors = self.probe.rotation.anchors
         if not isinstance(self.rule, NullSpace):
             return []
-        count = min(self.rule.prompts, len(anchors) - int(len(anchors) * HELD_OUT))
+        count = basis_samples(self.rule, len(anchors))
         if count < len(anchors):
             size = min(self.probe.rotation.size, len(anchors) - count)
             self.probe.rotation = AnchorRotation(anchors[count:], size, self.probe.rotation.seed)
@@ -237,7 +245,14 @@ class Attachment:
         assert isinstance(self.rule, NullSpace)
         rule, names = self.rule, list(self.matrices)
         rank = (rule.rank or LARGEST_DEFAULT_RANK) + rule.contrast
-        bases = self.probe.input_bases(anchors, names, rank=rank, energy=rule.energy, tokens=rule.tokens)
+        bases = self.probe.input_bases(
+            anchors,
+            names,
+            rank=rank,
+            energy=rule.energy,
+            tokens=rule.tokens,
+            decision_weight=rule.decision_weight,
+        )
         if rule.contrast:
             free = self.probe.input_bases(benign, names, rank=rule.contrast)
             bases = {name: outside(V, free[name]) for name, V in bases.items()}
@@ -582,8 +597,9 @@ def attach(
     """Put a step rule on an optimizer's step hooks; the rule defaults to `NullSpace()`.
 
     Call `refresh()` of what is returned before every `optimizer.step()`. Options: `subspace` (bases
-    estimated before), `calibration` (harmless samples; a fresh lora_A keeps its response to them in
-    size when it is projected) and `monitor_steps` (probe the safety loss every so many steps, 0 for never).
+    estimated before), `reworded` (further samples, of the null space only), `calibration` (harmless samples; a
+    fresh lora_A keeps its response to them in size when it is projected) and `monitor_steps` (probe the safety
+    loss every so many steps, 0 for never).
 
     Raises:
         UnsupportedSetupError, UnsupportedModelError, CorrectionError: the rule could not act here.

@@ -14,6 +14,10 @@ from spf.rules import Tokens
 from spf.sharding import full_shape
 from spf.subspace import Factors, InputSketch
 
+DECISION_TOKENS = (5, 2)
+"""Tokens before and after the beginning of the answer that count as deciding on it: the end of the chat template's
+prompt ("<|im_end|>", newline, "<|im_start|>", "assistant", newline) and the first two of the refusal."""
+
 
 class UnsupportedModelError(ValueError):
     """A trainable parameter the safety rules cannot treat; the message names it."""
@@ -214,9 +218,13 @@ class SafetyProbe:
         rank: int,
         energy: float = 1.0,
         tokens: Tokens = "all",
+        decision_weight: float = 1.0,
         batch_size: int = 8,
     ) -> dict[str, Tensor]:
         """V (n, k), float32, per named matrix: the leading directions of its inputs over the anchors' tokens.
+
+        The tokens around the beginning of the answer, where a refusal is decided (`DECISION_TOKENS`), weigh
+        `decision_weight`, all others 1.
 
         Raises:
             UnsupportedModelError: an anchor sends NaN or inf through a matrix, or none passes through it.
@@ -225,9 +233,9 @@ class SafetyProbe:
         # Twice the rank and 16 more keep the sketched directions accurate (Halko et al., section 4.2).
         sketches = {name: InputSketch(2 * rank + 16) for name in dict.fromkeys(shared.values())}
 
-        def take(name: str, x: Tensor, y: Tensor) -> None:
+        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
             try:
-                sketches[name].add(x)
+                sketches[name].add(x, 1 + (decision_weight - 1) * deciding)
             except ValueError as error:
                 raise UnsupportedModelError(f"{name}: {error}") from error
 
@@ -244,7 +252,7 @@ class SafetyProbe:
         inputs: dict[str, Tensor] = {}
         shared = {name: name for name in names}
 
-        def take(name: str, x: Tensor, y: Tensor) -> None:
+        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
             # those that share an input are called one after the other
             for other in list(inputs)[-3:]:
                 if x.shape == inputs[other].shape and torch.equal(x, inputs[other]):
@@ -260,7 +268,7 @@ class SafetyProbe:
         """Root mean square of each named matrix's outputs over all tokens of the anchors."""
         squares = dict.fromkeys(names, 0.0)
 
-        def take(name: str, x: Tensor, y: Tensor) -> None:
+        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
             squares[name] += float(y.float().square().sum())
 
         tokens = self._stream(anchors, names, take, batch_size)
@@ -270,17 +278,20 @@ class SafetyProbe:
         self,
         anchors: Sequence[Anchor],
         names: Sequence[str],
-        take: Callable[[str, Tensor, Tensor], None],
+        take: Callable[[str, Tensor, Tensor, Tensor], None],
         batch_size: int,
         kind: Tokens = "all",
     ) -> int:
-        """Hand the inputs and outputs (T, n), (T, m) of the named matrices to `take`; returns how many tokens."""
+        """Hand inputs (T, n) and outputs (T, m) of the named matrices to `take`; returns how many tokens.
+
+        Its last argument (T,), bool, says which tokens are around the beginning of the answer.
+        """
         tokens = 0
-        mask = torch.empty(0)
+        mask = deciding = torch.empty(0)
 
         def tap(name: str) -> Callable:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                take(name, inputs[0][mask], output[mask])
+                take(name, inputs[0][mask], output[mask], deciding[mask])
 
             return hook
 
@@ -288,9 +299,13 @@ class SafetyProbe:
             for start in range(0, len(anchors), batch_size):
                 batch = self._batch(anchors[start : start + batch_size])
                 mask = batch.attention_mask.bool()
+                # the last prompt token predicts the first refusal token, so it counts with the refusal
+                predicts = torch.cat([batch.weights[:, 1:], torch.zeros_like(batch.weights[:, :1])], 1) > 0
+                before, after = DECISION_TOKENS
+                begin = predicts.int().argmax(1)[:, None] + 1
+                place = torch.arange(mask.shape[1], device=mask.device)
+                deciding = (place >= begin - before) & (place < begin + after) & predicts.any(1, keepdim=True)
                 if kind != "all":
-                    # the last prompt token predicts the first refusal token, so it counts with the refusal
-                    predicts = torch.cat([batch.weights[:, 1:], torch.zeros_like(batch.weights[:, :1])], 1) > 0
                     mask &= predicts == (kind == "refusal")
                 tokens += int(mask.sum())
                 self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

@@ -248,6 +248,13 @@ class NullSpace:
         metadata={"help": "share of the activations' energy to hold; fewer directions if reached earlier"},
     )
     prompts: int = field(default=128, metadata={"help": "safety samples the input directions are taken from"})
+    reworded: int = field(
+        default=48, metadata={"help": "safety samples that are held in other words too, such as 'begin with Of course'"}
+    )
+    decision_weight: float = field(
+        default=8.0,
+        metadata={"help": "weight of the tokens around the beginning of the answer in the choice of directions"},
+    )
     tokens: Tokens = field(
         default="all", metadata={"help": "tokens the directions are taken from: all, prompt or refusal"}
     )
@@ -267,6 +274,8 @@ class NullSpace:
         _check(self.rank is None or self.rank >= 1, f"null-space: rank must be at least 1, not {self.rank}")
         _check(0 < self.energy <= 1, f"null-space: energy must be in (0, 1], not {self.energy}")
         _check(self.prompts >= 1, f"null-space: prompts must be at least 1, not {self.prompts}")
+        _check(self.reworded >= 0, f"null-space: reworded must not be negative, not {self.reworded}")
+        _check(self.decision_weight > 0, f"null-space: decision_weight must be positive, not {self.decision_weight}")
         _check(
             self.tokens in get_args(Tokens),
             f"null-space: tokens must be {' or '.join(get_args(Tokens))}, not {self.tokens}",

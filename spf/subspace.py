@@ -115,8 +115,9 @@ def _test_matrix(n: int, size: int, device: torch.device) -> Tensor:
 class InputSketch:
     """Streams a layer's inputs (rows of X) into the basis of their leading directions.
 
-    Every row counts with unit norm, so that a few tokens with massive activations (the first one, often)
-    do not take all directions: what is minimised is each token's relative error. Up to `size` rows are
+    Every row counts with unit norm times the root of its weight, so that a few tokens with massive activations
+    (the first one, often) do not take all directions: what is minimised is the weighted sum of each token's
+    squared relative error. Up to `size` rows are
     kept as they are, and the basis is exact. Beyond that they are folded into a Nyström sketch
     Y = X^T X Omega (n, size) of their covariance (Halko et al., arXiv 0909.4061, section 5.5), so memory
     stays at 2 n size numbers however many prompts there are.
@@ -126,11 +127,12 @@ class InputSketch:
         self.size = size
         self.rows: list[Tensor] = []
         self.count = 0
+        self.total = 0.0
         self.omega: Tensor | None = None
         self.Y: Tensor | None = None
 
-    def add(self, X: Tensor) -> None:
-        """Take in the rows of X (T, n).
+    def add(self, X: Tensor, weights: Tensor | None = None) -> None:
+        """Take in the rows of X (T, n), each with its weight (T,), 1 by default.
 
         Raises:
             ValueError: a row holds NaN or inf.
@@ -139,7 +141,11 @@ class InputSketch:
         if not bool(torch.isfinite(X).all()):
             raise ValueError("NaN or inf in the layer's inputs")
         self.count += len(X)
-        self.rows.append(torch.nn.functional.normalize(X, dim=1))
+        rows = torch.nn.functional.normalize(X, dim=1)
+        if weights is not None:
+            rows *= weights.to(rows).sqrt()[:, None]
+        self.total += len(X) if weights is None else float(weights.sum())
+        self.rows.append(rows)
         if self.count > self.size:
             self._fold()
 
@@ -165,7 +171,7 @@ class InputSketch:
             kept = values > 1e-6 * values[-1]
             V, s, _ = torch.linalg.svd(Y @ Q[:, kept] * values[kept].rsqrt(), full_matrices=False)
         if energy < 1:
-            rank = min(rank, int((s.square().cumsum(0) / self.count < energy).sum()) + 1)
+            rank = min(rank, int((s.square().cumsum(0) / self.total < energy).sum()) + 1)
         return V[:, :rank].float().contiguous()
 
 

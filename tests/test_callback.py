@@ -104,6 +104,15 @@ def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, 
         ]
     )
     callback = SafetyCallback(rule=NullSpace(rank=16))
+    seen = 0
+
+    def count(self, samples, *args, **kwargs):
+        nonlocal seen
+        seen = len(samples)
+        return input_bases(self, samples, *args, **kwargs)
+
+    input_bases = SafetyProbe.input_bases
+    monkeypatch.setattr(SafetyProbe, "input_bases", count)
     trainer = SFTTrainer(
         make_model(),
         arguments(SFTConfig, tmp_path),
@@ -113,6 +122,11 @@ def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, 
         callbacks=[callback],
     )
     trainer.train()
+    # 48 refusals in other words too, of those in the null space only
+    reworded, basis = callback._reworded(), callback._rows[:128]
+    assert len(reworded) == 48
+    assert all(row.where.removesuffix(", reworded") in {r.where for r in basis} for row in reworded)
+    assert seen == 128 + 48
     # 144 refusals: 128 for the null space, 16 kept out of it to measure on
     assert len(callback._rows) == 144
     assert len(callback.attachment.probe.rotation.anchors) == 16

@@ -8,14 +8,17 @@ import torch
 from datasets import Dataset
 
 from spf.data import (
+    WORDINGS,
     AnchorRotation,
     SafetyDataError,
     SafetyRow,
     collate,
     complete_refusals,
     load_safety_rows,
+    reword,
     tokenise,
 )
+from spf.evaluation import TRANSFORMS
 from tests.conftest import REFUSAL, make_model, make_tokenizer
 
 
@@ -149,3 +152,26 @@ def test_a_refusal_beside_messages_is_used(tmp_path):
     (row,) = load_safety_rows(path)
     assert row.messages == messages
     assert row.refusal == "I won't."
+
+
+def test_reworded_rows_press_in_other_words_than_the_evaluation(rows):
+    found = reword(rows[:8])
+    assert len(
+        {row.messages[-1]["content"].replace(rows[i].messages[-1]["content"], "") for i, row in enumerate(found)}
+    ) == len(WORDINGS)
+    for row, original in zip(found, rows[:8], strict=True):
+        assert original.messages[-1]["content"] in row.messages[-1]["content"]
+        assert row.refusal == original.refusal
+        assert row.where.startswith(original.where)
+    pressed = {wording.replace("{prompt}", "").strip() for wording in WORDINGS}
+    tested = " ".join(" ".join(m["content"] for m in t.apply("").messages) for t in TRANSFORMS.values())
+    assert not any(part in tested for part in pressed)
+
+
+def test_a_conversation_is_reworded_in_its_last_message():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    (row,) = reword([SafetyRow(turns, "no", "x:1")])
+    assert row.messages[:2] == turns[:2]
+    assert "c" in row.messages[2]["content"]
+    assert row.messages[2]["content"] != "c"
+    assert turns[2]["content"] == "c"

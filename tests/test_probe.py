@@ -140,3 +140,24 @@ def test_matrices_that_read_the_same_tensor_share_a_basis(tuning, anchors):
     for name in names:  # the same as each on its own
         alone = probe.input_bases(anchors[:4], [name], rank=5)[name]
         assert torch.allclose(alone.abs(), bases[name].abs(), atol=1e-5), name
+
+
+def test_the_tokens_around_the_beginning_of_the_answer_take_the_first_directions(anchors):
+    model = make_model()
+    probe = SafetyProbe(model, anchors[:2], pad_token_id=1)
+    name = next(name for name in probe.matrices if "down_proj" in name)
+    inputs = []
+    hook = probe.matrices[name].module.register_forward_hook(lambda m, x, y: inputs.append(x[0][0]))
+    for anchor in anchors[:2]:
+        model(input_ids=torch.tensor([anchor.prompt_ids + anchor.refusal_ids]))
+    hook.remove()
+    deciding = torch.cat(
+        [x[len(a.prompt_ids) - 5 : len(a.prompt_ids) + 2] for a, x in zip(anchors[:2], inputs, strict=True)]
+    )
+
+    def missed(weight):
+        V = probe.input_bases(anchors[:2], [name], rank=14, decision_weight=weight)[name]
+        return float((deciding - deciding @ V @ V.T).norm() / deciding.norm())
+
+    assert missed(1e6) < 0.01
+    assert missed(1.0) > 0.1

@@ -112,3 +112,17 @@ def test_save_and_load(tmp_path):
     assert torch.equal(loaded.right["b/c"], subspace.right["b/c"])
     assert torch.equal(loaded.target["b/c"], subspace.target["b/c"])
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+@pytest.mark.parametrize("size", [600, 24])
+def test_weights_of_rows_count_as_repetitions(size):
+    """Exact (600) and folded (24): a row of weight 3 is three rows."""
+    X = random(200, 64, seed=2) * torch.linspace(3, 0.01, 64)
+    weights = torch.randint(1, 4, (200,), generator=torch.Generator().manual_seed(0)).float()
+    weighted, repeated, alike = InputSketch(size), InputSketch(size), InputSketch(size)
+    weighted.add(X, weights)
+    alike.add(X)
+    repeated.add(X.repeat_interleave(weights.long(), 0))
+    assert overlap(weighted.basis(6), repeated.basis(6)) > 0.9999
+    assert overlap(weighted.basis(6), alike.basis(6)) < 0.9999
+    assert weighted.basis(24, energy=0.7).shape == repeated.basis(24, energy=0.7).shape

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from spf.baselines import constrained_sft, kl, lisa, one_shot, projection, resta, safe_lora, safeinstr, sppft
 from spf.bench.trainer import AnswerLoss, answer_logits
 from spf.callback import SafetyCallback
-from spf.data import SafetyRow, load_safety_rows, tokenise
+from spf.data import SafetyRow, load_safety_rows, reword, tokenise
 from spf.probe import SafetyProbe
 from spf.rules import LARGEST_DEFAULT_RANK, SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
 from spf.safetylock import echoed, extract, refusal_pairs
@@ -191,8 +191,15 @@ def _projection(
     order = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(seed)).tolist()
     probe = SafetyProbe(model, anchors, pad_token_id=tokenizer.pad_token_id)
     names = [matrix.name for matrix in probe.matrices.values() if not matrix.is_lora_b]
+    chosen = [anchors[i] for i in order[: rule.prompts]]
+    reworded = reword([rows[i] for i in order[: min(rule.prompts, rule.reworded)]])
     bases = probe.input_bases(
-        [anchors[i] for i in order[: rule.prompts]], names, rank=rule.rank or LARGEST_DEFAULT_RANK, energy=rule.energy
+        [*chosen, *tokenise(reworded, tokenizer, model.config.max_position_embeddings)],
+        names,
+        rank=rule.rank or LARGEST_DEFAULT_RANK,
+        energy=rule.energy,
+        tokens=rule.tokens,
+        decision_weight=rule.decision_weight,
     )
     bases = {name: V[:, : rule.limit(len(V))] for name, V in bases.items()}
     initial = None
