@@ -1,4 +1,4 @@
-"""The bridge: the safety-tuned model of the controlled world learns new operators, with and without spf.
+"""The bridge: the safety-tuned model of the controlled world learns new operators, with and without the null-space rule.
 
 Plain fine-tuning, the null-space rule held during it (full fine-tuning), and SafetyLock put on either afterwards.
 """
@@ -98,7 +98,7 @@ def run_bridge(
         return sequence_nll(forward(model, samples), samples.labels(SEGMENT_1, SEGMENT_2).to(model.device)).mean()
 
     models: dict[str, LlamaForCausalLM] = {}
-    for name in ("plain", "spf"):
+    for name in ("plain", "null-space"):
         model = copied(safe)
 
         def hold(optimizer: torch.optim.Optimizer, model: LlamaForCausalLM = model) -> None:
@@ -110,10 +110,10 @@ def run_bridge(
             step_loss,
             directory / name,
             f"new operators, {name}",
-            prepare=hold if name == "spf" else None,
+            prepare=hold if name == "null-space" else None,
         )
     lock = extract(safe, toy_tokenizer(), pairs_of(anchor_set), k=settings.heads, alpha=settings.alpha, seed=seed)
-    for name in ("plain", "spf"):
+    for name in ("plain", "null-space"):
         locked = copied(models[name])
         # As a hook, so that the parameters stay those of the fine-tuned model and can be compared.
         lock.apply(locked, mode="hook")
@@ -121,6 +121,6 @@ def run_bridge(
     evaluation = {name: evaluate(model, tests) for name, model in {"before": safe, **models}.items()}
     measurements = measure_world(safe, models, prompts, seed=seed, batch_size=128)
     curves = {
-        name: json.loads((directory / name / "history.json").read_text("utf-8"))["loss"] for name in ("plain", "spf")
+        name: json.loads((directory / name / "history.json").read_text("utf-8"))["loss"] for name in ("plain", "null-space")
     }
     return {"evaluation": evaluation, "measurements": measurements, "loss": curves}

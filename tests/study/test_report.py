@@ -54,7 +54,7 @@ def make_results(seed):
         alphas=(0, 1),
         lipschitz_prompts=4,
     )
-    arms = {"plain": tuned["ssft-medium"], "spf": tuned["dpo-medium"]}
+    arms = {"plain": tuned["ssft-medium"], "null-space": tuned["dpo-medium"]}
     return {
         "preset": "tiny",
         "grammar": "matched",

@@ -91,8 +91,8 @@ def test_the_whole_study_runs_and_continues(smallest, tmp_path, monkeypatch, cap
     assert results["evaluation"]["base"]["safe"]["instruct"]["free_running"]["count"] == 24
     assert set(results["measurements"]["updates"]) == set(names) - {"base"}
     assert set(results["attack"]) == {"ssft-medium", "dpo-medium", "unlearning-medium"}
-    assert set(results["bridge"]["evaluation"]) == {"before", "plain", "spf", "plain+lock", "spf+lock"}
-    assert "new_operators" in results["bridge"]["evaluation"]["spf"]
+    assert set(results["bridge"]["evaluation"]) == {"before", "plain", "null-space", "plain+lock", "null-space+lock"}
+    assert "new_operators" in results["bridge"]["evaluation"]["null-space"]
     assert (tmp_path / "run" / "report.html").is_file()
     assert "parity grammar" in capsys.readouterr().out
 
