@@ -1,13 +1,15 @@
 """SafetyCallback: Trainer events -> safety data, probe, step rule, logs, checkpoints."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import transformers.trainer
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from spf.data import (
+    Anchor,
     SafetyDataError,
     SafetyRow,
     complete_refusals,
@@ -44,7 +47,7 @@ STATE_FILE = "spf_state.json"
 CALIBRATION_PROMPTS = 32
 """Packaged benign prompts on which a fresh lora_A keeps the size of its response."""
 
-_ACTIVE: "WeakKeyDictionary[nn.Module, SafetyCallback]" = WeakKeyDictionary()
+_ACTIVE: "WeakKeyDictionary[nn.Module, ref[SafetyCallback]]" = WeakKeyDictionary()
 
 
 class SafetyCallback(TrainerCallback):
@@ -58,7 +61,7 @@ class SafetyCallback(TrainerCallback):
 
     def __init__(
         self,
-        safety_data: str | Dataset | None = None,
+        safety_data: str | Path | Dataset | None = None,
         rule: str | Rule = "null-space",
         *,
         anchors: int | None = None,
@@ -73,7 +76,8 @@ class SafetyCallback(TrainerCallback):
         Args:
             safety_data: JSONL or CSV file, `Dataset`, or hub id (see `load_safety_rows`); None takes the
                 packaged harmful prompts, answered by the model's own refusals.
-            rule: null-space, spf or rank1, or a rule object with its settings.
+            rule: null-space, spf, rank1, mix, safegrad, aggregate, dual-ascent or constrained, or a rule object with
+                its settings.
             anchors: use only so many safety samples; 1 is the paper's single fixed sample. By default
                 all of them, or as many as the null space is taken from.
             anchors_per_step: safety samples a probe, in turn (gradient rules and the monitor).
@@ -83,12 +87,28 @@ class SafetyCallback(TrainerCallback):
             seed: choice and order of the anchors.
 
         Raises:
-            ValueError: an unknown rule.
+            ValueError: an unknown rule, or an argument out of its range.
+            TypeError: safety_data or rule is of another kind.
         """
         if isinstance(rule, str):
             if rule not in RULES:
                 raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
             rule = RULES[rule]()
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a name or a rule object such as NullSpace(), not {rule!r}")
+        if not isinstance(safety_data, str | Path | Dataset | None):
+            kind = type(safety_data).__name__
+            raise TypeError(f"safety_data must be a file, a hub id or a datasets.Dataset (one split), not {kind}")
+        for name, value, least in (
+            ("anchors", anchors, 1),
+            ("anchors_per_step", anchors_per_step, 1),
+            ("first_tokens", first_tokens, 0),
+            ("monitor_steps", monitor_steps, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if not first_weight > 0:
+            raise ValueError(f"first_weight must be positive, not {first_weight}")
         self.safety_data = safety_data
         self.rule: Rule = rule
         self.anchors = anchors
@@ -141,14 +161,20 @@ class SafetyCallback(TrainerCallback):
             optimizer,
             self.rule,
             subspace=subspace,
-            reworded=tokenise(self._reworded(), processing_class, limit) if saved is None else (),
+            reworded=self._reworded(processing_class, limit) if saved is None else (),
             calibration=tokenise(_benign_rows(), processing_class, limit) if self._constrains and saved is None else (),
             monitor_steps=self.monitor_steps if isinstance(self.rule, NullSpace) else 0,
         )
         if saved is not None:
             self.attachment.load_state_dict(saved)
         self._verified = False
-        _ACTIVE[model] = self
+        _ACTIVE[model] = ref(self)
+        count = len(self._rows)
+        if isinstance(self.rule, NullSpace) and self.monitor_steps and basis_samples(self.rule, count) == count:
+            logger.warning(
+                f"spf: all {count} safety samples are held, so spf/safety_loss stays flat whatever leaks; with 9 or "
+                "more, one is kept apart to measure on"
+            )
         held = f", {len(probe.others)} other parameters kept fixed" if probe.others and self._constrains else ""
         if state.is_world_process_zero:
             logger.warning(
@@ -163,6 +189,9 @@ class SafetyCallback(TrainerCallback):
         self._running.refresh()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:
+            return  # float16 overflowed, nothing was updated
         if not self._verified:
             self._running.verify()
             self._verified = True
@@ -211,11 +240,14 @@ class SafetyCallback(TrainerCallback):
         # every process takes part in generating, but rounding must not make them keep different rows
         return object_of_rank_0(complete_refusals([rows[i] for i in order], model, tokenizer, wanted=wanted))
 
-    def _reworded(self) -> list[SafetyRow]:
+    def _reworded(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Anchor]:
         if not isinstance(self.rule, NullSpace):
             return []
         # never those that are kept out of the basis
-        return reword(self._rows[: min(self.rule.reworded, basis_samples(self.rule, len(self._rows)))])
+        rows = self._rows[: min(self.rule.reworded, basis_samples(self.rule, len(self._rows)))]
+        anchors = tokenise(reword(rows), tokenizer, sys.maxsize)
+        # what fits the context may not fit with more words, which is no reason to stop
+        return [anchor for anchor in anchors if len(anchor.prompt_ids) + len(anchor.refusal_ids) <= limit]
 
     def _read(self, directory: Path) -> tuple[dict[str, Any], SafetySubspace]:
         for name in (STATE_FILE, SUBSPACE_FILE):
@@ -229,6 +261,7 @@ class SafetyCallback(TrainerCallback):
     def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.remove()
+            _ACTIVE.pop(self.attachment.probe.model, None)
 
 
 def _benign_rows() -> list[SafetyRow]:
@@ -252,6 +285,7 @@ class _LogRelay(TrainerCallback):
     """Runs the active SafetyCallback's on_log before the reporting callbacks."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        safety = _ACTIVE.get(kwargs["model"])
+        running = _ACTIVE.get(kwargs["model"])
+        safety = running() if running else None
         if safety is not None:
             safety.on_log(args, state, control, logs=kwargs["logs"])

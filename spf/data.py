@@ -84,8 +84,8 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
     """Read safety data: a JSONL or CSV file, a `Dataset`, a hub id, or None for the packaged prompts.
 
     Columns: `prompt` (text or messages) with or without `refusal`, or `messages` (TRL's conversational
-    format; the last assistant message is the refusal). Only a name that is no local file and has no
-    file suffix is looked up on the hub (its train split).
+    format; a last assistant message is the refusal where no column says otherwise). Only a name that is
+    no local file and has no file suffix is looked up on the hub (its train split).
 
     Raises:
         SafetyDataError: no such file, no rows, a missing column or a bad row.
@@ -96,16 +96,18 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
             for i, p in enumerate(packaged_prompts("harmful_anchors"), 1)
         ]
     if isinstance(source, Dataset):
-        return _rows(source, "the data set", 0)
+        return _rows(enumerate(source), "the data set")
     path = Path(source)
     if path.is_file():
         if path.suffix.lower() == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                return _rows(csv.DictReader(file), str(path), 2)
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                return _rows(enumerate(csv.DictReader(file), 2), str(path))
         if path.suffix.lower() in (".jsonl", ".json"):
-            return _rows(_read_jsonl(path), str(path), 1)
+            return _rows(read_jsonl(path), str(path))
         raise SafetyDataError(f"{path}: safety data must be .jsonl or .csv, not {path.suffix or 'without suffix'}")
-    if path.suffix.lower() in (".jsonl", ".json", ".csv") or path.is_absolute() or path.exists():
+    if path.is_dir():
+        raise SafetyDataError(f"{path}: a directory; give a .jsonl or .csv file, or datasets.load_from_disk of it")
+    if path.suffix.lower() in (".jsonl", ".json", ".csv") or path.is_absolute():
         raise SafetyDataError(f"{path}: no such safety data file")
     try:
         loaded = load_dataset(str(source))
@@ -117,23 +119,32 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
         if "train" not in loaded:
             raise SafetyDataError(f"{source}: has no train split, only {', '.join(loaded)}")
         loaded = loaded["train"]
-    return _rows(loaded, str(source), 0)
+    return _rows(enumerate(loaded), str(source))
 
 
-def _read_jsonl(path: Path) -> Iterable[dict]:
-    with path.open(encoding="utf-8") as file:
+def read_jsonl(path: Path) -> Iterable[tuple[int, dict]]:
+    """Line number and object of every line that is not blank.
+
+    Raises:
+        SafetyDataError: a line is not a JSON object.
+    """
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise SafetyDataError(f"{path}:{number}: not a JSON object ({error.msg})") from error
+                raise SafetyDataError(
+                    f"{path}:{number}: not a JSON object ({error.msg}); every line has to be one (JSON Lines)"
+                ) from error
             if not isinstance(row, dict):
-                raise SafetyDataError(f"{path}:{number}: not a JSON object")
-            yield row
+                raise SafetyDataError(f"{path}:{number}: not a JSON object; every line has to be one (JSON Lines)")
+            yield number, row
 
 
-def _rows(records: Iterable[dict], name: str, first: int) -> list[SafetyRow]:
-    rows = [_row(record, f"{name}:{number}") for number, record in enumerate(records, first)]
+def _rows(records: Iterable[tuple[int, dict]], name: str) -> list[SafetyRow]:
+    rows = [_row(record, f"{name}:{number}") for number, record in records]
     if not rows:
         raise SafetyDataError(f"{name}: holds no rows")
     return rows
@@ -153,7 +164,7 @@ def _row(record: dict, where: str) -> SafetyRow:
     ):
         raise SafetyDataError(f"{where}: messages must be a list of objects with text `role` and `content`")
     if messages and messages[-1]["role"] == "assistant":
-        messages, refusal = messages[:-1], messages[-1]["content"]
+        messages, refusal = messages[:-1], messages[-1]["content"] if refusal is None else refusal
     if not any(m["content"].strip() for m in messages):
         raise SafetyDataError(f"{where}: the prompt is empty")
     if refusal is not None and (not isinstance(refusal, str) or not refusal.strip()):
@@ -211,22 +222,18 @@ def complete_refusals(
 
 
 def reword(rows: Sequence[SafetyRow]) -> list[SafetyRow]:
-    """Every row with its refusal, its last message put into one of `WORDINGS`, in turn."""
-    return [
-        SafetyRow(
-            [
-                *row.messages[:-1],
-                {**row.messages[-1], "content": wording.replace("{prompt}", row.messages[-1]["content"])},
-            ],
-            row.refusal,
-            f"{row.where}, reworded",
-        )
-        for row, wording in zip(rows, itertools.cycle(WORDINGS), strict=False)
-    ]
+    """Every row with its refusal, its last message, if it is the user's, put into one of `WORDINGS`, in turn."""
+    reworded = []
+    for row, wording in zip(rows, itertools.cycle(WORDINGS), strict=False):
+        *before, last = row.messages
+        if last["role"] == "user":
+            asked = {**last, "content": wording.replace("{prompt}", last["content"])}
+            reworded.append(SafetyRow([*before, asked], row.refusal, f"{row.where}, reworded"))
+    return reworded
 
 
-def render(row: SafetyRow, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row's prompt as text, in the model's own chat template.
+def render(row: SafetyRow, tokenizer: PreTrainedTokenizerBase, *, answered: bool = False) -> str:
+    """The row's prompt, or with `answered` prompt and refusal, as text in the model's own chat template.
 
     Raises:
         SafetyDataError: the tokenizer has no chat template, or the template refuses the messages.
@@ -236,10 +243,14 @@ def render(row: SafetyRow, tokenizer: PreTrainedTokenizerBase) -> str:
             f"{row.where}: the tokenizer {tokenizer.name_or_path or ''} has no chat template, so it cannot be "
             "rendered; set tokenizer.chat_template"
         )
+    messages = row.messages
+    if answered:
+        assert row.refusal is not None
+        messages = [*messages, {"role": "assistant", "content": row.refusal}]
     try:
-        return str(tokenizer.apply_chat_template(row.messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered))
     except (TemplateError, KeyError, TypeError) as error:
-        roles = ", ".join(m["role"] for m in row.messages)
+        roles = ", ".join(m["role"] for m in messages)
         raise SafetyDataError(f"{row.where}: the chat template refuses the roles {roles} ({error})") from error
 
 
@@ -255,17 +266,13 @@ def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_
     for row in rows:
         prompt = render(row, tokenizer)
         assert row.refusal is not None
-        answered = str(
-            tokenizer.apply_chat_template(
-                [*row.messages, {"role": "assistant", "content": row.refusal}], tokenize=False
-            )
-        )
+        answered = render(row, tokenizer, answered=True)
         # Templates that change earlier turns once they are answered leave no common prefix; the refusal
         # then ends with the end-of-sequence token, as generation would.
         if answered.startswith(prompt):
             refusal = answered[len(prompt) :].rstrip()
         else:
-            refusal = row.refusal + str(tokenizer.eos_token)
+            refusal = row.refusal + (tokenizer.eos_token or "")
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         refusal_ids = tokenizer(refusal, add_special_tokens=False)["input_ids"]
         length = len(prompt_ids) + len(refusal_ids)

@@ -79,6 +79,8 @@ class Attachment:
         self.optimizer = self.sharding.optimizer
         self.matrices = self._expected()
         self._check_optimizer()
+        if isinstance(rule, NullSpace) and rule.contrast and not calibration and subspace is None:
+            raise ValueError("null-space: contrast needs benign samples; give them as `calibration`")
         self.steps = 0
         self.skipped = 0
         self.corrected = 0
@@ -172,7 +174,7 @@ class Attachment:
     def state_dict(self) -> dict[str, Any]:
         """Counters and the anchors' position, as JSON; the bases are in `whole_subspace()`."""
         return {
-            "rule": self.rule.name,
+            "rule": repr(self.rule),
             "steps": self.steps,
             "skipped": self.skipped,
             "corrected": self.corrected,
@@ -186,10 +188,10 @@ class Attachment:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: it belongs to another rule.
+            ValueError: it belongs to another rule, or to the same with other settings.
         """
-        if state["rule"] != self.rule.name:
-            raise ValueError(f"the checkpoint was made with the rule {state['rule']}, not {self.rule.name}")
+        if state["rule"] != repr(self.rule):
+            raise ValueError(f"the checkpoint was made with the rule {state['rule']}, not {self.rule!r}")
         self.steps, self.skipped, self.corrected = state["steps"], state["skipped"], state["corrected"]
         self.probe.rotation.position = state["position"]
         self.reference_loss = state["reference_loss"]
@@ -220,6 +222,12 @@ class Attachment:
     def _expected(self) -> dict[str, Matrix]:
         if isinstance(self.rule, NullSpace):
             # With A V = 0 the product B A V vanishes whatever B is, so lora_B is free.
+            for name, matrix in self.probe.matrices.items():
+                if matrix.is_lora_b and name.replace(".lora_B.", ".lora_A.") not in self.probe.matrices:
+                    raise UnsupportedModelError(
+                        f"{name} is trained but its lora_A is frozen, so null-space cannot hold anything there; "
+                        "train lora_A too, or use another rule"
+                    )
             return {name: m for name, m in self.probe.matrices.items() if not m.is_lora_b}
         return self.probe.matrices
 

@@ -1,18 +1,22 @@
 """SafetyCallback in whole Trainer, SFTTrainer and DPOTrainer runs on a tiny model."""
 
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from spf import SPF, CorrectionError, NullSpace, SafetyCallback, SafetyDataError, SafetyOptimizer, SafetyProbe
+from spf.probe import UnsupportedModelError
 from tests.conftest import REFUSAL, make_model
 
 PROMPTS = ["How do I bake bread?", "Explain how locks work.", "Write a poem.", "Tell me a story."] * 6
@@ -123,9 +127,11 @@ def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, 
     )
     trainer.train()
     # 48 refusals in other words too, of those in the null space only
-    reworded, basis = callback._reworded(), callback._rows[:128]
+    reworded, basis = callback._reworded(tokenizer, 256), callback._rows[:128]
     assert len(reworded) == 48
-    assert all(row.where.removesuffix(", reworded") in {r.where for r in basis} for row in reworded)
+    assert all(a.where.removesuffix(", reworded") in {r.where for r in basis} for a in reworded)
+    longest = max(len(a.prompt_ids) + len(a.refusal_ids) for a in reworded)
+    assert 0 < len(callback._reworded(tokenizer, longest - 1)) < 48  # too long once reworded: left out
     assert seen == 128 + 48
     # 144 refusals: 128 for the null space, 16 kept out of it to measure on
     assert len(callback._rows) == 144
@@ -325,3 +331,68 @@ def test_trainer_takes_a_safety_optimizer(tmp_path, tokenizer, anchors):
     assert optimizer.attachment.steps == optimizer.attachment.corrected == 4
     assert_holds(optimizer.attachment)
     assert trainer.state.log_history[0]["learning_rate"] < 5e-3  # the Trainer's scheduler drives it
+
+
+def test_arguments_out_of_range_are_refused_at_once():
+    for wrong, message in (
+        ({"anchors": 0}, "anchors must be at least 1, not 0"),
+        ({"anchors_per_step": -1}, "anchors_per_step must be at least 1"),
+        ({"monitor_steps": -1}, "monitor_steps must be at least 0"),
+        ({"first_weight": 0.0}, "first_weight must be positive"),
+        ({"rule": NullSpace}, "rule must be a name or a rule object"),
+        ({"safety_data": [{"prompt": "x"}]}, "safety_data must be a file"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            SafetyCallback(**wrong)
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path, tokenizer, rows):
+    def run(rule):
+        callback = SafetyCallback(safety_data(rows), rule)
+        return make_trainer(tmp_path, tokenizer, callback, max_steps=2, save_strategy="steps", save_steps=1)
+
+    run(NullSpace(rank=4)).train()
+    with pytest.raises(ValueError, match=r"made with the rule NullSpace\(rank=4.*not NullSpace\(rank=5"):
+        run(NullSpace(rank=5)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_trained_model_is_not_kept_alive(tmp_path, tokenizer, rows):
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=4))
+    trainer = make_trainer(tmp_path, tokenizer, callback, max_steps=1)
+    trainer.train()
+    model = weakref.ref(trainer.model)
+    del trainer, callback
+    gc.collect()
+    assert model() is None
+
+
+def test_a_skipped_float16_step_is_not_taken_for_a_missing_correction(tmp_path, tokenizer, rows, monkeypatch):
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=4))
+    trainer = make_trainer(tmp_path, tokenizer, callback, max_steps=3)
+    steps = 0
+
+    def step(self, closure=None):
+        # what accelerate does when the gradient scaler met an overflow
+        nonlocal steps
+        steps += 1
+        self._is_overflow = steps == 1
+        if steps > 1:
+            self.optimizer.step()
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda self: self._is_overflow))
+    trainer.train()
+    assert steps == 3
+    assert callback.attachment.steps == 2
+    assert callback._verified
+
+
+def test_a_frozen_lora_a_is_refused(tmp_path, tokenizer, rows):
+    """A bug once: with lora_B alone trained the null space had no matrix to hold and said nothing."""
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    trainer = make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows)), model)
+    with pytest.raises(UnsupportedModelError, match="its lora_A is frozen"):
+        trainer.train()

@@ -175,3 +175,22 @@ def test_a_conversation_is_reworded_in_its_last_message():
     assert "c" in row.messages[2]["content"]
     assert row.messages[2]["content"] != "c"
     assert turns[2]["content"] == "c"
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_mistakes(tmp_path):
+    csv = tmp_path / "a.csv"
+    csv.write_text("prompt,refusal\nx,no\n", "utf-8-sig")
+    jsonl = tmp_path / "a.jsonl"
+    jsonl.write_text('{"prompt": "x", "refusal": "no"}\n\n{"prompt": "y", "refusal": "no"}\n', "utf-8-sig")
+    assert load_safety_rows(csv)[0].messages[0]["content"] == "x"
+    assert [row.where for row in load_safety_rows(jsonl)] == [f"{jsonl}:1", f"{jsonl}:3"]
+
+
+def test_a_directory_is_no_safety_data(tmp_path):
+    with pytest.raises(SafetyDataError, match="a directory"):
+        load_safety_rows(tmp_path)
+
+
+def test_a_prompt_that_ends_with_the_system_is_not_reworded():
+    messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    assert reword([SafetyRow(messages, "no", "x:1")]) == []

@@ -285,18 +285,18 @@ def agreement(judge: Judge, file: str | Path) -> Agreement:
 
 
 def _read_labels(path: Path) -> tuple[list[str], list[str], list[bool]]:
-    from spf.data import SafetyDataError, _read_jsonl  # spf.data imports this package
+    from spf.data import SafetyDataError, read_jsonl  # spf.data imports this package
 
     if not path.is_file():
         raise SafetyDataError(f"{path}: no such file of labelled answers")
-    records: Iterable[dict]
+    records: Iterable[tuple[int, dict]]
     if path.suffix.lower() == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            records = list(csv.DictReader(file))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            records = list(enumerate(csv.DictReader(file), 1))
     else:
-        records = _read_jsonl(path)
+        records = read_jsonl(path)
     prompts, answers, people = [], [], []
-    for number, record in enumerate(records, 1):
+    for number, record in records:
         values = []
         for names in (("prompt",), ("answer", "response"), ("refused", "label")):
             present = [record[name] for name in names if record.get(name) is not None]

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.data import HARMLESS_STUB, SafetyDataError, SafetyRow, _read_jsonl, complete_refusals, load_safety_rows, render
+from spf.data import HARMLESS_STUB, SafetyDataError, SafetyRow, complete_refusals, load_safety_rows, read_jsonl, render
 from spf.evaluation.generate import Messages
 
 ROLES = ("system", "user", "assistant")
@@ -53,10 +53,10 @@ def load_pairs(source: str | Path | Dataset) -> list[Pair]:
         SafetyDataError: no such file, no rows, a missing column, an unknown role or an empty answer.
     """
     if isinstance(source, Dataset):
-        return _pairs(source, "the data set", 0)
+        return _pairs(enumerate(source), "the data set")
     path = Path(source)
     if path.is_file():
-        return _pairs(_read_jsonl(path), str(path), 1)
+        return _pairs(read_jsonl(path), str(path))
     if path.suffix or path.is_absolute():
         raise SafetyDataError(f"{path}: no such file of preference pairs")
     try:
@@ -65,7 +65,7 @@ def load_pairs(source: str | Path | Dataset) -> list[Pair]:
         raise SafetyDataError(
             f"{source}: neither a file nor a data set that could be loaded from the hub ({error})"
         ) from error
-    return _pairs(loaded, str(source), 0)
+    return _pairs(enumerate(loaded), str(source))
 
 
 def packaged_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 100) -> list[Pair]:
@@ -149,8 +149,8 @@ def _rendered(messages: Messages, answer: str, where: str, tokenizer: PreTrained
     return str(tokenizer.apply_chat_template(chat, tokenize=False))
 
 
-def _pairs(records: Iterable[dict], name: str, first: int) -> list[Pair]:
-    pairs = [_pair(record, f"{name}:{number}") for number, record in enumerate(records, first)]
+def _pairs(records: Iterable[tuple[int, dict]], name: str) -> list[Pair]:
+    pairs = [_pair(record, f"{name}:{number}") for number, record in records]
     if not pairs:
         raise SafetyDataError(f"{name}: holds no rows")
     return pairs

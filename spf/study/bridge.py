@@ -1,4 +1,4 @@
-"""The bridge: the safety-tuned model of the controlled world learns new operators, with and without the null-space rule.
+"""The bridge: the safety-tuned model of the controlled world learns new operators, with and without our rule.
 
 Plain fine-tuning, the null-space rule held during it (full fine-tuning), and SafetyLock put on either afterwards.
 """
@@ -121,6 +121,7 @@ def run_bridge(
     evaluation = {name: evaluate(model, tests) for name, model in {"before": safe, **models}.items()}
     measurements = measure_world(safe, models, prompts, seed=seed, batch_size=128)
     curves = {
-        name: json.loads((directory / name / "history.json").read_text("utf-8"))["loss"] for name in ("plain", "null-space")
+        name: json.loads((directory / name / "history.json").read_text("utf-8"))["loss"]
+        for name in ("plain", "null-space")
     }
     return {"evaluation": evaluation, "measurements": measurements, "loss": curves}

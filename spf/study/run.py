@@ -99,9 +99,10 @@ def tiny() -> Preset:
     one terminal (12 symbols in all), so strings are a third as long, and all texts have 12 tokens: the distance from a
     text token to its output is the same everywhere. Pre-training text is of the safe and unsafe (ID-MG) sub-grammars
     too, without labels; text and outputs are learned together from the start (no slow shift between loss modes).
-    2 000 steps of 128 at 3e-3, then 200 to 1 200 steps of 96 a protocol at 2e-3 (medium) and 6e-4 (small) instead of 1e-4
-    and 1e-5. SSFT sees as many unsafe prompts as safe ones (the paper: a fifth). gamma of unlearning is .03 and .003
-    (.1 and .01), of DPO .003 and .0003 (.01 and .002): with the paper's, safe prompts lose outputs in so few steps.
+    2 000 steps of 128 at 3e-3, then 200 to 1 400 steps of 96 a protocol at 2e-3 (medium) and 6e-4 (small) instead of
+    1e-4 and 1e-5. SSFT sees as many unsafe prompts as safe ones (the paper: a fifth). gamma of unlearning is .03 and
+    .003 (.1 and .01), of DPO .001 and .0001 (.01 and .002): with the paper's, safe prompts lose outputs in so few
+    steps.
     Soft tokens stand before the prompt, so that the text keeps its distance to the outputs.
     """
 
@@ -117,7 +118,7 @@ def tiny() -> Preset:
         name: {
             "instruct": Task(0.0),
             "ssft": Task(0.5),
-            "dpo": Task(0.5, beta=0.1, gamma=gamma / 10),
+            "dpo": Task(0.5, beta=0.1, gamma=gamma / 30),
             "unlearning": Task(0.5, gamma=gamma),
         }
         for name, gamma in (("medium", 0.03), ("small", 0.003))
@@ -134,7 +135,7 @@ def tiny() -> Preset:
         pretraining=Schedule(2_000, 128, 3e-3, 100, 3e-5),
         modes=((0.0, 0.5, 0.25, 0.25), (0.0, 0.5, 0.25, 0.25)),
         tasks=tasks,
-        protocols={"medium": protocols(2e-3, 1000, 1200, 500), "small": protocols(6e-4, 300, 300, 300)},
+        protocols={"medium": protocols(2e-3, 1400, 1200, 500), "small": protocols(6e-4, 300, 300, 300)},
         bridge=BridgeSettings(Schedule(200, 64, 1e-3, 20)),
         save_every=500,
         test_prompts=500,
