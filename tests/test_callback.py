@@ -396,3 +396,26 @@ def test_a_frozen_lora_a_is_refused(tmp_path, tokenizer, rows):
     trainer = make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows)), model)
     with pytest.raises(UnsupportedModelError, match="its lora_A is frozen"):
         trainer.train()
+
+
+def test_the_loop_in_the_docs_runs(tmp_path, tokenizer, rows, monkeypatch):
+    text = Path("docs/how_it_works.md").read_text("utf-8")
+    code = re.search(r"## Your own loop\n\n```python\n(.*?)```", text, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    Path("refusals.jsonl").write_text(
+        "".join(json.dumps({"messages": row.messages, "refusal": row.refusal}) + "\n" for row in rows), "utf-8"
+    )
+    model = make_model()
+    batches = [
+        {"input_ids": torch.tensor([row["input_ids"]]), "labels": torch.tensor([row["labels"]])}
+        for row in list(token_data())[:3]
+    ]
+    place = {
+        "model": model,
+        "tokenizer": tokenizer,
+        "batches": batches,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+    }
+    exec(code, place)
+    assert place["optimizer"].attachment.corrected == 3
+    assert_holds(place["optimizer"].attachment)
