@@ -91,6 +91,15 @@ def test_flags_override_the_file_and_the_rule_can_be_off(workspace):
     [
         (("safety.jsonl", "gone.jsonl"), "gone.jsonl: no such safety data file"),
         (("data.jsonl", "nodata.jsonl"), "nodata.jsonl: no such training data file"),
+        (("safety_rank: 8", "safety_rule: nullspace"), "safety_rule: no rule nullspace; there are none, null-space"),
+        (("safety_rank: 8", "safety_rank: 0"), "rank must be at least 1, not 0"),
+        (("safety_rank: 8", "safety_rank: 8\nsafety_rule: mix"), "safety_rank: the rule mix has no rank"),
+        (("lora_r: 4", "dataset_train_split: trian"), "has no split 'trian'; it has train"),
+        (("lora_r: 4", "eval_strategy: steps"), "dataset_test_split: "),
+        (("lora_r: 4", "dataset_streaming: true"), "dataset_streaming is not supported"),
+        (("lora_r: 4", "datasets: [{path: a}]"), "datasets"),
+        (("dataset_name", "dataset_config"), "spf train needs dataset_name"),
+        (("model_name_or_path", "run_name"), "spf train needs model_name_or_path"),
     ],
 )
 def test_mistakes_end_in_one_sentence(workspace, capsys, change, message):
@@ -100,6 +109,23 @@ def test_mistakes_end_in_one_sentence(workspace, capsys, change, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("spf: ")
     assert message in error
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_and_the_evaluation_split_are_not_ignored(workspace, monkeypatch, bits):
+    """What the trainer is given; nothing is trained."""
+    given = {}
+
+    def trainer(model, args, **more):
+        given.update(more, model=model)
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr("spf.train.SFTTrainer", trainer)
+    flags = [f"--load_in_{bits}bit", "true", "--eval_strategy", "steps", "--dataset_test_split", "train"]
+    assert cli.main(["train", str(workspace / "config.yaml"), *flags]) == 1
+    assert len(given["eval_dataset"]) == 12
+    kinds = {type(module).__name__ for module in given["model"].modules()}
+    assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
 
 
 def test_usage_and_unknown_command(capsys):
