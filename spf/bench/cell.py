@@ -46,6 +46,7 @@ from spf.evaluation import (
     perplexity,
     rouge_l,
 )
+from spf.evaluation.generate import context_length, pad_id
 
 Split = Literal["eval", "validation"]
 
@@ -246,12 +247,12 @@ def _answer_trainer(
     rows = training_rows(scenario, cell.seed)
     if method.data:
         rows = method.data(rows)
-    anchors = tokenise(rows, tokenizer, model.config.max_position_embeddings)
+    anchors = tokenise(rows, tokenizer, context_length(model, tokenizer))
     trainer = AnswerTrainer(
         model,
         TrainingArguments(**_training_arguments(cell, max(1, round(len(rows) * scenario.epochs / cell.batch_size)))),
         train_dataset=Dataset.from_list([{"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids} for a in anchors]),
-        data_collator=lambda batch: collate_answers(batch, tokenizer.pad_token_id),
+        data_collator=lambda batch: collate_answers(batch, pad_id(tokenizer)),
         processing_class=tokenizer,
         callbacks=callbacks,
     )

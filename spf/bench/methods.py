@@ -16,6 +16,7 @@ from spf.baselines import constrained_sft, kl, lisa, one_shot, projection, resta
 from spf.bench.trainer import AnswerLoss, answer_logits
 from spf.callback import SafetyCallback
 from spf.data import SafetyRow, load_safety_rows, reword, tokenise
+from spf.evaluation.generate import context_length, pad_id
 from spf.probe import SafetyProbe
 from spf.rules import LARGEST_DEFAULT_RANK, SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
 from spf.safetylock import echoed, extract, refusal_pairs
@@ -187,14 +188,15 @@ def _projection(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], seed: int, rule: NullSpace
 ) -> Callable[[Any], object]:
     """The null space, taken now from the aligned model and applied once after training."""
-    anchors = tokenise(rows, tokenizer, model.config.max_position_embeddings)
+    limit = context_length(model, tokenizer)
+    anchors = tokenise(rows, tokenizer, limit)
     order = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(seed)).tolist()
-    probe = SafetyProbe(model, anchors, pad_token_id=tokenizer.pad_token_id)
+    probe = SafetyProbe(model, anchors, pad_token_id=pad_id(tokenizer))
     names = [matrix.name for matrix in probe.matrices.values() if not matrix.is_lora_b]
     chosen = [anchors[i] for i in order[: rule.prompts]]
     reworded = reword([rows[i] for i in order[: min(rule.prompts, rule.reworded)]])
     bases = probe.input_bases(
-        [*chosen, *tokenise(reworded, tokenizer, model.config.max_position_embeddings)],
+        [*chosen, *tokenise(reworded, tokenizer, limit)],
         names,
         rank=rule.rank or LARGEST_DEFAULT_RANK,
         energy=rule.energy,
