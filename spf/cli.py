@@ -134,7 +134,7 @@ def _eval(arguments: list[str]) -> None:
 
     from spf.data import write_json
     from spf.demo.model import load_model
-    from spf.evaluation import load_suite, neutral_texts, perplexity
+    from spf.evaluation import TRANSFORMS, load_suite, neutral_texts, perplexity
     from spf.evaluation import run as evaluation
     from spf.evaluation.judges import agreement, load_judges, prefix_judge
     from spf.evaluation.utility import lm_eval_tasks
@@ -145,6 +145,12 @@ def _eval(arguments: list[str]) -> None:
         if args.validate_judge:
             raise ValueError("the first-token judge reads one token of a model, so labelled answers cannot validate it")
         args.max_new_tokens = 1
+    if args.max_new_tokens < 1 or args.batch_size < 1:
+        raise ValueError(
+            f"--max_new_tokens and --batch_size must be at least 1, not {args.max_new_tokens} and {args.batch_size}"
+        )
+    if args.output and Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output}: a directory; name the JSON file to write")
     transforms = evaluation.parse_transforms(args.transforms)
     harmful, benign = load_suite(args.harmful), load_suite(args.benign)
     settings = evaluation.settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens)
@@ -157,6 +163,12 @@ def _eval(arguments: list[str]) -> None:
         results["agreement"] = found.as_dict()
     if args.model is not None:
         model, tokenizer = load_model(args.model)
+        if refused := [name for name in transforms if not evaluation.renders(tokenizer, TRANSFORMS[name])]:
+            sentence = f"the model's chat template has no place for the messages of {', '.join(refused)}"
+            if args.transforms != "all":
+                raise ValueError(f"--transforms: {sentence}")
+            Console().print(f"Left out: {sentence}.")
+            transforms = [name for name in transforms if name not in refused]
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         results |= evaluation.evaluate_suites(

@@ -1,18 +1,21 @@
 """The benchmark: the grid's cells, every method on a tiny model, and a whole run through the command line."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from spf.bench import cell as cells
 from spf.bench.cell import Cell, fine_tune
 from spf.bench.grid import read_grid
-from spf.bench.methods import METHODS, Workspace
+from spf.bench.methods import METHODS, Method, Workspace
 from spf.bench.scenarios import SCENARIOS, Scenario, training_rows
 from spf.cli import main
 from spf.data import HARMLESS_STUB, load_safety_rows, packaged_prompts
+from spf.evaluation import TRANSFORMS
 from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import REFUSAL, TEMPLATE, make_model, make_tokenizer
 
@@ -84,6 +87,53 @@ def test_methods_with_a_reference_take_full_fine_tuning(work, small, method):
     plain, _ = trained(work, "plain", "full", learning_rate=1e-3)
     weights, _ = trained(work, method, "full", learning_rate=1e-3)
     assert any(not torch.equal(plain[name], weights[name]) for name in plain)
+
+
+def test_a_model_without_padding_token_can_be_trained(work, small, tmp_path):
+    for name in ("aligned", "unaligned"):
+        make_model().save_pretrained(tmp_path / name)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "aligned")
+    workspace = Workspace(tmp_path / "aligned", None, work / "tiny" / "refusals.jsonl")
+    for method in ("plain", "null-space-post"):
+        fine_tune(Cell("harmful-50", method, model="tiny", batch_size=4, rule=settings_of(method)), workspace, {})
+
+
+def test_a_step_begins_before_the_rule_does(work, small, monkeypatch):
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(0.3)
+
+    monkeypatch.setattr(cells, "make_method", lambda *given: Method([Slow()]))
+    _, result = trained(work, "plain")
+    assert result["seconds_per_step"] > 0.3
+
+
+def test_an_interrupted_start_is_made_up_for(tmp_path, monkeypatch):
+    model, tokenizer = make_model(), make_tokenizer()
+    monkeypatch.setattr(cells, "load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer: rows[:2])
+    save = model.save_pretrained
+
+    def cut_short(directory):
+        model.config.save_pretrained(directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        cells.prepare("tiny", tmp_path)
+    monkeypatch.setattr(model, "save_pretrained", save)
+    workspace = cells.prepare("tiny", tmp_path)
+    assert (workspace.aligned / "model.safetensors").is_file()
+    assert len(load_safety_rows(workspace.refusals)) == 2
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["aligned", "refusals.jsonl"]
+
+
+def test_a_template_without_system_role_loses_one_jailbreak_not_the_cell(monkeypatch):
+    monkeypatch.setattr(cells, "evaluate_refusals", lambda model, tokenizer, prompts, **more: [True] * len(prompts))
+    found = cells.measure(make_model(), make_tokenizer(), Cell("benign", "plain"), None)
+    assert set(found["jailbreak_asr"]) == set(found["verdicts"]["jailbreak"]) == set(TRANSFORMS) - {"identity-shift"}
 
 
 def test_scenarios_hold_what_they_say():
