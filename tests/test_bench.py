@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from spf.bench import cell as cells
 from spf.bench.cell import Cell, fine_tune
-from spf.bench.grid import read_grid
+from spf.bench.grid import BenchArguments, read_grid, run_grid
 from spf.bench.methods import METHODS, Method, Workspace
 from spf.bench.scenarios import SCENARIOS, Scenario, training_rows
 from spf.cli import main
@@ -153,6 +153,7 @@ def test_scenarios_hold_what_they_say():
 
 def test_committed_grids_are_readable_and_have_the_headline_cells():
     asked = read_grid(Path("recipes/bench/headline.yaml"))
+    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (174, 17)
     assert len({cell.path(Path()) for cell in asked}) == len(asked)
     have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
     for scenario in set(SCENARIOS):
@@ -189,13 +190,51 @@ def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method
         ("{scenarios: [benign], methods: [magic], seeds: [0]}", "magic"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], rate: 1}", "rate"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], variants: {a: {speed: 1}}}", "speed"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], tunings: [qlora]}", "unknown tuning qlora"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], split: test}", "split must be eval or validation"),
+        ("{scenarios: [benign], methods: [plain]}", "`seeds` must be a list, not None"),
+        ("{scenarios: [benign], methods: [plain], seeds: 3}", "`seeds` must be a list, not 3"),
+        ("{scenarios: [benign], methods: [plain], seeds: [one]}", "a seed is a whole number, not 'one'"),
+        ("{scenarios: benign, methods: [plain], seeds: [0]}", "`scenarios` must be a list"),
+        ("{scenarios: [benign], seeds: [0]}", "`methods` must be a list"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], variants: [fast]}", "`variants` must give settings"),
+        ("{scenarios: [benign], methods: [aligned], seeds: [0]}", "scenario benign with method aligned"),
+        ("{scenarios: [none], methods: [plain], seeds: [0]}", "scenario none with method plain"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1e-4}", "as in 1.0e-4"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 0}", "learning_rate must be a positive"),
+        ("{scenarios: [dpo], methods: [plain], seeds: [0], batch_size: 1}", "batch_size must be .* at least 2"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], batch_size: 4.0}", "batch_size must be a whole"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], rule: 3}", "rule must give settings"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rnak: 3}}", "spf has no setting rnak; there are"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: 0}}", "spf: rank must be at least 1, not 0"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: [3]}}", "spf: .* cannot be its settings"),
+        ("{scenarios: [benign], methods: [mix-one], seeds: [0], rule: {weight: 1e-1}}", "weight must be a number"),
+        ("{scenarios: [benign], methods: [kl], seeds: [0], rule: {wieght: 1}}", "kl has no setting wieght"),
+        ("{scenarios: [benign], methods: [null-space], seeds: [0], rule: {feedback: {rule: spf}}}", "feedback's rule"),
+        ("{scenarios: [none], methods: [aligned], seeds: [0], rule: {rank: 3}}", "aligned has no setting rank"),
+        ("[benign]", "must be keys and values"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, grid, message):
     path = tmp_path / "grid.yaml"
     path.write_text(f"model: demo\ngrids:\n  - {grid}\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         read_grid(path)
+    assert "grid.yaml, grid 1: " in str(raised.value)
+
+
+def test_different_cells_for_one_file_are_refused(tmp_path):
+    path = tmp_path / "grid.yaml"
+    grid = "  - {scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1.0e-3}\n"
+    path.write_text("model: demo\ngrids:\n" + 2 * grid)
+    assert len(read_grid(path)) == 1
+    path.write_text("model: demo\ngrids:\n" + grid + grid.replace("1.0e-3", "1.0e-4"))
+    with pytest.raises(
+        ValueError, match=r"grid 1 and .*grid 2: different cells for demo/lora/benign/plain/seed-0.json"
+    ):
+        read_grid(path)
+    with pytest.raises(ValueError, match="--workers must be at least 1, not 0"):
+        run_grid(BenchArguments(str(path), workers=0))
 
 
 def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsys):

@@ -51,6 +51,7 @@ from spf.evaluation.generate import context_length, pad_id
 from spf.evaluation.run import renders
 
 Split = Literal["eval", "validation"]
+Tuning = Literal["lora", "full"]
 
 ANSWER_TOKENS = 20
 """Length of an answer that the refusal judge reads; it reads the first sentence."""
@@ -67,7 +68,7 @@ class Cell:
     method: str
     seed: int = 0
     model: str = "demo"
-    tuning: Literal["lora", "full"] = "lora"
+    tuning: Tuning = "lora"
     variant: str = "default"
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
     batch_size: int = 8
