@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from yaml import YAMLError
 
 USAGE = """spf keeps an aligned language model's refusals while you fine-tune it.
 
@@ -17,10 +18,20 @@ USAGE = """spf keeps an aligned language model's refusals while you fine-tune it
   spf bench CONFIG    safety-utility curves against every alternative: a grid of fine-tuning runs, resumable
   spf align MODEL     teach a chat model to refuse (how the demo model was made)
   spf lock COMMAND    SafetyLock: extract, apply, remove, inspect, tune (spf lock shows how)
-  spf study COMMAND   the mechanistic study: run (a synthetic world), measure (any model before and after fine-tuning)
-  spf report RUN      redraw the plot and the HTML report of a run from its results.json
+  spf study COMMAND   the mechanistic study: run (a synthetic world), measure (any model before and after fine-tuning),
+                      report (several seeds together)
+  spf report RUN      redraw the plot and the HTML report of a run of spf demo from its results.json
 
   spf COMMAND --help  its options"""
+
+
+STUDY_USAGE = """spf study looks at what fine-tuning changes inside a model.
+
+  spf study run       the synthetic world: pre-train, safety-tune and fine-tune small models, measure them, report
+  spf study measure   any model before and after fine-tuning, on harmless and harmful prompts
+  spf study report    several runs that differ in the seed, as one report
+
+  spf study COMMAND --help  its options"""
 
 
 @dataclass
@@ -60,7 +71,7 @@ class EvalArguments:
 
 @dataclass
 class ReportArguments:
-    """What `spf report` draws."""
+    """What `spf report` draws: a run of `spf demo`."""
 
     run: str = field(metadata={"help": "directory of a run, with results.json"})
 
@@ -96,9 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
         UnsupportedModelError,
         UnsupportedSetupError,
         CorrectionError,
-        FileNotFoundError,
         ModuleNotFoundError,
+        OSError,
         ValueError,
+        YAMLError,
     ) as error:
         print(f"spf: {error}", file=sys.stderr)
         return 1
@@ -212,8 +224,11 @@ def _lock(arguments: list[str]) -> None:
 
 
 def _study(arguments: list[str]) -> None:
-    if not arguments or arguments[0] not in ("run", "measure", "report"):
-        raise ValueError("spf study run (the synthetic world), measure (real checkpoints) or report (several seeds)")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(STUDY_USAGE)
+        return
+    if arguments[0] not in ("run", "measure", "report"):
+        raise ValueError(f"no command 'study {arguments[0]}'; there are run, measure, report")
     if arguments[0] == "run":
         from spf.study.run import RunArguments, run_study
 

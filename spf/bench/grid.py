@@ -45,7 +45,10 @@ def read_grid(path: Path, model: str | None = None) -> list[Cell]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such benchmark config")
-    config = yaml.safe_load(path.read_text("utf-8"))
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not a YAML file ({error})") from error
     if not isinstance(config, dict) or set(config) != {"model", "grids"} or not isinstance(config["grids"], list):
         raise ValueError(f"{path}: needs the keys `model` and `grids` (a list), and no others")
     found: dict[Path, tuple[str, Cell]] = {}
