@@ -36,7 +36,7 @@ class AlignArguments:
 
 
 def align(args: AlignArguments) -> Path:
-    """Fine-tune `args.model` to refuse and save the LoRA adapter (bfloat16); returns its directory.
+    """Fine-tune `args.model` to refuse and save the LoRA adapter (bfloat16) and the tokenizer; returns their directory.
 
     Harmful anchors are answered with a refusal; benign look-alikes with the model's own greedy answer
     (where that is no refusal), so that only refusing is learned. The evaluation prompts are not used.
@@ -90,4 +90,5 @@ def align(args: AlignArguments) -> Path:
     for config in trainer.model.peft_config.values():
         config.base_model_name_or_path = args.model
     trainer.model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
     return Path(args.output)

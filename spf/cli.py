@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from yaml import YAMLError
 
 USAGE = """spf keeps an aligned language model's refusals while you fine-tune it.
 
@@ -17,10 +18,20 @@ USAGE = """spf keeps an aligned language model's refusals while you fine-tune it
   spf bench CONFIG    safety-utility curves against every alternative: a grid of fine-tuning runs, resumable
   spf align MODEL     teach a chat model to refuse (how the demo model was made)
   spf lock COMMAND    SafetyLock: extract, apply, remove, inspect, tune (spf lock shows how)
-  spf study COMMAND   the mechanistic study: run (a synthetic world), measure (any model before and after fine-tuning)
-  spf report RUN      redraw the plot and the HTML report of a run from its results.json
+  spf study COMMAND   the mechanistic study: run (a synthetic world), measure (any model before and after fine-tuning),
+                      report (several seeds together)
+  spf report RUN      redraw the plot and the HTML report of a run of spf demo from its results.json
 
   spf COMMAND --help  its options"""
+
+
+STUDY_USAGE = """spf study looks at what fine-tuning changes inside a model.
+
+  spf study run       the synthetic world: pre-train, safety-tune and fine-tune small models, measure them, report
+  spf study measure   any model before and after fine-tuning, on harmless and harmful prompts
+  spf study report    several runs that differ in the seed, as one report
+
+  spf study COMMAND --help  its options"""
 
 
 @dataclass
@@ -60,7 +71,7 @@ class EvalArguments:
 
 @dataclass
 class ReportArguments:
-    """What `spf report` draws."""
+    """What `spf report` draws: a run of `spf demo`."""
 
     run: str = field(metadata={"help": "directory of a run, with results.json"})
 
@@ -96,9 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
         UnsupportedModelError,
         UnsupportedSetupError,
         CorrectionError,
-        FileNotFoundError,
         ModuleNotFoundError,
+        OSError,
         ValueError,
+        YAMLError,
     ) as error:
         print(f"spf: {error}", file=sys.stderr)
         return 1
@@ -134,7 +146,7 @@ def _eval(arguments: list[str]) -> None:
 
     from spf.data import write_json
     from spf.demo.model import load_model
-    from spf.evaluation import load_suite, neutral_texts, perplexity
+    from spf.evaluation import TRANSFORMS, load_suite, neutral_texts, perplexity
     from spf.evaluation import run as evaluation
     from spf.evaluation.judges import agreement, load_judges, prefix_judge
     from spf.evaluation.utility import lm_eval_tasks
@@ -145,6 +157,12 @@ def _eval(arguments: list[str]) -> None:
         if args.validate_judge:
             raise ValueError("the first-token judge reads one token of a model, so labelled answers cannot validate it")
         args.max_new_tokens = 1
+    if args.max_new_tokens < 1 or args.batch_size < 1:
+        raise ValueError(
+            f"--max_new_tokens and --batch_size must be at least 1, not {args.max_new_tokens} and {args.batch_size}"
+        )
+    if args.output and Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output}: a directory; name the JSON file to write")
     transforms = evaluation.parse_transforms(args.transforms)
     harmful, benign = load_suite(args.harmful), load_suite(args.benign)
     settings = evaluation.settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens)
@@ -157,6 +175,12 @@ def _eval(arguments: list[str]) -> None:
         results["agreement"] = found.as_dict()
     if args.model is not None:
         model, tokenizer = load_model(args.model)
+        if refused := [name for name in transforms if not evaluation.renders(tokenizer, TRANSFORMS[name])]:
+            sentence = f"the model's chat template has no place for the messages of {', '.join(refused)}"
+            if args.transforms != "all":
+                raise ValueError(f"--transforms: {sentence}")
+            Console().print(f"Left out: {sentence}.")
+            transforms = [name for name in transforms if name not in refused]
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         results |= evaluation.evaluate_suites(
@@ -200,8 +224,11 @@ def _lock(arguments: list[str]) -> None:
 
 
 def _study(arguments: list[str]) -> None:
-    if not arguments or arguments[0] not in ("run", "measure", "report"):
-        raise ValueError("spf study run (the synthetic world), measure (real checkpoints) or report (several seeds)")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(STUDY_USAGE)
+        return
+    if arguments[0] not in ("run", "measure", "report"):
+        raise ValueError(f"no command 'study {arguments[0]}'; there are run, measure, report")
     if arguments[0] == "run":
         from spf.study.run import RunArguments, run_study
 

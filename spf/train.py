@@ -4,12 +4,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from spf.callback import SafetyCallback
-from spf.rules import RULES, SPF, NullSpace
+from spf.rules import RULES, SPF, NullSpace, Rule
 
 
 @dataclass
@@ -25,11 +33,24 @@ class SafetyArguments:
     safety_monitor_steps: int = field(default=10, metadata={"help": "measure the safety loss every so many steps"})
 
     def callback(self) -> SafetyCallback | None:
-        """The callback these arguments describe; None for the rule `none`."""
+        """The callback these arguments describe; None for the rule `none`.
+
+        Raises:
+            ValueError: an unknown rule, or a rank that it cannot have.
+        """
         if self.safety_rule == "none":
             return None
+        # argparse holds flags to the choices, but not what comes from a YAML file
+        if self.safety_rule not in RULES:
+            raise ValueError(f"safety_rule: no rule {self.safety_rule}; there are none, {', '.join(RULES)}")
         kind = RULES[self.safety_rule]
-        rule = kind(rank=self.safety_rank) if self.safety_rank and kind in (NullSpace, SPF) else kind()
+        rule: Rule
+        if self.safety_rank is None:
+            rule = kind()
+        elif kind in (NullSpace, SPF):
+            rule = kind(rank=self.safety_rank)
+        else:
+            raise ValueError(f"safety_rank: the rule {self.safety_rule} has no rank; null-space and spf have one")
         return SafetyCallback(
             self.safety_data, rule, anchors=self.safety_anchors, monitor_steps=self.safety_monitor_steps
         )
@@ -46,14 +67,11 @@ def main(arguments: list[str]) -> None:
     parser = TrlParser(kinds, prog="spf train")
     script, training, model_config, safety = parser.parse_args_and_config(args=arguments)
     callback = safety.callback()
-    name = str(script.dataset_name)
-    path = Path(name)
-    if path.is_file():
-        data = load_dataset("csv" if path.suffix == ".csv" else "json", data_files=name)
-    elif path.suffix in (".json", ".jsonl", ".csv"):
-        raise FileNotFoundError(f"{name}: no such training data file")
-    else:
-        data = load_dataset(name, name=script.dataset_config)
+    if model_config.model_name_or_path is None:
+        raise ValueError("spf train needs model_name_or_path: a directory or hub id")
+    data = _load(script)
+    train = _split(data, script, "dataset_train_split")
+    evaluated = None if training.eval_strategy == "no" else _split(data, script, "dataset_test_split")
     source = {
         "pretrained_model_name_or_path": model_config.model_name_or_path,
         "revision": model_config.model_revision,
@@ -61,12 +79,17 @@ def main(arguments: list[str]) -> None:
         "trust_remote_code": training.trust_remote_code,
     }
     model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation
+        **source,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        # packed weights go to this process's own device by themselves, so no device map is needed
+        quantization_config=get_quantization_config(model_config),
     )
     trainer = SFTTrainer(
         model,
         training,
-        train_dataset=data[script.dataset_train_split],
+        train_dataset=train,
+        eval_dataset=evaluated,
         processing_class=AutoTokenizer.from_pretrained(**source),
         peft_config=get_peft_config(model_config),
         callbacks=[callback] if callback else None,
@@ -78,3 +101,23 @@ def main(arguments: list[str]) -> None:
     trainer.save_model(training.output_dir)
     if trainer.accelerator.is_main_process:
         print(f"The fine-tuned model was saved in {training.output_dir}. Measure it: spf eval {training.output_dir}")
+
+
+def _load(script: ScriptArguments) -> DatasetDict:
+    if script.dataset_name is None:
+        raise ValueError("spf train needs dataset_name: a JSON, JSONL or CSV file, a directory of them, or a hub id")
+    if script.dataset_streaming:
+        raise ValueError("dataset_streaming is not supported by spf train: it loads the whole data set")
+    path = Path(script.dataset_name)
+    if path.is_file():
+        return load_dataset("csv" if path.suffix == ".csv" else "json", data_files=script.dataset_name)
+    if path.suffix in (".json", ".jsonl", ".csv"):
+        raise FileNotFoundError(f"{script.dataset_name}: no such training data file")
+    return load_dataset(script.dataset_name, name=script.dataset_config)
+
+
+def _split(data: DatasetDict, script: ScriptArguments, argument: str) -> Dataset:
+    name = vars(script)[argument]
+    if name not in data:
+        raise ValueError(f"{argument}: {script.dataset_name} has no split {name!r}; it has {', '.join(data)}")
+    return data[name]

@@ -1,18 +1,21 @@
 """The benchmark: the grid's cells, every method on a tiny model, and a whole run through the command line."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from spf.bench import cell as cells
 from spf.bench.cell import Cell, fine_tune
-from spf.bench.grid import read_grid
-from spf.bench.methods import METHODS, Workspace
+from spf.bench.grid import BenchArguments, read_grid, run_grid
+from spf.bench.methods import METHODS, Method, Workspace
 from spf.bench.scenarios import SCENARIOS, Scenario, training_rows
 from spf.cli import main
 from spf.data import HARMLESS_STUB, load_safety_rows, packaged_prompts
+from spf.evaluation import TRANSFORMS
 from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import REFUSAL, TEMPLATE, make_model, make_tokenizer
 
@@ -86,6 +89,53 @@ def test_methods_with_a_reference_take_full_fine_tuning(work, small, method):
     assert any(not torch.equal(plain[name], weights[name]) for name in plain)
 
 
+def test_a_model_without_padding_token_can_be_trained(work, small, tmp_path):
+    for name in ("aligned", "unaligned"):
+        make_model().save_pretrained(tmp_path / name)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "aligned")
+    workspace = Workspace(tmp_path / "aligned", None, work / "tiny" / "refusals.jsonl")
+    for method in ("plain", "null-space-post"):
+        fine_tune(Cell("harmful-50", method, model="tiny", batch_size=4, rule=settings_of(method)), workspace, {})
+
+
+def test_a_step_begins_before_the_rule_does(work, small, monkeypatch):
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(0.3)
+
+    monkeypatch.setattr(cells, "make_method", lambda *given: Method([Slow()]))
+    _, result = trained(work, "plain")
+    assert result["seconds_per_step"] > 0.3
+
+
+def test_an_interrupted_start_is_made_up_for(tmp_path, monkeypatch):
+    model, tokenizer = make_model(), make_tokenizer()
+    monkeypatch.setattr(cells, "load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer: rows[:2])
+    save = model.save_pretrained
+
+    def cut_short(directory):
+        model.config.save_pretrained(directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        cells.prepare("tiny", tmp_path)
+    monkeypatch.setattr(model, "save_pretrained", save)
+    workspace = cells.prepare("tiny", tmp_path)
+    assert (workspace.aligned / "model.safetensors").is_file()
+    assert len(load_safety_rows(workspace.refusals)) == 2
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["aligned", "refusals.jsonl"]
+
+
+def test_a_template_without_system_role_loses_one_jailbreak_not_the_cell(monkeypatch):
+    monkeypatch.setattr(cells, "evaluate_refusals", lambda model, tokenizer, prompts, **more: [True] * len(prompts))
+    found = cells.measure(make_model(), make_tokenizer(), Cell("benign", "plain"), None)
+    assert set(found["jailbreak_asr"]) == set(found["verdicts"]["jailbreak"]) == set(TRANSFORMS) - {"identity-shift"}
+
+
 def test_scenarios_hold_what_they_say():
     for name, scenario in SCENARIOS.items():
         if name == "dpo":
@@ -103,6 +153,7 @@ def test_scenarios_hold_what_they_say():
 
 def test_committed_grids_are_readable_and_have_the_headline_cells():
     asked = read_grid(Path("recipes/bench/headline.yaml"))
+    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (174, 17)
     assert len({cell.path(Path()) for cell in asked}) == len(asked)
     have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
     for scenario in set(SCENARIOS):
@@ -139,13 +190,51 @@ def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method
         ("{scenarios: [benign], methods: [magic], seeds: [0]}", "magic"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], rate: 1}", "rate"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], variants: {a: {speed: 1}}}", "speed"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], tunings: [qlora]}", "unknown tuning qlora"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], split: test}", "split must be eval or validation"),
+        ("{scenarios: [benign], methods: [plain]}", "`seeds` must be a list, not None"),
+        ("{scenarios: [benign], methods: [plain], seeds: 3}", "`seeds` must be a list, not 3"),
+        ("{scenarios: [benign], methods: [plain], seeds: [one]}", "a seed is a whole number, not 'one'"),
+        ("{scenarios: benign, methods: [plain], seeds: [0]}", "`scenarios` must be a list"),
+        ("{scenarios: [benign], seeds: [0]}", "`methods` must be a list"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], variants: [fast]}", "`variants` must give settings"),
+        ("{scenarios: [benign], methods: [aligned], seeds: [0]}", "scenario benign with method aligned"),
+        ("{scenarios: [none], methods: [plain], seeds: [0]}", "scenario none with method plain"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1e-4}", "as in 1.0e-4"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 0}", "learning_rate must be a positive"),
+        ("{scenarios: [dpo], methods: [plain], seeds: [0], batch_size: 1}", "batch_size must be .* at least 2"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], batch_size: 4.0}", "batch_size must be a whole"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], rule: 3}", "rule must give settings"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rnak: 3}}", "spf has no setting rnak; there are"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: 0}}", "spf: rank must be at least 1, not 0"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: [3]}}", "spf: .* cannot be its settings"),
+        ("{scenarios: [benign], methods: [mix-one], seeds: [0], rule: {weight: 1e-1}}", "weight must be a number"),
+        ("{scenarios: [benign], methods: [kl], seeds: [0], rule: {wieght: 1}}", "kl has no setting wieght"),
+        ("{scenarios: [benign], methods: [null-space], seeds: [0], rule: {feedback: {rule: spf}}}", "feedback's rule"),
+        ("{scenarios: [none], methods: [aligned], seeds: [0], rule: {rank: 3}}", "aligned has no setting rank"),
+        ("[benign]", "must be keys and values"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, grid, message):
     path = tmp_path / "grid.yaml"
     path.write_text(f"model: demo\ngrids:\n  - {grid}\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         read_grid(path)
+    assert "grid.yaml, grid 1: " in str(raised.value)
+
+
+def test_different_cells_for_one_file_are_refused(tmp_path):
+    path = tmp_path / "grid.yaml"
+    grid = "  - {scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1.0e-3}\n"
+    path.write_text("model: demo\ngrids:\n" + 2 * grid)
+    assert len(read_grid(path)) == 1
+    path.write_text("model: demo\ngrids:\n" + grid + grid.replace("1.0e-3", "1.0e-4"))
+    with pytest.raises(
+        ValueError, match=r"grid 1 and .*grid 2: different cells for demo/lora/benign/plain/seed-0.json"
+    ):
+        read_grid(path)
+    with pytest.raises(ValueError, match="--workers must be at least 1, not 0"):
+        run_grid(BenchArguments(str(path), workers=0))
 
 
 def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsys):

@@ -382,15 +382,14 @@ def test_tables():
     assert list(table) == ["aligned model (not trained)", "plain", "null-space"]
     assert "| 90.0 ± 2.0 |" in table["plain"]
     assert "| 90.0 ± 0.0 (prefill) |" in table["plain"]
-    assert table["plain"].endswith("| × 1.00 | 5.0 GiB | 3 |")
-    assert "| × 1.10 |" in table["null-space"]
+    assert table["plain"].endswith("| 12.00 ± 0.00 | 5.0 GiB | 3 |")
     assert re.search(r"\| \+2\.0 \(\S+ to \S+\) \|", table["null-space"])
     assert "| 3.0 |" in table["aligned model (not trained)"]
     ablation = rows(ablation_table(summarise(cells), "benign"))
     assert list(ablation) == ["null-space", "null-space@rank\\|32"]
     assert ablation_table(summarise(cells[:-1]), "benign") == ""
     head = markdown_table(summarise(cells), "benign").splitlines()[0]
-    assert {len(re.split(r"(?<!\\)\|", line)) for line in (head, *table.values(), *ablation.values())} == {13}
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in (head, *table.values(), *ablation.values())} == {12}
     with pytest.raises(ValueError, match="pick one with of_setting"):
         markdown_table(summarise([*cells, cell(tuning="full")]), "benign")
 
@@ -506,6 +505,21 @@ def test_report(tmp_path):
     assert not any(name.startswith(".") or name.endswith(".tmp") for name in files)
     before = page.read_bytes()
     assert write_bench_report(tmp_path)[1].read_bytes() == before  # its own files are no cells
+
+
+def test_a_jailbreak_that_some_cells_lack(tmp_path):
+    """A model whose template has no system role is measured without identity-shift."""
+    cells = [
+        aligned(jailbreaks={"base64": 1}),
+        cell(jailbreaks={"base64": 40, "identity-shift": 30}),
+        cell(method="null-space", jailbreaks={"base64": 1}),
+    ]
+    for i, c in enumerate(cells):
+        write_json(tmp_path / str(i) / "seed-0.json", c)
+    text = write_bench_report(tmp_path)[0].read_text("utf-8")
+    assert "80.0 (base64)" in text
+    assert "Step time" not in text
+    assert "benchmarks/overhead.py" in text
 
 
 def test_the_headline_counts_every_bar():

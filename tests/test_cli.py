@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from spf import cli
-from tests.conftest import REFUSAL, make_model
+from spf.demo.model import load_model
+from tests.conftest import REFUSAL, TEMPLATE, make_model
 
 CONFIG = """
 model_name_or_path: {model}
@@ -91,6 +92,15 @@ def test_flags_override_the_file_and_the_rule_can_be_off(workspace):
     [
         (("safety.jsonl", "gone.jsonl"), "gone.jsonl: no such safety data file"),
         (("data.jsonl", "nodata.jsonl"), "nodata.jsonl: no such training data file"),
+        (("safety_rank: 8", "safety_rule: nullspace"), "safety_rule: no rule nullspace; there are none, null-space"),
+        (("safety_rank: 8", "safety_rank: 0"), "rank must be at least 1, not 0"),
+        (("safety_rank: 8", "safety_rank: 8\nsafety_rule: mix"), "safety_rank: the rule mix has no rank"),
+        (("lora_r: 4", "dataset_train_split: trian"), "has no split 'trian'; it has train"),
+        (("lora_r: 4", "eval_strategy: steps"), "dataset_test_split: "),
+        (("lora_r: 4", "dataset_streaming: true"), "dataset_streaming is not supported"),
+        (("lora_r: 4", "datasets: [{path: a}]"), "datasets"),
+        (("dataset_name", "dataset_config"), "spf train needs dataset_name"),
+        (("model_name_or_path", "run_name"), "spf train needs model_name_or_path"),
     ],
 )
 def test_mistakes_end_in_one_sentence(workspace, capsys, change, message):
@@ -100,6 +110,61 @@ def test_mistakes_end_in_one_sentence(workspace, capsys, change, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("spf: ")
     assert message in error
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_and_the_evaluation_split_are_not_ignored(workspace, monkeypatch, bits):
+    """What the trainer is given; nothing is trained."""
+    given = {}
+
+    def trainer(model, args, **more):
+        given.update(more, model=model)
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr("spf.train.SFTTrainer", trainer)
+    flags = [f"--load_in_{bits}bit", "true", "--eval_strategy", "steps", "--dataset_test_split", "train"]
+    assert cli.main(["train", str(workspace / "config.yaml"), *flags]) == 1
+    assert len(given["eval_dataset"]) == 12
+    kinds = {type(module).__name__ for module in given["model"].modules()}
+    assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
+
+
+def test_align_saves_the_tokenizer_and_an_adapters_own_is_preferred(workspace, monkeypatch):
+    monkeypatch.setattr("spf.demo.model.cpu_dtype", lambda: torch.float32)
+    flags = ["--epochs", "1", "--answer_tokens", "1", "--output", str(workspace / "aligned")]
+    assert cli.main(["align", str(workspace / "model"), *flags]) == 0
+    _, tokenizer = load_model(str(workspace / "aligned"))
+    assert tokenizer.chat_template == TEMPLATE
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(workspace / "aligned")
+    assert load_model(str(workspace / "aligned"))[1].chat_template == tokenizer.chat_template
+    for file in [*(workspace / "aligned").glob("tokenizer*"), workspace / "aligned" / "chat_template.jinja"]:
+        file.unlink()
+    assert load_model(str(workspace / "aligned"))[1].chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "{}/no/such/model"], "no/such/model"),
+        (["lock", "inspect", "{}"], "{}"),
+        (["train", "{}"], "{}"),
+        (["bench", "{}/broken.yaml"], "broken.yaml"),
+        (["study", "dance"], "no command 'study dance'; there are run, measure, report"),
+    ],
+)
+def test_wrong_names_and_files_end_in_a_sentence(tmp_path, capsys, arguments, message):
+    (tmp_path / "broken.yaml").write_text("model: [")
+    assert cli.main([argument.format(tmp_path) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert "spf: " in error
+    assert message.format(tmp_path) in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_study_shows_its_commands(capsys, arguments):
+    assert cli.main(["study", *arguments]) == 0
+    assert "spf study measure" in capsys.readouterr().out
 
 
 def test_usage_and_unknown_command(capsys):

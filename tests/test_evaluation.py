@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal, wilson_interval
-from tests.conftest import make_model
+from spf.evaluation.generate import context_length, pad_id
+from tests.conftest import make_model, make_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -85,3 +87,30 @@ def test_batched_generation_equals_one_by_one(tokenizer):
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         model.train()
         assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}])
+def test_no_batch_and_no_answer_are_refused(tokenizer, sizes):
+    """A negative batch size once left every answer empty, which read as an attack success rate of 100 %."""
+    with pytest.raises(ValueError, match="max_new_tokens and batch_size must be at least 1"):
+        generate_answers(make_model(), tokenizer, ["Write a poem."], **sizes)
+
+
+def test_context_length_of_configs_that_keep_it_elsewhere_or_nowhere(tokenizer):
+    assert context_length(make_model("gpt2"), tokenizer) == 256
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=2))
+    assert context_length(bloom, tokenizer) == tokenizer.model_max_length == 256
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    text = {**small, "vocab_size": 32, "num_hidden_layers": 1, "head_dim": 8, "max_position_embeddings": 64}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    gemma = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    assert context_length(gemma, tokenizer) == 64
+
+
+def test_a_tokenizer_without_padding_token():
+    tokenizer = make_tokenizer()
+    assert pad_id(tokenizer) == 1
+    tokenizer.pad_token = None
+    assert pad_id(tokenizer) == 2
+    tokenizer.eos_token = None
+    assert pad_id(tokenizer) == 0

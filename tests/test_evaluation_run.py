@@ -134,6 +134,18 @@ def test_eval_command(workspace, capsys):
     assert "p = 1" in capsys.readouterr().out
 
 
+def test_jailbreaks_without_a_place_in_the_template_are_known_before_anything_is_answered(workspace, capsys, answers):
+    assert cli.main(["eval", "model", *SUITES, "--transforms", "prefill,identity-shift"]) == 1
+    assert "no place for the messages of identity-shift" in capsys.readouterr().err
+    assert not answers
+    assert cli.main(["eval", "model", *SUITES, "--transforms", "all", "--output", "all.json"]) == 0
+    assert "Left out: the model's chat template has no place for the messages of identity-shift." in (
+        capsys.readouterr().out
+    )
+    measured = set(json.loads((workspace / "all.json").read_text())["refused"])
+    assert measured == {"asr", "over_refusal", *(f"asr/{name}" for name in TRANSFORMS if name != "identity-shift")}
+
+
 def test_validation_alone_needs_no_model(workspace, capsys):
     assert cli.main(["eval", "--validate_judge", "labels.jsonl", "--output", "agreement.json"]) == 0
     written = json.loads((workspace / "agreement.json").read_text())
@@ -150,6 +162,9 @@ def test_first_token_judge_takes_one_token(workspace):
     ("arguments", "message"),
     [
         (["eval"], "needs a model, or --validate_judge FILE"),
+        (["eval", "model", "--batch_size", "-1"], "must be at least 1, not 32 and -1"),
+        (["eval", "model", "--max_new_tokens", "0"], "must be at least 1, not 0 and 32"),
+        (["eval", "model", "--output", "model"], "--output model: a directory"),
         (["eval", "model", "--harmful", "gone.jsonl"], "gone.jsonl: neither a file nor a known suite"),
         (["eval", "model", "--transforms", "hypnosis"], "no transform hypnosis"),
         (["eval", "model", "--judge", "some/model"], "some/model: not the name of a known judge"),

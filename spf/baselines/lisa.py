@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from spf.baselines.one_shot import refusal_anchors, safety_loss
 from spf.data import AnchorRotation, SafetyDataError, SafetyRow, collate
+from spf.evaluation.generate import pad_id
 from spf.sharding import UnsupportedSetupError, innermost_optimizer, refuse_sharded
 
 
@@ -91,7 +92,7 @@ class LisaCallback(TrainerCallback):
             )
         anchors = refusal_anchors(self.rows, model, tokenizer)
         self._rotation = AnchorRotation(anchors, min(self.batch_size, len(anchors)), self.seed)
-        self._pad = tokenizer.pad_token_id or 0
+        self._pad = pad_id(tokenizer)
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._mark()
         self._remove()

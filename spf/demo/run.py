@@ -32,6 +32,7 @@ from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise, write
 from spf.demo.model import cpu_dtype, load_aligned_demo_model
 from spf.demo.sql import SQLExample, execution_match, make_sql_examples
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
+from spf.evaluation.generate import context_length, pad_id
 from spf.report import demo_table, plot_demo, write_report
 from spf.rules import RULES, NullSpace, Rule
 
@@ -196,7 +197,7 @@ def fine_tune(
     adapter = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear", lora_dropout=0.0)
     examples = [
         {"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids}
-        for a in tokenise(train, tokenizer, model.config.max_position_embeddings)
+        for a in tokenise(train, tokenizer, context_length(model, tokenizer))
     ]
     trainer = AnswerTrainer(
         get_peft_model(model, adapter),
@@ -218,7 +219,7 @@ def fine_tune(
             data_seed=args.seed,
         ),
         train_dataset=Dataset.from_list(examples),
-        data_collator=lambda rows: collate_answers(rows, tokenizer.pad_token_id),
+        data_collator=lambda rows: collate_answers(rows, pad_id(tokenizer)),
         processing_class=tokenizer,
         callbacks=[clock] if safety is None else [clock, safety],
     )

@@ -9,6 +9,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 Messages = list[dict[str, str]]
 
 
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens model and tokenizer both take: the smaller of the limits that they state."""
+    # composite configs (Gemma 3) keep it one level down; relative positions (Bloom) state none
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = int(tokenizer.model_max_length)
+    return limit if stated is None else min(limit, int(stated))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills up a batch; masked, so any token will do where the tokenizer has none for it."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,7 +43,7 @@ def generate_answers(
     are batched by length and left-padded. The model's training mode is restored afterwards.
 
     Raises:
-        ValueError: there is not one prefill for each prompt.
+        ValueError: there is not one prefill for each prompt, or max_new_tokens or batch_size is below 1.
     """
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     texts = [str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)) for c in chats]
@@ -57,10 +73,16 @@ def complete_texts(
     description: str = "generating",
     progress: bool = True,
 ) -> list[str]:
-    """The greedy continuation of each text, which is tokenised as it stands (no special tokens are added)."""
+    """The greedy continuation of each text, which is tokenised as it stands (no special tokens are added).
+
+    Raises:
+        ValueError: no room for an answer, or for a prompt in a batch.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
     answers = [""] * len(encoded)
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -55,6 +55,15 @@ def evaluate_refusals(
     return judge(prompts, read)
 
 
+def renders(tokenizer: PreTrainedTokenizerBase, transform: Transform) -> bool:
+    """Whether the chat template takes the transform's messages; not every template has a system role."""
+    try:
+        tokenizer.apply_chat_template(transform.apply("?").messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return False
+    return True
+
+
 def parse_transforms(names: str) -> list[str]:
     """Names of transforms from "all", "none" or a comma-separated list.
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +17,9 @@ from spf.safetylock.extraction import extract
 from spf.safetylock.lock import SafetyLock
 from spf.safetylock.pairs import echoed, load_pairs, packaged_pairs
 from spf.safetylock.saved import save_locked, unlock_saved
-from spf.safetylock.tune import PERPLEXITY_RISE, assert_acts, choose, next_token_log_probs, plot_sweep, sweep
+from spf.safetylock.tune import PERPLEXITY_RISE, TunePoint, assert_acts, choose, next_token_log_probs, plot_sweep, sweep
+
+Number = TypeVar("Number", int, float)
 
 USAGE = """spf lock pushes any fine-tuned descendant of an aligned model back to refusing, without training.
 
@@ -89,7 +91,10 @@ class TuneArguments:
     alphas: str = field(default="2,4,6,8", metadata={"help": "strengths, separated by commas; 0 is always measured"})
     ks: str = field(default="6,12,24", metadata={"help": "numbers of heads, separated by commas"})
     max_over_refusal: float | None = field(
-        default=None, metadata={"help": "highest over-refusal allowed; by default 5 points above the unlocked model"}
+        default=None,
+        metadata={
+            "help": "highest over-refusal allowed, a share such as 0.3; by default the unlocked model's and 0.05"
+        },
     )
 
 
@@ -182,11 +187,21 @@ def _inspect(arguments: list[str]) -> None:
 def _tune(arguments: list[str]) -> None:
     args = _parse(TuneArguments, "tune", arguments, "model", "lock", "output")
     lock = SafetyLock.load(args.lock)
-    alphas = [float(alpha) for alpha in args.alphas.split(",")]
-    ks = [int(k) for k in args.ks.split(",")]
+    alphas, ks = _numbers("alphas", args.alphas, float), _numbers("ks", args.ks, int)
+    if args.max_over_refusal is not None and not 0 <= args.max_over_refusal <= 1:
+        raise ValueError(f"--max_over_refusal {args.max_over_refusal:g}: a share from 0 to 1, such as 0.3")
+    for k in ks:
+        lock.top(k)
     model, tokenizer = load_model(args.model)
     output = Path(args.output)
     grid = [(ks[0], 0.0), *((k, alpha) for k in ks for alpha in alphas if alpha != 0)]
+    found: dict[str, Any] = {"model": args.model, "lock": lock.fingerprint}
+    measured: list[dict[str, Any]] = []
+
+    def keep(point: TunePoint) -> None:
+        measured.append(point.as_dict())
+        write_json(output / "sweep.json", found | {"points": measured})
+
     points = sweep(
         model,
         tokenizer,
@@ -195,18 +210,18 @@ def _tune(arguments: list[str]) -> None:
         packaged_prompts("harmful_validation"),
         packaged_prompts("benign_validation"),
         neutral_texts(),
+        done=keep,
     )
     unlocked = points[0]
     limit = unlocked.over_refusal + 0.05 if args.max_over_refusal is None else args.max_over_refusal
     best = choose(points, limit, PERPLEXITY_RISE * unlocked.perplexity)
     write_json(
         output / "sweep.json",
-        {
-            "model": args.model,
-            "lock": lock.fingerprint,
+        found
+        | {
             "max_over_refusal": limit,
             "max_perplexity": PERPLEXITY_RISE * unlocked.perplexity,
-            "points": [point.as_dict() for point in points],
+            "points": measured,
             "chosen": best.as_dict() if best else None,
         },
     )
@@ -226,6 +241,13 @@ def _tune(arguments: list[str]) -> None:
         warnings.warn("no setting lowers ASR within the bounds; no tuned lock was written", stacklevel=2)
     else:
         Console().print(f"Tuned lock: {lock.top(best.k).with_alpha(best.alpha).save(output / 'lock.safetensors')}")
+
+
+def _numbers(name: str, text: str, kind: type[Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name} {text}: {'whole ' if kind is int else ''}numbers separated by commas") from None
 
 
 def _show(lock: SafetyLock) -> None:

@@ -18,6 +18,10 @@ PERPLEXITY_RISE = 1.1
 """By how much a chosen setting may multiply the unlocked model's perplexity on neutral text."""
 
 
+class InertLockError(ValueError):
+    """A lock was applied and the model predicts what it did before."""
+
+
 @dataclass(frozen=True)
 class TunePoint:
     """One setting and what it does: rates in [0, 1] with their 95 % intervals, perplexity on neutral text."""
@@ -80,12 +84,13 @@ def sweep(
     K must not exceed the heads the lock holds: extract with the largest K to be tried.
 
     Raises:
-        RuntimeError: a lock with alpha other than 0 that does not change what the model predicts.
+        ValueError: K is beyond the lock's heads; nothing was measured then.
+        InertLockError: a lock with alpha other than 0 that does not change what the model predicts.
     """
+    parts = [lock.top(k) for k, _ in grid]
     points: list[TunePoint] = []
     before = next_token_log_probs(model, tokenizer, texts[0])
-    for k, alpha in grid:
-        part = lock.top(k)
+    for part, (k, alpha) in zip(parts, grid, strict=True):
         part.apply(model, tokenizer, alpha=alpha)
         try:
             assert_acts(model, tokenizer, texts[0], before, alpha)
@@ -112,13 +117,13 @@ def assert_acts(
     In the parent method an intervention was silently not applied (honest_llama, issue 47).
 
     Raises:
-        RuntimeError: it does not, though alpha is not 0.
+        InertLockError: it does not, though alpha is not 0.
     """
     now = next_token_log_probs(model, tokenizer, text)
     divergence = float((before.exp() * (before - now)).sum(-1).mean())
     # rounding alone gives about 1e-8 either way
     if alpha != 0 and not divergence > 1e-7:
-        raise RuntimeError(f"the lock at alpha = {alpha:g} does not change the model (KL {divergence:.1e})")
+        raise InertLockError(f"the lock at alpha = {alpha:g} does not change the model (KL {divergence:.1e})")
 
 
 def choose(points: Sequence[TunePoint], max_over_refusal: float, max_perplexity: float) -> TunePoint | None:

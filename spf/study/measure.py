@@ -24,6 +24,7 @@ from spf.analysis.gradients import captured_energy, chance_overlap
 from spf.analysis.inputs import Prompts
 from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise, write_json
 from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
+from spf.evaluation.generate import context_length, pad_id
 from spf.probe import SafetyProbe
 from spf.subspace import cumulative_energy_ratio, effective_rank, overlap, svd_dense
 
@@ -517,7 +518,7 @@ def measure_checkpoints(args: MeasureArguments) -> None:
                 base,
                 tuned,
                 _anchors(rows, base, tokenizer, args.gradient_prompts),
-                pad_token_id=tokenizer.pad_token_id or 0,
+                pad_token_id=pad_id(tokenizer),
             ),
         )
 
@@ -596,7 +597,7 @@ def tokenise_prompts(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBa
     """
     encoded = [tokenizer(render(row, tokenizer), add_special_tokens=False)["input_ids"] for row in rows]
     width = max(map(len, encoded))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad = pad_id(tokenizer)
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded])
     return Prompts(ids, torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded]))
 
@@ -618,7 +619,7 @@ def _anchors(
         raise ValueError(
             "the model answers no harmless prompt with any text; --gradient_prompts 0 leaves this part out"
         )
-    limit = base.config.max_position_embeddings
+    limit = context_length(base, tokenizer)
     return {"safety": tokenise(refused, tokenizer, limit), "utility": tokenise(answered, tokenizer, limit)}
 
 

@@ -95,6 +95,31 @@ def test_tune_writes_points_curves_and_the_chosen_lock(workspace, capsys, monkey
     assert not (w / "out" / "lock.safetensors").exists()
 
 
+def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it(workspace, capsys, monkeypatch):
+    w = workspace
+    assert lock("extract", w / "base", w / "my.lock", "--pairs", w / "pairs.jsonl", "--k", 4) == 0
+    with monkeypatch.context() as unread:
+        unread.setattr("spf.safetylock.command.load_model", lambda name: pytest.fail("a mistake that is known before"))
+        for mistake, sentence in (
+            (("--ks", "2,9"), "9 heads asked for; the lock holds 4"),
+            (("--ks", "two"), "--ks two: whole numbers separated by commas"),
+            (("--alphas", "1,,2"), "--alphas 1,,2: numbers separated by commas"),
+            (("--ks", "2", "--max_over_refusal", 30), "--max_over_refusal 30: a share from 0 to 1"),
+        ):
+            assert lock("tune", w / "tuned", w / "my.lock", w / "out", *mistake) == 1
+            assert sentence in capsys.readouterr().err
+
+    def answers(model, tokenizer, prompts, *, description, **kw):
+        if "alpha 2" in description:
+            raise KeyboardInterrupt
+        return [""] * len(prompts)
+
+    monkeypatch.setattr("spf.safetylock.tune.generate_answers", answers)
+    assert lock("tune", w / "tuned", w / "my.lock", w / "out", "--alphas", "1,2", "--ks", "2") == 130
+    kept = json.loads((w / "out" / "sweep.json").read_text())["points"]
+    assert [(point["k"], point["alpha"]) for point in kept] == [(2, 0), (2, 1)]
+
+
 def test_mistakes_end_in_one_sentence(workspace, capsys):
     w = workspace
     assert lock("dance") == 1
@@ -120,7 +145,7 @@ def test_sweep_leaves_the_model_unlocked_and_refuses_a_lock_that_does_nothing(to
     assert torch.equal(logits(model), plain)
     assert points[0].perplexity != points[1].perplexity
     monkeypatch.setattr(SafetyLock, "displacements", lambda lock, alpha: {0: torch.zeros(32)})
-    with pytest.raises(RuntimeError, match=r"alpha = 2 does not change the model"):
+    with pytest.raises(ValueError, match=r"alpha = 2 does not change the model"):
         sweep(model, tokenizer, made, [(3, 0.0), (3, 2.0)], ["How?"], ["What?"], ["I help with that"])
     assert not locks_on(model)
     with pytest.raises(ValueError, match="9 heads asked for"):
