@@ -33,6 +33,7 @@ from spf.data import (
     tokenise,
     write_json,
 )
+from spf.evaluation.generate import context_length, pad_id
 from spf.optimizer import HELD_OUT, Attachment, basis_samples
 from spf.probe import SafetyProbe
 from spf.rules import RULES, NullSpace, Rule, SafeGrad
@@ -145,13 +146,12 @@ class SafetyCallback(TrainerCallback):
             self._rows = [SafetyRow(**row) for row in saved["rows"]]
         else:
             self._rows = self._choose(model, processing_class)
-        limit = min(processing_class.model_max_length, int(model.config.max_position_embeddings))
-        pad = processing_class.pad_token_id
+        limit = context_length(model, processing_class)
         probe = SafetyProbe(
             model,
             tokenise(self._rows, processing_class, limit),
             anchors_per_step=self.anchors_per_step,
-            pad_token_id=0 if pad is None else pad,
+            pad_token_id=pad_id(processing_class),
             seed=self.seed,
             first_tokens=self.first_tokens,
             first_weight=self.first_weight,
