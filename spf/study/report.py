@@ -688,7 +688,7 @@ def plot_training(many: Sequence[Run]) -> Figure:
 
 
 def plot_bridge(many: Sequence[Run]) -> Figure:
-    """Fine-tuning on new operators with and without spf: what it does to clusters, update, steepness and behaviour."""
+    """New operators learned with and without the null-space rule: clusters, update, steepness and behaviour."""
     runs = [r["bridge"]["measurements"] for r in many]
     evaluations = [r["bridge"].get("evaluation", {}) for r in many]
     arms = _models(runs[0])
@@ -735,12 +735,15 @@ def plot_bridge(many: Sequence[Run]) -> Figure:
             ax.axhline(1, color=_INK, linestyle="--", linewidth=1.2)
         if unit == "%":
             ax.set_ylim(0, 103)
+            ax.set_yticks(range(0, 101, 20))
         ax.set_xlim(-0.6, len(names) - 0.4)
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
         if len(ax.get_legend_handles_labels()[1]):
             unique = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
             if len(unique) > 1:
-                ax.legend(unique.values(), unique.keys(), fontsize=7.5, frameon=False, loc="best")
+                # room above the bars, which fill the panel
+                ax.set_ylim(0, ax.get_ylim()[1] * (1 + 0.1 * len(unique)))
+                ax.legend(unique.values(), unique.keys(), fontsize=7.5, frameon=False, loc="upper left")
     return figure
 
 
@@ -984,7 +987,7 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
         body += _section("Adversarial attack", f"<p>{_e(_WORDS['attack'])}</p>" + picture("attack", plot_attack, many))
     if first.get("bridge"):
         body += _section(
-            "The bridge: fine-tuning with and without spf",
+            "The bridge: fine-tuning with and without the null-space rule",
             f"<p>{_e(_WORDS['bridge'])}</p>" + picture("bridge", plot_bridge, many),
         )
     if first.get("training"):
