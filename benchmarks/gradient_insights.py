@@ -41,6 +41,7 @@ from spf.demo.model import DEMO_MODEL, load_aligned_demo_model, load_model
 from spf.demo.run import HARMLESS_STUB, DemoArguments, training_data
 from spf.demo.sql import make_sql_examples
 from spf.evaluation import generate_answers, is_refusal
+from spf.evaluation.generate import context_length, pad_id
 from spf.probe import SafetyProbe
 from spf.subspace import Factors, cumulative_energy_ratio, effective_rank, overlap, svd_dense
 
@@ -114,7 +115,7 @@ def make_pools(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sql: 
             if a and not is_refusal(a)
         ],
     }
-    return {name: tokenise(r, tokenizer, model.config.max_position_embeddings) for name, r in rows.items()}
+    return {name: tokenise(r, tokenizer, context_length(model, tokenizer)) for name, r in rows.items()}
 
 
 def _row(prompt: str, answer: str, where: str) -> SafetyRow:
@@ -393,8 +394,8 @@ def measure_training(
     Afterwards the model is as it was: without the adapter, its weights untouched.
     """
     rows, _ = training_data(DemoArguments(steps=steps + draws, batch_size=batch, harmful_share=share, seed=seed))
-    train = tokenise(rows, tokenizer, model.config.max_position_embeddings)
-    pad = int(tokenizer.pad_token_id)
+    train = tokenise(rows, tokenizer, context_length(model, tokenizer))
+    pad = pad_id(tokenizer)
     rng = random.Random(seed)
     fixed = rng.sample(pools["safety"], min(16, len(pools["safety"])))
     set_seed(seed)
@@ -720,7 +721,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     model, tokenizer = load_aligned_demo_model()
     model.requires_grad_(True)  # merging an adapter leaves the weights frozen
-    pad = int(tokenizer.pad_token_id)
+    pad = pad_id(tokenizer)
     pools = make_pools(model, tokenizer, 2 * (args.samples + args.singles) + 16)
     common = {
         "model": "SmolLM2-135M-Instruct, aligned by spf align",

@@ -19,6 +19,7 @@ from spf.bench.scenarios import SCENARIOS, training_rows
 from spf.bench.trainer import AnswerTrainer, collate_answers
 from spf.data import tokenise
 from spf.demo.model import cpu_dtype
+from spf.evaluation.generate import context_length, pad_id
 
 CHECKPOINTS = {
     "plain-harmful-50": ("aligned", "harmful-50", "plain"),
@@ -37,7 +38,7 @@ def train(start: Path, scenario_name: str, method_name: str, seed: int, workspac
     base = AutoModelForCausalLM.from_pretrained(start, dtype=cpu_dtype())
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
     method = make_method(method_name, {}, seed, workspace, model, tokenizer)
-    anchors = tokenise(training_rows(scenario, seed), tokenizer, model.config.max_position_embeddings)
+    anchors = tokenise(training_rows(scenario, seed), tokenizer, context_length(model, tokenizer))
     trainer = AnswerTrainer(
         model,
         TrainingArguments(
@@ -57,7 +58,7 @@ def train(start: Path, scenario_name: str, method_name: str, seed: int, workspac
             data_seed=seed,
         ),
         train_dataset=Dataset.from_list([{"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids} for a in anchors]),
-        data_collator=lambda batch: collate_answers(batch, tokenizer.pad_token_id),
+        data_collator=lambda batch: collate_answers(batch, pad_id(tokenizer)),
         processing_class=tokenizer,
         callbacks=method.callbacks,
     )

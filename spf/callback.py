@@ -169,6 +169,8 @@ class SafetyCallback(TrainerCallback):
             self.attachment.load_state_dict(saved)
         self._verified = False
         _ACTIVE[model] = ref(self)
+        if not state.is_world_process_zero:
+            return
         count = len(self._rows)
         if isinstance(self.rule, NullSpace) and self.monitor_steps and basis_samples(self.rule, count) == count:
             logger.warning(
@@ -176,12 +178,10 @@ class SafetyCallback(TrainerCallback):
                 "more, one is kept apart to measure on"
             )
         held = f", {len(probe.others)} other parameters kept fixed" if probe.others and self._constrains else ""
-        if state.is_world_process_zero:
-            logger.warning(
-                f"spf: rule {self.rule.name} on {len(self.attachment.matrices)} matrices{held}; {len(self._rows)} "
-                f"safety samples; safety loss {self.attachment.reference_loss:.3f}; set-up "
-                f"{self.attachment.seconds['setup']:.1f} s"
-            )
+        logger.warning(
+            f"spf: rule {self.rule.name} on {len(self.attachment.matrices)} matrices{held}; {count} safety samples; "
+            f"safety loss {self.attachment.reference_loss:.3f}; set-up {self.attachment.seconds['setup']:.1f} s"
+        )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

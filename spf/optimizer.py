@@ -50,6 +50,27 @@ def basis_samples(rule: NullSpace, samples: int) -> int:
     return min(rule.prompts, samples - int(samples * HELD_OUT))
 
 
+def null_space_bases(
+    probe: SafetyProbe, rule: NullSpace, anchors: Sequence[Anchor], names: Sequence[str], benign: Sequence[Anchor] = ()
+) -> dict[str, Tensor]:
+    """V (n, k), float32, per named matrix: the input directions of the anchors that the rule holds.
+
+    benign: the samples whose leading directions are left free; only a rule with `contrast` needs them.
+    """
+    bases = probe.input_bases(
+        anchors,
+        names,
+        rank=(rule.rank or LARGEST_DEFAULT_RANK) + rule.contrast,
+        energy=rule.energy,
+        tokens=rule.tokens,
+        decision_weight=rule.decision_weight,
+    )
+    if rule.contrast:
+        free = probe.input_bases(benign, names, rank=rule.contrast)
+        bases = {name: outside(V, free[name]) for name, V in bases.items()}
+    return {name: V[:, : rule.limit(len(V))].contiguous() for name, V in bases.items()}
+
+
 class Attachment:
     """A step rule at work: it holds the hooks, the subspace and the counters.
 
@@ -251,20 +272,7 @@ class Attachment:
 
     def _estimate(self, anchors: Sequence[Anchor], benign: Sequence[Anchor]) -> SafetySubspace:
         assert isinstance(self.rule, NullSpace)
-        rule, names = self.rule, list(self.matrices)
-        rank = (rule.rank or LARGEST_DEFAULT_RANK) + rule.contrast
-        bases = self.probe.input_bases(
-            anchors,
-            names,
-            rank=rank,
-            energy=rule.energy,
-            tokens=rule.tokens,
-            decision_weight=rule.decision_weight,
-        )
-        if rule.contrast:
-            free = self.probe.input_bases(benign, names, rank=rule.contrast)
-            bases = {name: outside(V, free[name]) for name, V in bases.items()}
-        bases = {name: V[:, : rule.limit(len(V))].contiguous() for name, V in bases.items()}
+        bases = null_space_bases(self.probe, self.rule, anchors, list(self.matrices), benign)
         for name, V in bases.items():
             if V.shape[1] == V.shape[0]:
                 raise ValueError(

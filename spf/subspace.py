@@ -117,10 +117,9 @@ class InputSketch:
 
     Every row counts with unit norm times the root of its weight, so that a few tokens with massive activations
     (the first one, often) do not take all directions: what is minimised is the weighted sum of each token's
-    squared relative error. Up to `size` rows are
-    kept as they are, and the basis is exact. Beyond that they are folded into a Nyström sketch
-    Y = X^T X Omega (n, size) of their covariance (Halko et al., arXiv 0909.4061, section 5.5), so memory
-    stays at 2 n size numbers however many prompts there are.
+    squared relative error. Up to `size` rows are kept as they are, and the basis is exact. Beyond that they
+    are folded into a Nyström sketch Y = X^T X Omega (n, size) of their covariance (Halko et al.,
+    arXiv 0909.4061, section 5.5), so memory stays at 2 n size numbers however many prompts there are.
     """
 
     def __init__(self, size: int):

@@ -17,8 +17,9 @@ from spf.bench.trainer import AnswerLoss, answer_logits
 from spf.callback import SafetyCallback
 from spf.data import SafetyRow, load_safety_rows, reword, tokenise
 from spf.evaluation.generate import context_length, pad_id
+from spf.optimizer import null_space_bases
 from spf.probe import SafetyProbe
-from spf.rules import LARGEST_DEFAULT_RANK, SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
+from spf.rules import SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
 from spf.safetylock import echoed, extract, refusal_pairs
 
 RULES: dict[str, tuple[type, dict[str, Any], int | None]] = {
@@ -244,15 +245,7 @@ def _projection(
     names = [matrix.name for matrix in probe.matrices.values() if not matrix.is_lora_b]
     chosen = [anchors[i] for i in order[: rule.prompts]]
     reworded = reword([rows[i] for i in order[: min(rule.prompts, rule.reworded)]])
-    bases = probe.input_bases(
-        [*chosen, *tokenise(reworded, tokenizer, limit)],
-        names,
-        rank=rule.rank or LARGEST_DEFAULT_RANK,
-        energy=rule.energy,
-        tokens=rule.tokens,
-        decision_weight=rule.decision_weight,
-    )
-    bases = {name: V[:, : rule.limit(len(V))] for name, V in bases.items()}
+    bases = null_space_bases(probe, rule, [*chosen, *tokenise(reworded, tokenizer, limit)], names)
     initial = None
     if not isinstance(model, PeftModel):
         initial = {name: weight.detach().clone() for name, weight in model.state_dict().items()}

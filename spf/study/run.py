@@ -102,8 +102,7 @@ def tiny() -> Preset:
     2 000 steps of 128 at 3e-3, then 200 to 1 400 steps of 96 a protocol at 2e-3 (medium) and 6e-4 (small) instead of
     1e-4 and 1e-5. SSFT sees as many unsafe prompts as safe ones (the paper: a fifth). gamma of unlearning is .03 and
     .003 (.1 and .01), of DPO .001 and .0001 (.01 and .002): with the paper's, safe prompts lose outputs in so few
-    steps.
-    Soft tokens stand before the prompt, so that the text keeps its distance to the outputs.
+    steps. Soft tokens stand before the prompt, so that the text keeps its distance to the outputs.
     """
 
     def protocols(rate: float, ssft: int, dpo: int, unlearning: int) -> dict[Protocol, Schedule]:
