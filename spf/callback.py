@@ -1,7 +1,6 @@
 """SafetyCallback: Trainer events -> safety data, probe, step rule, logs, checkpoints."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from spf.data import (
     complete_refusals,
     load_safety_rows,
     packaged_prompts,
-    reword,
+    reworded_anchors,
     tokenise,
     write_json,
 )
@@ -121,6 +120,7 @@ class SafetyCallback(TrainerCallback):
         self.attachment: Attachment | None = None
         self._rows: list[SafetyRow] = []
         self._verified = False
+        self._warned = False
         # Trainer puts a caller's callbacks behind the reporting ones, too late to add to what those
         # report; default callbacks come first.
         if _LogRelay not in transformers.trainer.DEFAULT_CALLBACKS:
@@ -167,7 +167,7 @@ class SafetyCallback(TrainerCallback):
         )
         if saved is not None:
             self.attachment.load_state_dict(saved)
-        self._verified = False
+        self._verified = self._warned = False
         _ACTIVE[model] = ref(self)
         if not state.is_world_process_zero:
             return
@@ -187,6 +187,9 @@ class SafetyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._running.refresh()
+        if self._running.leaks and not self._warned:
+            self._warned = True
+            self._tell(state, f"after step {state.global_step} ")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
@@ -217,9 +220,23 @@ class SafetyCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._running.corrected == 0:
-            logger.warning("spf: no update was corrected in the whole run")
+        running = self._running
+        running.measure()
+        self._tell(state, f"{running.corrected} of {running.steps} updates corrected; ")
         self._detach()
+
+    def _tell(self, state: TrainerState, what: str) -> None:
+        """One line on the safety loss, and advice if it has risen."""
+        if not state.is_world_process_zero:
+            return
+        running = self._running
+        line = f"spf: {what}safety loss {running.reference_loss:.3f} before training, now {running.safety_loss:.3f}"
+        if running.leaks:
+            line += (
+                ". Refusals are being lost: check with `spf eval`; a lower learning rate, fewer steps"
+                f"{' or a higher rank' if self._constrains else ''} keeps more"
+            )
+        logger.warning(line)
 
     @property
     def _running(self) -> Attachment:
@@ -245,9 +262,7 @@ class SafetyCallback(TrainerCallback):
             return []
         # never those that are kept out of the basis
         rows = self._rows[: min(self.rule.reworded, basis_samples(self.rule, len(self._rows)))]
-        anchors = tokenise(reword(rows), tokenizer, sys.maxsize)
-        # what fits the context may not fit with more words, which is no reason to stop
-        return [anchor for anchor in anchors if len(anchor.prompt_ids) + len(anchor.refusal_ids) <= limit]
+        return reworded_anchors(rows, tokenizer, limit)
 
     def _read(self, directory: Path) -> tuple[dict[str, Any], SafetySubspace]:
         for name in (STATE_FILE, SUBSPACE_FILE):

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -280,6 +281,12 @@ def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_
             raise SafetyDataError(f"{row.where}: {length} tokens, longer than the context of {max_length}")
         anchors.append(Anchor(prompt_ids, refusal_ids, row.where))
     return anchors
+
+
+def reworded_anchors(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Anchor]:
+    """The rows in other words (`reword`), tokenised; what no longer fits `max_length` tokens so is left out."""
+    anchors = tokenise(reword(rows), tokenizer, sys.maxsize)
+    return [anchor for anchor in anchors if len(anchor.prompt_ids) + len(anchor.refusal_ids) <= max_length]
 
 
 def collate(anchors: Sequence[Anchor], pad_id: int, first_tokens: int = 0, first_weight: float = 1.0) -> AnchorBatch:

@@ -41,6 +41,13 @@ HELD_OUT = 1 / 9
 """Share of the safety samples kept out of the null space, so that what is measured on them is not held by design."""
 
 
+LEAK = 0.01
+"""A rise of the held-out safety loss by more nats a token, and by more than a tenth, has meant lost refusals.
+
+In the benchmark's cells it rose by at most .004 where ASR stayed below 10 %, by .01 to .06 where it came to 28 to 46 %.
+"""
+
+
 class CorrectionError(RuntimeError):
     """The rule did not reach the parameters it should have."""
 
@@ -123,6 +130,7 @@ class Attachment:
         basis = self._split_anchors()
         self._reference = probe.rotation.anchors[:16]
         self.reference_loss = probe.loss(self._reference)
+        self.safety_loss = self.reference_loss
         self.multiplier = 0.0
         if isinstance(self.gradient_rule, DualAscent | SafeGrad) or isinstance(rule, Constrained):
             probe.remember(logprobs=isinstance(rule, SafeGrad))
@@ -153,12 +161,22 @@ class Attachment:
             return
         start = time.perf_counter()
         self._result = self.probe()
-        loss = self.probe.loss(self._reference) if monitor else self._result.loss
+        loss = self.measure() if monitor else self._result.loss
         if math.isfinite(loss):
             self._note("safety_loss", loss)
             self._note("safety_slack", self.reference_loss - loss)
         self.sharding.forget_order()
         self.seconds["probe"] += time.perf_counter() - start
+
+    def measure(self) -> float:
+        """The safety loss, nats a token, on the samples whose loss before training is `reference_loss`."""
+        self.safety_loss = self.probe.loss(self._reference)
+        return self.safety_loss
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the safety loss, when it was last measured, had risen by so much that refusals were lost."""
+        return not self.safety_loss - self.reference_loss <= max(LEAK, 0.1 * self.reference_loss)
 
     def verify(self) -> None:
         """Check that the last step was corrected, looking at the model's own parameters.

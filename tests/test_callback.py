@@ -304,6 +304,19 @@ def test_readme_script_runs(tmp_path, tokenizer, rows, monkeypatch):
     assert (tmp_path / "my-model" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(("held", "learning_rate", "lost"), [(1, 0.5, True), (16, 1e-5, False)])
+def test_a_rising_safety_loss_is_told_once_and_at_the_end(tmp_path, tokenizer, rows, caplog, held, learning_rate, lost):
+    model = make_model()
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=held), monitor_steps=1)
+    make_trainer(tmp_path, tokenizer, callback, model, max_steps=6, learning_rate=learning_rate).train()
+    told = [r.getMessage() for r in caplog.records if "before training, now" in r.getMessage()]
+    assert [("Refusals are being lost" in line) for line in told] == ([True, True] if lost else [False])
+    assert "6 of 6 updates corrected" in told[-1]
+    # of the finished model, not of the last time the monitor looked
+    probe = callback.attachment.probe
+    assert f"now {probe.loss(callback.attachment._reference):.3f}" in told[-1]
+
+
 def test_norms_stay_fixed_even_with_momentum(tmp_path, tokenizer, rows):
     """Parameters held by the null-space rule do not creep by weight decay either."""
     trainer = make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows), NullSpace(rank=8)), weight_decay=0.5)

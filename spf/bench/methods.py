@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from spf.baselines import constrained_sft, kl, lisa, one_shot, projection, resta, safe_lora, safeinstr, sppft
 from spf.bench.trainer import AnswerLoss, answer_logits
 from spf.callback import SafetyCallback
-from spf.data import SafetyRow, load_safety_rows, reword, tokenise
+from spf.data import SafetyRow, load_safety_rows, reworded_anchors, tokenise
 from spf.evaluation.generate import context_length, pad_id
 from spf.optimizer import null_space_bases
 from spf.probe import SafetyProbe
@@ -244,8 +244,8 @@ def _projection(
     probe = SafetyProbe(model, anchors, pad_token_id=pad_id(tokenizer))
     names = [matrix.name for matrix in probe.matrices.values() if not matrix.is_lora_b]
     chosen = [anchors[i] for i in order[: rule.prompts]]
-    reworded = reword([rows[i] for i in order[: min(rule.prompts, rule.reworded)]])
-    bases = null_space_bases(probe, rule, [*chosen, *tokenise(reworded, tokenizer, limit)], names)
+    reworded = reworded_anchors([rows[i] for i in order[: min(rule.prompts, rule.reworded)]], tokenizer, limit)
+    bases = null_space_bases(probe, rule, [*chosen, *reworded], names)
     initial = None
     if not isinstance(model, PeftModel):
         initial = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
