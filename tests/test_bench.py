@@ -2,15 +2,16 @@
 
 import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from spf.bench import cell as cells
 from spf.bench.cell import Cell, fine_tune
-from spf.bench.grid import BenchArguments, read_grid, run_grid
+from spf.bench.grid import BenchArguments, _done, read_grid, run_grid
 from spf.bench.methods import METHODS, Method, Workspace
 from spf.bench.scenarios import SCENARIOS, Scenario, training_rows
 from spf.cli import main
@@ -153,7 +154,7 @@ def test_scenarios_hold_what_they_say():
 
 def test_committed_grids_are_readable_and_have_the_headline_cells():
     asked = read_grid(Path("recipes/bench/headline.yaml"))
-    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (174, 17)
+    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (184, 23)
     assert len({cell.path(Path()) for cell in asked}) == len(asked)
     have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
     for scenario in set(SCENARIOS):
@@ -202,6 +203,7 @@ def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method
         ("{scenarios: [none], methods: [plain], seeds: [0]}", "scenario none with method plain"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1e-4}", "as in 1.0e-4"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 0}", "learning_rate must be a positive"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], adam_beta1: 1.0}", "adam_beta1 must be .* below 1"),
         ("{scenarios: [dpo], methods: [plain], seeds: [0], batch_size: 1}", "batch_size must be .* at least 2"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], batch_size: 4.0}", "batch_size must be a whole"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], rule: 3}", "rule must give settings"),
@@ -235,6 +237,34 @@ def test_different_cells_for_one_file_are_refused(tmp_path):
         read_grid(path)
     with pytest.raises(ValueError, match="--workers must be at least 1, not 0"):
         run_grid(BenchArguments(str(path), workers=0))
+
+
+def test_a_cell_from_before_a_setting_existed_has_its_default(tmp_path):
+    cell = Cell("benign", "spf", rule={"rank": 4})
+    config = {key: value for key, value in asdict(cell).items() if key not in ("curve_steps", "adam_beta1")}
+    path = cell.path(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"config": config}))
+    assert _done(cell, tmp_path)
+    assert _done(replace(cell, curve_steps=5), tmp_path)
+    assert not _done(replace(cell, adam_beta1=0.5), tmp_path)
+    assert not _done(replace(cell, rule={"rank": 5}), tmp_path)
+
+
+@pytest.mark.parametrize("scenario", ["benign", "dpo"])
+def test_adams_first_beta_reaches_the_optimizer(work, monkeypatch, scenario):
+    asked = []
+
+    def stop(trainer):
+        asked.append(trainer.args.adam_beta1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", stop)
+    place = work / "tiny"
+    workspace = Workspace(place / "aligned", place / "unaligned", place / "refusals.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(Cell(scenario, "plain", model="tiny", adam_beta1=0.5), workspace, {})
+    assert asked == [0.5]
 
 
 def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsys):

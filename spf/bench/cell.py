@@ -72,6 +72,7 @@ class Cell:
     variant: str = "default"
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
     batch_size: int = 8
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta"})
     rule: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method's rule"})
     curve_steps: int = field(default=0, metadata={"help": "measure ASR and utility every so many steps; 0: never"})
     split: Split = field(default="eval", metadata={"help": "eval, or validation for choosing settings"})
@@ -233,6 +234,7 @@ def _training_arguments(cell: Cell, steps: int) -> dict[str, Any]:
         "max_steps": steps,
         "per_device_train_batch_size": cell.batch_size,
         "learning_rate": cell.learning_rate,
+        "adam_beta1": cell.adam_beta1,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 5,
         "logging_steps": 1,

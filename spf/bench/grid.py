@@ -6,7 +6,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -111,6 +111,9 @@ def _check(cell: Cell) -> None:
     refuse_text("learning_rate", cell.learning_rate)
     if type(cell.learning_rate) not in (int, float) or not cell.learning_rate > 0:
         raise ValueError(f"learning_rate must be a positive number, not {cell.learning_rate!r}")
+    refuse_text("adam_beta1", cell.adam_beta1)
+    if type(cell.adam_beta1) not in (int, float) or not 0 <= cell.adam_beta1 < 1:
+        raise ValueError(f"adam_beta1 must be at least 0 and below 1, not {cell.adam_beta1!r}")
     # DPO answers every prompt twice
     for name, least in (("batch_size", 2 if cell.scenario == "dpo" else 1), ("curve_steps", 0)):
         value = getattr(cell, name)
@@ -180,8 +183,11 @@ def _done(cell: Cell, output: Path) -> bool:
     path = cell.path(output)
     if not path.is_file():
         return False
-    kept = json.loads(path.read_text("utf-8"))["config"]
+    # a cell from before a setting could be chosen has its default
+    unset = {f.name: f.default for f in fields(Cell) if f.default is not MISSING}
+    kept = unset | json.loads(path.read_text("utf-8"))["config"]
     wanted = {key: value for key, value in asdict(cell).items() if key != "curve_steps"}
+    kept.pop("curve_steps")
     return bool(kept == wanted)
 
 
