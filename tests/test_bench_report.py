@@ -12,23 +12,20 @@ from hypothesis import strategies as st
 
 pytest.importorskip("matplotlib")
 
-from spf.bench import report
-from spf.bench.report import (
+from spf.bench import plots, report
+from spf.bench import summary as of_cells
+from spf.bench.plots import plot_curves, plot_jailbreaks, plot_pareto
+from spf.bench.report import ablation_table, markdown_table, write_bench_report
+from spf.bench.scenarios import SCENARIOS
+from spf.bench.summary import (
     Difference,
-    ablation_table,
     bars,
     dominated,
     load_cells,
-    markdown_table,
     missing,
-    plot_curves,
-    plot_jailbreaks,
-    plot_pareto,
     pooled_difference,
     summarise,
-    write_bench_report,
 )
-from spf.bench.scenarios import SCENARIOS
 from spf.data import write_json
 from spf.evaluation import paired_difference, wilson_interval
 
@@ -264,9 +261,9 @@ def test_rouge_is_compared_summary_by_summary():
     change = find(summarise([scored("plain", 0), scored("spf", 0.1)]), "spf", scenario="summary").differences["utility"]
     sd = 0.05 * math.sqrt(100 / 99)
     assert (change.mean, change.low) == pytest.approx((0.05, 0.05 - 1.959964 * sd / 10))
-    report._check_cell(scored("plain", 0), "x.json")
+    of_cells._check_cell(scored("plain", 0), "x.json")
     with pytest.raises(ValueError, match=r"x\.json: `utility` must be the mean of utility_values"):
-        report._check_cell(scored("plain", 0) | {"utility": 0.1}, "x.json")
+        of_cells._check_cell(scored("plain", 0) | {"utility": 0.1}, "x.json")
 
 
 # ------------------------------------------------------------------------------------------- bars and fronts
@@ -290,7 +287,7 @@ def change(mean, half):
     ],
 )
 def test_status_of_a_bar(found, status):
-    assert report._status(found, 0.02) == status
+    assert of_cells._status(found, 0.02) == status
 
 
 def test_bars_of_the_default_rule():
@@ -404,7 +401,7 @@ def crowd(count, **more):
 @pytest.mark.parametrize("values", [{"asr": 0}, {"asr": 100}, {"asr": 50}])
 def test_names_do_not_collide_when_twenty_methods_coincide(tmp_path, monkeypatch, values):
     drawn = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
     plot_pareto(summarise(crowd(20, **values)), "benign", tmp_path / "p.png")
     [figure] = drawn
     figure.canvas.draw()
@@ -422,31 +419,31 @@ def test_names_do_not_collide_when_twenty_methods_coincide(tmp_path, monkeypatch
 @no_deadline
 def test_spaced(wanted):
     wanted = sorted(wanted)
-    places = report._spaced(wanted, 0.05)
+    places = plots._spaced(wanted, 0.05)
     assert all(b - a >= 0.05 - 1e-9 for a, b in itertools.pairwise(places))
     assert places[0] >= 0.025 - 1e-9
     assert places[-1] <= 0.975 + 1e-9
 
 
 def test_looks_differ():
-    looks = report._looks([f"m{i}" for i in range(35)])
+    looks = plots._looks([f"m{i}" for i in range(35)])
     assert len({(look.colour, look.marker) for look in looks.values()}) == 35 + 4
-    assert report._looks(["m1", "plain"])["plain"] == looks["plain"]
+    assert plots._looks(["m1", "plain"])["plain"] == looks["plain"]
 
 
 def test_hollow_markers_mean_over_refusal():
     over = {"same": 32, "more": 33}
     summary = summarise([aligned(over_refusal=30), *(cell(method=m, over_refusal=n) for m, n in over.items())])
-    start, look = summary[0], report._looks(over)["same"]
+    start, look = summary[0], plots._looks(over)["same"]
     assert start.method == "aligned"
-    assert report._marker(find(summary, "same"), start, look)["markerfacecolor"] == look.colour
-    assert report._marker(find(summary, "more"), start, look)["markerfacecolor"] != look.colour
-    assert report._marker(find(summary, "more"), None, look)["markerfacecolor"] == look.colour
+    assert plots._marker(find(summary, "same"), start, look)["markerfacecolor"] == look.colour
+    assert plots._marker(find(summary, "more"), start, look)["markerfacecolor"] != look.colour
+    assert plots._marker(find(summary, "more"), None, look)["markerfacecolor"] == look.colour
 
 
 def test_mean_curves_leave_out_steps_that_some_seeds_lack():
     logs = [[{"step": 0, "asr": 0.1}, {"step": 5, "asr": 0.3}], [{"step": 0, "asr": 0.3}, {"step": 5, "asr": None}]]
-    assert report._mean_curve([{"curve": c} for c in logs], "curve", "asr") == ([0], [pytest.approx(0.2)])
+    assert plots._mean_curve([{"curve": c} for c in logs], "curve", "asr") == ([0], [pytest.approx(0.2)])
 
 
 def is_png(path):
