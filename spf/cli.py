@@ -245,7 +245,7 @@ def _study(arguments: list[str]) -> None:
 
 def _report(arguments: list[str]) -> None:
     args = _parse(ReportArguments, "report", arguments, "run")
-    from spf.report import demo_table, plot_demo, write_report
+    from spf.demo.report import demo_table, plot_demo, write_report
 
     path = Path(args.run) / "results.json"
     if not path.is_file():

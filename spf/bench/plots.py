@@ -20,17 +20,17 @@ from spf.bench.summary import (
     of_scenario,
     scenario_task,
 )
-from spf.report import (
-    _COLOURS,
-    _INK,
-    _MORE_COLOURS,
-    _MUTED,
-    _PAPER,
-    _figure,
-    _plain_text,
-    _replace,
-    _style,
-    _title,
+from spf.page import (
+    COLOURS,
+    INK,
+    MORE_COLOURS,
+    MUTED,
+    PAPER,
+    new_figure,
+    plain_text,
+    replace_file,
+    style_axes,
+    title_axes,
 )
 
 if TYPE_CHECKING:
@@ -48,22 +48,22 @@ class _Look:
 def _looks(methods: Iterable[str]) -> dict[str, _Look]:
     """How each method is drawn. The four known ones are fixed; the others repeat after 35."""
     fixed = {
-        "aligned": _Look(_COLOURS["base"][0], "s", (1, 2), False),
-        "plain": _Look(_COLOURS["plain"][0], "D", (5, 2), True),
-        DEFAULT_RULE: _Look(_COLOURS["spf"][0], "o", (), True),
-        "spf": _Look(_COLOURS["paper"][0], "^", (5, 2, 1, 2), False),
+        "aligned": _Look(COLOURS["base"][0], "s", (1, 2), False),
+        "plain": _Look(COLOURS["plain"][0], "D", (5, 2), True),
+        DEFAULT_RULE: _Look(COLOURS["spf"][0], "o", (), True),
+        "spf": _Look(COLOURS["paper"][0], "^", (5, 2, 1, 2), False),
     }
     dashes = ((2, 2), (8, 2), (3, 1, 1, 1), (1, 1), (6, 1), ())
     looks = dict(fixed)
     for i, method in enumerate(sorted(set(methods) - set(fixed))):
-        looks[method] = _Look(_MORE_COLOURS[i % 5][0], "v*Xph<>"[i % 7], dashes[i % 6], False)
+        looks[method] = _Look(MORE_COLOURS[i % 5][0], "v*Xph<>"[i % 7], dashes[i % 6], False)
     return looks
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
-    return _replace(Path(path), buffer.getvalue())
+    return replace_file(Path(path), buffer.getvalue())
 
 
 def _heading(scenario: str, groups: Sequence[Group]) -> str:
@@ -111,16 +111,16 @@ def plot_pareto(summary: Sequence[Group], scenario: str, path: str | Path) -> Pa
     if not groups:
         raise ValueError(f"no cell of the scenario {scenario!r} to draw")
     looks = _looks(g.method for g in summary)
-    figure = _figure(10, max(5.2, 0.27 * len(groups) + 1.6))
+    figure = new_figure(10, max(5.2, 0.27 * len(groups) + 1.6))
     ax = figure.subplots()
-    _style(ax, "both")
-    _title(ax, _heading(scenario, groups), "better ↘" if task else "better ↙")
+    style_axes(ax, "both")
+    title_axes(ax, _heading(scenario, groups), "better ↘" if task else "better ↙")
     reference = None
     if aligned:
         reference = aligned.metrics.get(f"utility/{task}") if task else aligned.metrics["over_refusal"]
         lines = [(ax.axhline, aligned.metrics["asr"])] + ([(ax.axvline, reference)] if reference else [])
         for line, value in lines:
-            line(100 * value.mean, color=_MUTED, linewidth=1.1, dashes=(4, 3), zorder=2)
+            line(100 * value.mean, color=MUTED, linewidth=1.1, dashes=(4, 3), zorder=2)
     xs: list[float] = []
     ys: list[float] = []
     for group in sorted(groups, key=lambda g: not looks[g.method].main):  # the large points below the others
@@ -140,8 +140,8 @@ def plot_pareto(summary: Sequence[Group], scenario: str, path: str | Path) -> Pa
     ax.set_ylim(*_limits(ys))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks([tick for tick in axis.get_ticklocs() if -1e-9 <= tick <= 100 + 1e-9])
-    ax.set_xlabel(UTILITY_NAMES[task] if task else "Over-refusal (%)", fontsize=9.5, color=_INK)
-    ax.set_ylabel("ASR (%)", fontsize=9.5, color=_INK)
+    ax.set_xlabel(UTILITY_NAMES[task] if task else "Over-refusal (%)", fontsize=9.5, color=INK)
+    ax.set_ylabel("ASR (%)", fontsize=9.5, color=INK)
 
     low, high = ax.get_ylim()
     order = sorted(groups, key=lambda g: (g.metrics["asr"].mean, -g.metrics[x_key].mean))
@@ -160,19 +160,19 @@ def plot_pareto(summary: Sequence[Group], scenario: str, path: str | Path) -> Pa
         text = f"{group.method}  (over-refusal {100 * group.metrics['over_refusal'].mean:.0f}%)"
         weight = "bold" if look.main else "normal"
         ax.text(
-            1.075, place, _plain_text(text), transform=beside, va="center", fontsize=8.5, color=_INK, fontweight=weight
+            1.075, place, plain_text(text), transform=beside, va="center", fontsize=8.5, color=INK, fontweight=weight
         )
     keys = []
     if aligned:
         said = f"aligned model (over-refusal {100 * aligned.metrics['over_refusal'].mean:.0f}%)"
-        keys.append(Line2D([], [], color=_MUTED, linewidth=1.1, dashes=(4, 3), label=said))
-        dot = {"marker": "o", "linestyle": "none", "color": _MUTED, "markersize": 6.5}
+        keys.append(Line2D([], [], color=MUTED, linewidth=1.1, dashes=(4, 3), label=said))
+        dot = {"marker": "o", "linestyle": "none", "color": MUTED, "markersize": 6.5}
         keys.append(Line2D([], [], **dot, label="over-refusal at most 2 points above"))  # type: ignore[arg-type]
-        keys.append(Line2D([], [], **dot, markerfacecolor=_PAPER, label="more than that"))  # type: ignore[arg-type]
+        keys.append(Line2D([], [], **dot, markerfacecolor=PAPER, label="more than that"))  # type: ignore[arg-type]
     if any(len(g.seeds) > 1 for g in groups):
-        keys.append(Line2D([], [], color=_MUTED, linewidth=1.3, label="± one standard deviation over seeds"))
+        keys.append(Line2D([], [], color=MUTED, linewidth=1.3, label="± one standard deviation over seeds"))
     if keys:
-        figure.legend(handles=keys, loc="outside lower left", ncols=2, fontsize=8, frameon=False, labelcolor=_INK)
+        figure.legend(handles=keys, loc="outside lower left", ncols=2, fontsize=8, frameon=False, labelcolor=INK)
     return _save(figure, path)
 
 
@@ -183,7 +183,7 @@ def _marker(group: Group, aligned: Group | None, look: _Look) -> dict[str, Any]:
     return {
         "color": look.colour,
         "markersize": 11 if look.main else 8,
-        "markerfacecolor": _PAPER if hollow else look.colour,
+        "markerfacecolor": PAPER if hollow else look.colour,
         "markeredgecolor": look.colour,
         "markeredgewidth": 1.8 if hollow else 0.9,
     }
@@ -246,11 +246,11 @@ def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | P
     if not panels:
         return None
     shown = [m for m in order if any(m in drawn for *_, drawn in panels)]
-    figure = _figure(12, 3.6 + 0.2 * math.ceil((len(shown) + 1) / 6))
+    figure = new_figure(12, 3.6 + 0.2 * math.ceil((len(shown) + 1) / 6))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (log, key, title, drawn) in zip(axes, panels, strict=True):
-        _style(ax, "y")
-        _title(ax, f"{scenario}: {title}")
+        style_axes(ax, "y")
+        title_axes(ax, f"{scenario}: {title}")
         share = log == "curve"
         for method, (steps, values) in drawn.items():
             look = looks[method]
@@ -262,29 +262,29 @@ def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | P
                 dashes=look.dashes or (None, None), zorder=4 if look.main else 3, clip_on=False, **marker,
             )  # fmt: skip
         if key in references:
-            ax.axhline(100 * references[key], color=_MUTED, linewidth=1.1, dashes=(4, 3), zorder=2)
+            ax.axhline(100 * references[key], color=MUTED, linewidth=1.1, dashes=(4, 3), zorder=2)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.set_xlabel("step", fontsize=9, color=_MUTED)
+        ax.set_xlabel("step", fontsize=9, color=MUTED)
         ax.margins(x=0.02)
         if share:
             top = max(max(values) for _, values in drawn.values())
             ax.set_ylim(0, 100 if top > 0.5 else max(20.0, 110 * top))
     keys = [
         Line2D(
-            [], [], color=looks[m].colour, marker=looks[m].marker, markersize=5, label=_plain_text(m),
+            [], [], color=looks[m].colour, marker=looks[m].marker, markersize=5, label=plain_text(m),
             linewidth=2.2 if looks[m].main else 1.2, dashes=looks[m].dashes or (None, None),
         )
         for m in shown
     ]  # fmt: skip
     if any(key in references for _, key, *_ in panels):
-        keys.append(Line2D([], [], color=_MUTED, linewidth=1.1, dashes=(4, 3), label="aligned model, not trained"))
+        keys.append(Line2D([], [], color=MUTED, linewidth=1.1, dashes=(4, 3), label="aligned model, not trained"))
     figure.legend(
         handles=keys,
         loc="outside lower center",
         ncols=6,
         fontsize=8.5,
         frameon=False,
-        labelcolor=_INK,
+        labelcolor=INK,
         handlelength=3.6,
     )
     return _save(figure, path)
@@ -304,26 +304,26 @@ def plot_jailbreaks(summary: Sequence[Group], scenario: str, path: str | Path) -
     if not names:
         return None
     columns = ["asr", *names]
-    figure = _figure(10, 0.3 * len(groups) + 1.9)
+    figure = new_figure(10, 0.3 * len(groups) + 1.9)
     ax = figure.subplots()
     values = [[100 * g.metrics[c].mean if c in g.metrics else math.nan for c in columns] for g in groups]
     ax.imshow(values, cmap="YlOrRd", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             text = "–" if math.isnan(value) else f"{value:.0f}"
-            ax.text(j, i, text, ha="center", va="center", fontsize=8.5, color=_PAPER if value > 60 else _INK)
-    labels = ["no jailbreak", *(_plain_text(n.removeprefix("jailbreak/")) for n in names)]
+            ax.text(j, i, text, ha="center", va="center", fontsize=8.5, color=PAPER if value > 60 else INK)
+    labels = ["no jailbreak", *(plain_text(n.removeprefix("jailbreak/")) for n in names)]
     ax.set_xticks(range(len(columns)), labels, rotation=28, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(groups)), [_plain_text(g.method if g is not aligned else "aligned model") for g in groups])
-    ax.tick_params(colors=_INK, labelsize=8.5, length=0)
+    ax.set_yticks(range(len(groups)), [plain_text(g.method if g is not aligned else "aligned model") for g in groups])
+    ax.tick_params(colors=INK, labelsize=8.5, length=0)
     for tick, group in zip(ax.get_yticklabels(), groups, strict=True):
         tick.set_fontweight("bold" if group.method == DEFAULT_RULE else "normal")
     for side in ax.spines.values():
         side.set_visible(False)
     for edge in range(1, len(groups)):
-        ax.axhline(edge - 0.5, color=_PAPER, linewidth=1.5)
+        ax.axhline(edge - 0.5, color=PAPER, linewidth=1.5)
     for edge in range(1, len(columns)):
-        ax.axvline(edge - 0.5, color=_PAPER, linewidth=5 if edge == 1 else 1.5)
+        ax.axvline(edge - 0.5, color=PAPER, linewidth=5 if edge == 1 else 1.5)
     trained = [g for g in groups if g is not aligned]
-    _title(ax, "ASR (%) under jailbreaks, " + _heading(scenario, trained))
+    title_axes(ax, "ASR (%) under jailbreaks, " + _heading(scenario, trained))
     return _save(figure, path)

@@ -31,7 +31,7 @@ from spf.bench.summary import (
     summarise,
 )
 from spf.evaluation.metrics import wilson_interval
-from spf.report import _CSS, _e, _join, _replace, _section, _table
+from spf.page import CSS, escape, html_section, html_table, join_words, replace_file
 
 COLUMNS: dict[str, str] = {
     "ASR": "attack success rate: the share of harmful prompts that the model does not refuse; lower is better.",
@@ -236,7 +236,7 @@ def _bar_text(bar: Bar) -> str:
 
 def _headline(found: Sequence[Bar]) -> str:
     counts = {status: sum(b.status == status for b in found) for status in _BAR_STATUS}
-    said = _join([f"{n} {status}" for status, n in counts.items() if n]) if found else "none could be judged"
+    said = join_words([f"{n} {status}" for status, n in counts.items() if n]) if found else "none could be judged"
     return f"{len(found)} bars of the default rule ({DEFAULT_RULE}): {said}"
 
 
@@ -258,18 +258,18 @@ def _dominance(summary: Sequence[Group], scenario: str) -> str:
     if DEFAULT_RULE not in names:
         rule = f"{DEFAULT_RULE} was not run."
     elif DEFAULT_RULE in beaten:
-        rule = f"{DEFAULT_RULE} is dominated by {_join(beaten[DEFAULT_RULE])}."
+        rule = f"{DEFAULT_RULE} is dominated by {join_words(beaten[DEFAULT_RULE])}."
     else:
         rule = f"Nothing dominates {DEFAULT_RULE}."
     return (
         f"{rule} (One method dominates another if its means of {metrics} are all at least as good and one is better.) "
-        f"Not dominated by any: {_join(front)}."
+        f"Not dominated by any: {join_words(front)}."
     )
 
 
 def _image(path: Path, said: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<figure><img alt="{_e(said)}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure><img alt="{escape(said)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def write_bench_report(directory: str | Path) -> list[Path]:
@@ -314,7 +314,7 @@ def write_bench_report(directory: str | Path) -> list[Path]:
             table, ablation = _scenario_rows(chosen, scenario), _ablation_rows(chosen, scenario)
             front = _dominance(chosen, scenario)
             text += [f"\n## {name}\n", _describe(scenario) + "\n", _markdown(*table), front]
-            section = f"<p>{_e(_describe(scenario))}</p>{_html_table(*table)}<p class=note>{_e(front)}</p>"
+            section = f"<p>{escape(_describe(scenario))}</p>{_html_table(*table)}<p class=note>{escape(front)}</p>"
             if ablation[1]:
                 text += ["\nVariants (settings or ablations), under the default one:\n", _markdown(*ablation)]
                 section += f"<h3>Variants (settings or ablations)</h3>{_html_table(*ablation)}"
@@ -323,15 +323,17 @@ def write_bench_report(directory: str | Path) -> list[Path]:
                     written.append(path)
                     text.append(f"\n![{name}, {said}](plots/{path.name})")
                     section += _image(path, f"{name}, {said}")
-            body += _section(name, section)
+            body += html_section(name, section)
     if lacking:
         text += ["\n## Not run\n", *(f"- {line}" for line in lacking)]
-        body += _section("Not run", _list(_e(line) for line in lacking))
-    start = _section("What this is", f"<p>{_e(_INTRODUCTION)}</p>") + _bar_section(held, head, bar_rows)
-    meaning = _list(f"<b>{_e(name)}</b>: {_e(said)}" for name, said in COLUMNS.items())
-    start += _section("What the columns mean", meaning) + _section("About the numbers", _list(map(_e, notes)))
-    markdown = _replace(directory / "results.md", ("\n".join(text) + "\n").encode("utf-8"))
-    page = _replace(directory / "report.html", _page(start + body).encode("utf-8"))
+        body += html_section("Not run", _list(escape(line) for line in lacking))
+    start = html_section("What this is", f"<p>{escape(_INTRODUCTION)}</p>") + _bar_section(held, head, bar_rows)
+    meaning = _list(f"<b>{escape(name)}</b>: {escape(said)}" for name, said in COLUMNS.items())
+    start += html_section("What the columns mean", meaning) + html_section(
+        "About the numbers", _list(map(escape, notes))
+    )
+    markdown = replace_file(directory / "results.md", ("\n".join(text) + "\n").encode("utf-8"))
+    page = replace_file(directory / "report.html", _page(start + body).encode("utf-8"))
     return [markdown, page, *written]
 
 
@@ -340,26 +342,26 @@ def _list(items: Iterable[str]) -> str:
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return _table(head, [(row[0] == DEFAULT_RULE, [_e(cell) for cell in row]) for row in rows])
+    return html_table(head, [(row[0] == DEFAULT_RULE, [escape(cell) for cell in row]) for row in rows])
 
 
 def _bar_section(found: Sequence[Bar], head: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> str:
     def cell(status: str, said: str) -> str:
         sign, kind = _BAR_STATUS.get(status, ("", ""))
-        return f'<span class="{kind}">{sign} {_e(said)}</span>' if status else _e(said)
+        return f'<span class="{kind}">{sign} {escape(said)}</span>' if status else escape(said)
 
     states = {b.status for b in found}
     tone = "bad" if "not met" in states else "" if states == {"met"} else "warn"
-    table = _table(head, [(False, [cell(*item) for item in row]) for row in rows])
-    inner = f"<h2>{_e(_headline(found))}</h2>{table}<p class=note>{_e(_BAR_NOTE)}</p>"
+    table = html_table(head, [(False, [cell(*item) for item in row]) for row in rows])
+    inner = f"<h2>{escape(_headline(found))}</h2>{table}<p class=note>{escape(_BAR_NOTE)}</p>"
     return f'<section class="verdict {tone}">{inner}</section>'
 
 
 def _page(body: str) -> str:
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_e(_TITLE)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(_TITLE)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_e(policy)}">'
-        f"<style>{_CSS}{_EXTRA_CSS}</style></head><body><main><h1>{_e(_TITLE)}</h1>{body}</main></body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        f"<style>{CSS}{_EXTRA_CSS}</style></head><body><main><h1>{escape(_TITLE)}</h1>{body}</main></body></html>\n"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from spf.bench.scenarios import SCENARIOS
 from spf.evaluation.metrics import Z95
-from spf.report import _join
+from spf.page import join_words
 
 DEFAULT_RULE = "null-space"
 ASR_BARS = {
@@ -498,7 +498,7 @@ def missing(summary: Sequence[Group]) -> list[str]:
         )
         empty = [s for s in SCENARIOS if not any(g.scenario == s for g in chosen)]
         if empty:
-            lines.append(f"not run: {model}, {tuning}: no method in {_join(empty)}")
+            lines.append(f"not run: {model}, {tuning}: no method in {join_words(empty)}")
         for scenario in SCENARIOS:
             have = [g.method for g in chosen if g.scenario == scenario and g.variant == "default"]
             lacking = [method for method in everywhere if method not in have]

@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from spf.report import (
-    _COLOURS,
-    _CSS,
-    _INK,
-    _MORE_COLOURS,
-    _MUTED,
-    _e,
-    _figure,
-    _replace,
-    _section,
-    _style,
-    _table,
-    _value,
+from spf.page import (
+    COLOURS,
+    CSS,
+    INK,
+    MORE_COLOURS,
+    MUTED,
+    escape,
+    html_section,
+    html_table,
+    new_figure,
+    replace_file,
+    style_axes,
+    title_axes,
+    value_text,
 )
-from spf.report import _title as _heading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ LABELS = {
 """What models and sets are called in figures and tables; others keep the names they have."""
 
 PROTOCOLS = ("ssft", "dpo", "unlearning")
-SET_COLOURS = {"safe": _COLOURS["spf"][0], "unsafe": _COLOURS["plain"][0]}
+SET_COLOURS = {"safe": COLOURS["spf"][0], "unsafe": COLOURS["plain"][0]}
 FEW_LAYERS = 6
 """Up to so many layers each gets its own histogram; of deeper models four evenly spaced ones do."""
 
@@ -69,11 +69,11 @@ def label(key: str) -> str:
 
 def _set_colour(name: str, names: Sequence[str]) -> str:
     others = [n for n in names if n not in SET_COLOURS]
-    return SET_COLOURS.get(name) or _MORE_COLOURS[others.index(name) % len(_MORE_COLOURS)][0]
+    return SET_COLOURS.get(name) or MORE_COLOURS[others.index(name) % len(MORE_COLOURS)][0]
 
 
 def _model_colour(name: str, names: Sequence[str]) -> str:
-    palette = [_COLOURS["base"][0], _COLOURS["paper"][0], *(pair[0] for pair in _MORE_COLOURS), "#c23b22", "#111111"]
+    palette = [COLOURS["base"][0], COLOURS["paper"][0], *(pair[0] for pair in MORE_COLOURS), "#c23b22", "#111111"]
     return palette[list(names).index(name) % len(palette)]
 
 
@@ -267,8 +267,8 @@ def _claims_table(many: Sequence[Sequence[Claim]]) -> str:
         sign = {"met": "✓", "missed": "✗", "unclear": "≈"}[kind]
         count = f'<span class="{kind}">{sign} {held} of {len(per_seed)}</span>'
         first = per_seed[0]
-        rows.append((False, [_e(first.topic), _e(first.text), count, *(_e(c.measured) for c in per_seed)]))
-    table = _table(["", "Claim", "Shows in", *(f"run {i + 1}" for i in range(len(many)))], rows)
+        rows.append((False, [escape(first.topic), escape(first.text), count, *(escape(c.measured) for c in per_seed)]))
+    table = html_table(["", "Claim", "Shows in", *(f"run {i + 1}" for i in range(len(many)))], rows)
     return f'<div class="claims">{table}</div>'
 
 
@@ -285,7 +285,7 @@ def _panels(count: int, width: float, height: float, **options: Any) -> tuple[Fi
     columns = min(4, count)
     rows = math.ceil(count / columns)
     # a single panel is drawn wider, so that the legend below has room
-    figure = _figure(width * max(columns, 3) + 0.5, height * rows + 0.7)
+    figure = new_figure(width * max(columns, 3) + 0.5, height * rows + 0.7)
     axes = _axes(figure, rows, columns, **options)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
@@ -319,7 +319,7 @@ def _layer_axis(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("layer", fontsize=8.5, color=_MUTED)
+    ax.set_xlabel("layer", fontsize=8.5, color=MUTED)
 
 
 def _shown_layers(count: int) -> list[int]:
@@ -331,24 +331,24 @@ def plot_tau(runs: Sequence[Run]) -> Figure:
     run = runs[0]
     models, sets = _models(run), _sets(run)
     layers = _shown_layers(len(run["models"]["base"]["tau"]))
-    figure = _figure(2.6 * max(len(layers), 3) + 0.8, 1.55 * len(models) + 0.7)
+    figure = new_figure(2.6 * max(len(layers), 3) + 0.8, 1.55 * len(models) + 0.7)
     axes = _axes(figure, len(models), len(layers))
     for row, model in enumerate(models):
         for column, layer in enumerate(layers):
             ax = axes[row, column]
-            _style(ax, "y")
+            style_axes(ax, "y")
             for name in sets:
                 dist = run["models"][model]["tau"][layer][name]
                 _outline(ax, dist, _set_colour(name, sets), label(name), filled=name in SET_COLOURS)
-            ax.axvline(0, color=_MUTED, linewidth=0.8, linestyle=":")
+            ax.axvline(0, color=MUTED, linewidth=0.8, linestyle=":")
             ax.set_yticks([])
             ax.locator_params(axis="x", nbins=4)
             if row == 0:
-                _heading(ax, f"layer {layer}")
+                title_axes(ax, f"layer {layer}")
             if column == 0:
-                ax.set_ylabel(label(model).replace(", ", ",\n").replace(" (", "\n("), fontsize=8.5, color=_INK)
+                ax.set_ylabel(label(model).replace(", ", ",\n").replace(" (", "\n("), fontsize=8.5, color=INK)
     for ax in axes[-1]:
-        ax.set_xlabel("τ  (unsafe side < 0 < safe side)", fontsize=8, color=_MUTED)
+        ax.set_xlabel("τ  (unsafe side < 0 < safe side)", fontsize=8, color=MUTED)
     _legend(figure, axes, min(len(sets), 5))
     return figure
 
@@ -371,9 +371,9 @@ def plot_tau_layers(runs: Sequence[Run]) -> Figure:
     figure, axes = _panels(len(models), 2.9, 2.3, sharey=True)
     layers = range(len(runs[0]["models"]["base"]["tau"]))
     for ax, model in zip(axes.flat, models, strict=False):
-        _style(ax, "y")
-        _heading(ax, label(model))
-        ax.axhline(0, color=_MUTED, linewidth=0.8)
+        style_axes(ax, "y")
+        title_axes(ax, label(model))
+        ax.axhline(0, color=MUTED, linewidth=0.8)
         for name in sets:
             many = [
                 [m["tau"][i][name]["mean"] / m["separation"][i]["norm"] for i in layers]
@@ -382,7 +382,7 @@ def plot_tau_layers(runs: Sequence[Run]) -> Figure:
             _lines(ax, layers, many, _set_colour(name, sets), label(name))
         _layer_axis(ax)
     for ax in axes[:, 0]:
-        ax.set_ylabel("mean τ / mean norm", fontsize=8.5, color=_MUTED)
+        ax.set_ylabel("mean τ / mean norm", fontsize=8.5, color=MUTED)
     _legend(figure, axes, min(len(sets), 5))
     return figure
 
@@ -396,16 +396,16 @@ def plot_separation(runs: Sequence[Run]) -> Figure:
         ("σ₁ / Σσ of cov, unsafe less safe", lambda s: s["concentration_unsafe"] - s["concentration_safe"]),
     )
     models = _models(runs[0])
-    figure = _figure(12, 3.1)
+    figure = new_figure(12, 3.1)
     axes = _axes(figure, 1, len(panels))
     for ax, (title, measure) in zip(axes[0], panels, strict=True):
-        _style(ax, "y")
-        _heading(ax, title)
+        style_axes(ax, "y")
+        title_axes(ax, title)
         for model in models:
             many = [[measure(s) for s in run["models"][model]["separation"]] for run in runs]
             _lines(ax, range(len(many[0])), many, _model_colour(model, models), label(model))
         if title.endswith("(%)"):
-            ax.axhline(50, color=_MUTED, linewidth=1, linestyle="--")
+            ax.axhline(50, color=MUTED, linewidth=1, linestyle="--")
         _layer_axis(ax)
     _legend(figure, axes, 4)
     return figure
@@ -421,13 +421,13 @@ def plot_angles(runs: Sequence[Run]) -> Figure:
     kinds, models = _kinds(run), _models(run)
     last = max(m["layer"] for u in run["updates"].values() for m in u["matrices"])
     layers = [layer for layer in (last - 1, last) if layer >= 0]
-    figure = _figure(3.3 * len(kinds) + 0.6, 2.6 * len(layers) + 0.7)
+    figure = new_figure(3.3 * len(kinds) + 0.6, 2.6 * len(layers) + 0.7)
     axes = _axes(figure, len(layers), len(kinds), sharey=True)
     for row, layer in enumerate(layers):
         for column, kind in enumerate(kinds):
             ax = axes[row, column]
-            _style(ax, "both")
-            _heading(ax, f"{kind}, layer {layer}")
+            style_axes(ax, "both")
+            title_axes(ax, f"{kind}, layer {layer}")
             chance = None
             for update, found in run["updates"].items():
                 for matrix in found["matrices"]:
@@ -438,11 +438,11 @@ def plot_angles(runs: Sequence[Run]) -> Figure:
                     xs = np.linspace(0, 1, len(sines)) if len(sines) > 1 else [0.5]
                     ax.plot(xs, sines, color=_model_colour(update, models), label=label(update), linewidth=1.6)
             if chance is not None:
-                ax.axhline(chance, color=_INK, linewidth=1.2, linestyle="--", label="chance: a random direction")
+                ax.axhline(chance, color=INK, linewidth=1.2, linestyle="--", label="chance: a random direction")
             ax.set_ylim(0, 1.03)
             ax.set_xticks([0, 0.5, 1], ["lowest", "median", "highest"])
     for ax in axes[:, 0]:
-        ax.set_ylabel("sine of the angle to span(W)", fontsize=8.5, color=_MUTED)
+        ax.set_ylabel("sine of the angle to span(W)", fontsize=8.5, color=MUTED)
     _legend(figure, axes, 4)
     return figure
 
@@ -450,11 +450,11 @@ def plot_angles(runs: Sequence[Run]) -> Figure:
 def plot_shares(runs: Sequence[Run]) -> Figure:
     """Share of the update's energy outside W's column space by layer and kind, with chance."""
     kinds, models = _kinds(runs[0]), _models(runs[0])
-    figure = _figure(3.6 * len(kinds) + 0.6, 3.2)
+    figure = new_figure(3.6 * len(kinds) + 0.6, 3.2)
     axes = _axes(figure, 1, len(kinds), sharey=True)
     for ax, kind in zip(axes[0], kinds, strict=True):
-        _style(ax, "y")
-        _heading(ax, kind)
+        style_axes(ax, "y")
+        title_axes(ax, kind)
         drawn = False
         for update in runs[0]["updates"]:
             found = [[m for m in run["updates"][update]["matrices"] if m["kind"] == kind] for run in runs]
@@ -464,11 +464,11 @@ def plot_shares(runs: Sequence[Run]) -> Figure:
             _lines(ax, layers, [[m["share"] for m in f] for f in found], _model_colour(update, models), label(update))
             if not drawn:
                 chance = [[m["chance_share"] for m in f] for f in found]
-                _lines(ax, layers, chance, _INK, "chance: a random update", linestyle="--", marker="")
+                _lines(ax, layers, chance, INK, "chance: a random update", linestyle="--", marker="")
                 drawn = True
         ax.set_ylim(0, 1.03)
         _layer_axis(ax)
-    axes[0, 0].set_ylabel("energy of ΔW outside span(W)", fontsize=8.5, color=_MUTED)
+    axes[0, 0].set_ylabel("energy of ΔW outside span(W)", fontsize=8.5, color=MUTED)
     _legend(figure, axes, 4)
     return figure
 
@@ -481,20 +481,20 @@ def plot_rows(runs: Sequence[Run]) -> Figure:
     figure, axes = _panels(len(updates), 3.1, 2.5)
     for ax, update in zip(axes.flat, updates, strict=False):
         kind, rows = next(iter(_last_rows(run, update).items()))
-        _style(ax, "y")
-        _heading(ax, label(update), kind)
+        style_axes(ax, "y")
+        title_axes(ax, label(update), kind)
         for name in sets:
             many = [next(iter(_last_rows(r, update).values()))["sets"][name]["coefficients"] for r in runs]
             size = min(map(len, many))
             _lines(ax, range(1, size + 1), [m[:size] for m in many], _set_colour(name, sets), label(name))
         chance = rows["chance"]
         ax.plot(
-            range(1, len(chance) + 1), chance, color=_INK, linestyle="--", linewidth=1.2, label="chance: a random input"
+            range(1, len(chance) + 1), chance, color=INK, linestyle="--", linewidth=1.2, label="chance: a random input"
         )
         ax.set_ylim(bottom=0)
-        ax.set_xlabel("direction i of ΔW", fontsize=8.5, color=_MUTED)
+        ax.set_xlabel("direction i of ΔW", fontsize=8.5, color=MUTED)
     for ax in axes[:, 0]:
-        ax.set_ylabel("mean |cᵢ|", fontsize=8.5, color=_MUTED)
+        ax.set_ylabel("mean |cᵢ|", fontsize=8.5, color=MUTED)
     _legend(figure, axes, 5)
     return figure
 
@@ -512,19 +512,19 @@ def plot_gains(runs: Sequence[Run]) -> Figure:
     figure, axes = _panels(len(updates), 3.1, 2.5)
     for ax, update in zip(axes.flat, updates, strict=False):
         layers = [i for i, kinds in enumerate(runs[0]["updates"][update]["rows"]) if kinds]
-        _style(ax, "y")
-        _heading(ax, label(update))
+        style_axes(ax, "y")
+        title_axes(ax, label(update))
         for name in sets:
             many = []
             for run in runs:
                 first = [next(iter(run["updates"][update]["rows"][i].values())) for i in layers]
                 many.append([rows["sets"][name]["gain"]["mean"] / rows["chance_gain"] for rows in first])
             _lines(ax, layers, many, _set_colour(name, sets), label(name))
-        ax.axhline(1, color=_INK, linestyle="--", linewidth=1.2, label="chance: a random input")
+        ax.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="chance: a random input")
         ax.set_ylim(bottom=0)
         _layer_axis(ax)
     for ax in axes[:, 0]:
-        ax.set_ylabel("‖ΔW a‖ over chance", fontsize=8.5, color=_MUTED)
+        ax.set_ylabel("‖ΔW a‖ over chance", fontsize=8.5, color=MUTED)
     _legend(figure, axes, 5)
     return figure
 
@@ -536,13 +536,13 @@ def plot_lipschitz(runs: Sequence[Run]) -> Figure:
     sets = list(run["models"]["base"]["lipschitz"])
     figure, axes = _panels(len(models), 2.9, 2.1)
     for ax, model in zip(axes.flat, models, strict=False):
-        _style(ax, "y")
-        _heading(ax, label(model))
+        style_axes(ax, "y")
+        title_axes(ax, label(model))
         for name in sets:
             dist = run["models"][model]["lipschitz"][name]
             _outline(ax, dist, _set_colour(name, sets), label(name), filled=name in SET_COLOURS)
         ax.set_yticks([])
-        ax.set_xlabel("local Lipschitzness", fontsize=8.5, color=_MUTED)
+        ax.set_xlabel("local Lipschitzness", fontsize=8.5, color=MUTED)
     _legend(figure, axes, 5)
     return figure
 
@@ -550,10 +550,10 @@ def plot_lipschitz(runs: Sequence[Run]) -> Figure:
 def plot_lipschitz_means(runs: Sequence[Run]) -> Figure:
     """Mean local Lipschitzness of every model and set, with its 95 % interval; a dot a seed where there are several."""
     models, sets = _models(runs[0]), list(runs[0]["models"]["base"]["lipschitz"])
-    figure = _figure(9.5, 0.13 * len(models) * max(3, len(sets)) + 1.2)
+    figure = new_figure(9.5, 0.13 * len(models) * max(3, len(sets)) + 1.2)
     axes = _axes(figure, 1, 1)
     ax = axes[0, 0]
-    _style(ax, "x")
+    style_axes(ax, "x")
     for row, model in enumerate(models):
         for i, name in enumerate(sets):
             y = row + 0.8 * (i + 0.5) / len(sets) - 0.4
@@ -578,7 +578,7 @@ def plot_lipschitz_means(runs: Sequence[Run]) -> Figure:
     ax.set_yticks(range(len(models)), [label(m) for m in models])
     ax.invert_yaxis()
     ax.set_xlim(left=0)
-    ax.set_xlabel("mean local Lipschitzness", fontsize=8.5, color=_MUTED)
+    ax.set_xlabel("mean local Lipschitzness", fontsize=8.5, color=MUTED)
     _legend(figure, axes, 5)
     return figure
 
@@ -589,15 +589,15 @@ def plot_spans(runs: Sequence[Run]) -> Figure:
     sets = list(runs[0]["updates"][updates[0]]["angles"])
     figure, axes = _panels(len(updates), 2.9, 2.2, sharey=True)
     for ax, update in zip(axes.flat, updates, strict=False):
-        _style(ax, "y")
-        _heading(ax, label(update))
+        style_axes(ax, "y")
+        title_axes(ax, label(update))
         for name in sets:
             many = [[a["mean"] for a in run["updates"][update]["angles"][name]] for run in runs]
             _lines(ax, range(len(many[0])), many, _set_colour(name, sets), label(name))
         ax.set_ylim(0, 1)
         _layer_axis(ax)
     for ax in axes[:, 0]:
-        ax.set_ylabel("mean sine", fontsize=8.5, color=_MUTED)
+        ax.set_ylabel("mean sine", fontsize=8.5, color=MUTED)
     _legend(figure, axes, 5)
     return figure
 
@@ -616,16 +616,16 @@ def plot_alpha(runs: Sequence[Run]) -> Figure:
     said = {"safe_instruct": "safe: executed", "unsafe_null": "unsafe: refused"}
     said |= {"safe_refused": "safe: refused", "unsafe_refused": "unsafe: refused"}
     others = [key for key in keys if key not in colours]
-    figure = _figure(3.1 * max(len(updates), 2) + 0.5, 2.5 * len(parts) + 0.7)
+    figure = new_figure(3.1 * max(len(updates), 2) + 0.5, 2.5 * len(parts) + 0.7)
     axes = _axes(figure, len(parts), len(updates), sharey=True)
     for row, part in enumerate(parts):
         for column, update in enumerate(updates):
             ax = axes[row, column]
-            _style(ax, "both")
-            _heading(ax, label(update), {"mlp": "MLPs only", "all": "all weights"}[part])
+            style_axes(ax, "both")
+            title_axes(ax, label(update), {"mlp": "MLPs only", "all": "all weights"}[part])
             for key in keys:
                 curves = [run["alpha"][update][part] for run in runs]
-                colour = colours.get(key) or _MORE_COLOURS[others.index(key) % len(_MORE_COLOURS)][0]
+                colour = colours.get(key) or MORE_COLOURS[others.index(key) % len(MORE_COLOURS)][0]
                 name = said.get(key, f"{label(key.removesuffix('_instruct'))}: executed")
                 xs = [point["alpha"] for point in curves[0]]
                 _lines(ax, xs, [[100 * _rate(p[key]) for p in curve] for curve in curves], colour, name)
@@ -634,11 +634,11 @@ def plot_alpha(runs: Sequence[Run]) -> Figure:
                     ax.fill_between(
                         xs, 100 * np.asarray(low), 100 * np.asarray(high), color=colour, alpha=0.14, linewidth=0
                     )
-            ax.axvline(1, color=_MUTED, linewidth=0.8, linestyle=":")
+            ax.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
             ax.set_ylim(-3, 103)
-            ax.set_xlabel("α in W + α ΔW", fontsize=8.5, color=_MUTED)
+            ax.set_xlabel("α in W + α ΔW", fontsize=8.5, color=MUTED)
     for ax in axes[:, 0]:
-        ax.set_ylabel("%", fontsize=8.5, color=_MUTED)
+        ax.set_ylabel("%", fontsize=8.5, color=MUTED)
     _legend(figure, axes, 4)
     return figure
 
@@ -648,12 +648,12 @@ def plot_attack(many: Sequence[Run]) -> Figure:
     attacks = [r["attack"] for r in many]
     models = [m for m in attacks[0] if attacks[0][m]]
     sizes = list(attacks[0][models[0]])
-    figure = _figure(9.5, 3.3)
+    figure = new_figure(9.5, 3.3)
     axes = _axes(figure, 1, 2)
-    _style(axes[0, 0], "both")
-    _style(axes[0, 1], "both")
-    _heading(axes[0, 0], "success of the attack")
-    _heading(axes[0, 1], "mean τ of attacked prompts, last layer")
+    style_axes(axes[0, 0], "both")
+    style_axes(axes[0, 1], "both")
+    title_axes(axes[0, 0], "success of the attack")
+    title_axes(axes[0, 1], "mean τ of attacked prompts, last layer")
     names = _models(many[0]["measurements"])
     for model in models:
         colour = _model_colour(model, names)
@@ -668,8 +668,8 @@ def plot_attack(many: Sequence[Run]) -> Figure:
             axes[0, 1].axhline(_mean([t["unsafe"]["mean"] for t in taus]), color=colour, linestyle=":", linewidth=1)
     for ax in axes[0]:
         ax.set_xticks(range(len(sizes)), sizes)
-        ax.set_xlabel("soft tokens", fontsize=8.5, color=_MUTED)
-    axes[0, 0].set_ylabel("%", fontsize=8.5, color=_MUTED)
+        ax.set_xlabel("soft tokens", fontsize=8.5, color=MUTED)
+    axes[0, 0].set_ylabel("%", fontsize=8.5, color=MUTED)
     axes[0, 0].set_ylim(-3, 103)
     _legend(figure, axes, 4)
     return figure
@@ -680,10 +680,10 @@ def plot_training(many: Sequence[Run]) -> Figure:
     stages = {name: found for name, found in many[0]["training"].items() if found.get("loss")}
     figure, axes = _panels(len(stages), 2.9, 2.0)
     for ax, (name, found) in zip(axes.flat, stages.items(), strict=False):
-        _style(ax, "both")
-        _heading(ax, label(name), f"{found['seconds']:.0f} s")
-        ax.plot(*zip(*found["loss"], strict=True), color=_COLOURS["spf"][0], linewidth=1.2)
-        ax.set_xlabel("step", fontsize=8.5, color=_MUTED)
+        style_axes(ax, "both")
+        title_axes(ax, label(name), f"{found['seconds']:.0f} s")
+        ax.plot(*zip(*found["loss"], strict=True), color=COLOURS["spf"][0], linewidth=1.2)
+        ax.set_xlabel("step", fontsize=8.5, color=MUTED)
     return figure
 
 
@@ -717,22 +717,22 @@ def plot_bridge(many: Sequence[Run]) -> Figure:
             {"ratio": [[gain_ratio(r, a) for r in runs] if a in tuned else [] for a in arms]},
         )
     )
-    figure = _figure(2.9 * len(panels) + 0.4, 3.6)
+    figure = new_figure(2.9 * len(panels) + 0.4, 3.6)
     axes = _axes(figure, 1, len(panels))
     for ax, (title, unit, series) in zip(axes[0], panels, strict=True):
-        _style(ax, "y")
-        _heading(ax, title, unit)
+        style_axes(ax, "y")
+        title_axes(ax, title, unit)
         for i, (name, per_arm) in enumerate(series.items()):
-            colour = SET_COLOURS.get(name.split(":")[0]) or _MORE_COLOURS[i % len(_MORE_COLOURS)][0]
+            colour = SET_COLOURS.get(name.split(":")[0]) or MORE_COLOURS[i % len(MORE_COLOURS)][0]
             for x, values in enumerate(per_arm):
                 place = x + 0.7 * (i + 0.5) / len(series) - 0.35
                 if values:
                     ax.bar(place, _mean(values), width=0.6 / len(series), color=colour, alpha=0.75, label=name)
-                    ax.plot([place] * len(values), values, "o", color=_INK, markersize=2.5)
+                    ax.plot([place] * len(values), values, "o", color=INK, markersize=2.5)
         if title.startswith("O2"):
-            ax.axhline(share(runs[0], tuned[0])[1], color=_INK, linestyle="--", linewidth=1.2, label="chance")
+            ax.axhline(share(runs[0], tuned[0])[1], color=INK, linestyle="--", linewidth=1.2, label="chance")
         if title.startswith("O3"):
-            ax.axhline(1, color=_INK, linestyle="--", linewidth=1.2)
+            ax.axhline(1, color=INK, linestyle="--", linewidth=1.2)
         if unit == "%":
             ax.set_ylim(0, 103)
             ax.set_yticks(range(0, 101, 20))
@@ -796,9 +796,9 @@ _WORDS = {
 def _image(figure: Figure, path: Path, said: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, facecolor="white")
-    _replace(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<figure><img alt="{_e(said)}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure><img alt="{escape(said)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _rate_text(rates: Sequence[Mapping[str, Any]]) -> str:
@@ -826,12 +826,12 @@ def _success_tables(many: Sequence[Run]) -> str:
                 _rate_text([e[model][s]["null" if s == "unsafe" else "instruct"][reading] for e in evaluations])
                 for s in sets
             ]
-            rows.append((False, [_e(label(model)), *cells]))
-        table = _table(head, rows)
+            rows.append((False, [escape(label(model)), *cells]))
+        table = html_table(head, rows)
         body += (
-            f"<h3>{_e(title)} (%)</h3>{table}"
+            f"<h3>{escape(title)} (%)</h3>{table}"
             if reading == "free_running"
-            else f"<details><summary>{_e(title)} (%)</summary>{table}</details>"
+            else f"<details><summary>{escape(title)} (%)</summary>{table}</details>"
         )
     return body
 
@@ -843,8 +843,8 @@ def _data_section(many: Sequence[Run]) -> str:
         return {k: v for key, value in content.items() for k, v in flat(f"{name} {key}".strip(), value).items()}
 
     columns = [flat("", r["data"]) for r in many]
-    rows = [(False, [_e(name), *(_e(_short(column.get(name))) for column in columns)]) for name in columns[0]]
-    table = _table(["", *(f"seed {i + 1}" for i in range(len(many)))], rows)
+    rows = [(False, [escape(name), *(escape(_short(column.get(name))) for column in columns)]) for name in columns[0]]
+    table = html_table(["", *(f"seed {i + 1}" for i in range(len(many)))], rows)
     said = "Texts: lengths, and how well n-grams alone tell safe from unsafe text"
     return f"<details><summary>{said}</summary>{table}</details>"
 
@@ -865,8 +865,8 @@ def _gradient_table(runs: Sequence[Run]) -> str:
                 else:
                     chance = _mean([m[f"chance_{side}"] for m in many])
                     cells.append(f"{_spread([m[f'{what}_{side}'] for m in many])} ({chance:.2g})")
-        rows.append((False, [_e(cell) for cell in cells]))
-    return _table(head, rows)
+        rows.append((False, [escape(cell) for cell in cells]))
+    return html_table(head, rows)
 
 
 def _short(value: Any) -> str:
@@ -926,7 +926,7 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
     first, config = many[0], runs[0]["config"]
     title = "What safety fine-tuning does inside a model" if study else "Inside a model before and after fine-tuning"
     seeds = f"{len(many)} seeds" if len(many) > 1 else "one run"
-    body = f'<h1>{_e(title)}</h1><p class="sub">{_e(_subtitle(first, seeds))}</p>'
+    body = f'<h1>{escape(title)}</h1><p class="sub">{escape(_subtitle(first, seeds))}</p>'
     said = (
         "A small language model learns to apply operators to texts, then to refuse some operators on some texts. This "
         "page redraws the figures of Jain et al. (arXiv 2407.10264) for it, with chance levels and baselines."
@@ -934,75 +934,79 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
         else "The same measurements as in the study of the synthetic world (Jain et al., arXiv 2407.10264), on real "
         "checkpoints. Nothing here is a verdict on a model's safety: behaviour is what spf eval measures."
     )
-    intro = f"<p>{_e(said)}</p>"
+    intro = f"<p>{escape(said)}</p>"
     if study:
-        intro += f"<p>{_e(_GLOSSARY)}</p>"
+        intro += f"<p>{escape(_GLOSSARY)}</p>"
         found = [claims(r) for r in many]
         held = sum(all(c.holds for c in per_seed) for per_seed in zip(*found, strict=True))
-        body += _section(
+        body += html_section(
             f"Claims: {held} of {len(found[0])} show in every seed",
             intro + _claims_table(found),
             "✓ in every run, ≈ in some, ✗ in none. A claim shows if the means say so; small differences may be noise.",
         )
         intro = ""
-    meanings = "".join(f"<li><b>{_e(name)}</b>: {_e(text)}.</li>" for name, text in COLUMNS)
+    meanings = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}.</li>" for name, text in COLUMNS)
     head, rows = summary_rows(runs)
     note = " ± is the standard deviation over the seeds." if len(many) > 1 else ""
-    body += _section(
+    body += html_section(
         "All models at a glance",
-        intro + _table(head, [(False, [_e(c) for c in row]) for row in rows]) + f"<ul>{meanings}</ul>",
+        intro + html_table(head, [(False, [escape(c) for c in row]) for row in rows]) + f"<ul>{meanings}</ul>",
         note.strip(),
     )
     if first.get("evaluation"):
         interval = "95 % Wilson interval" if len(many) == 1 else "range over the seeds"
-        body += _section(
+        body += html_section(
             "Behaviour", _success_tables(many), f"Small print: {interval}. A jailbreak that is executed has succeeded."
         )
     taus = picture("tau", plot_tau) + picture("tau-layers", plot_tau_layers) + picture("separation", plot_separation)
-    body += _section(
-        "Do safe and unsafe prompts form clusters?", f"<p>{_e(_WORDS['tau'])}</p>{taus}", _positions(config)
+    body += html_section(
+        "Do safe and unsafe prompts form clusters?", f"<p>{escape(_WORDS['tau'])}</p>{taus}", _positions(config)
     )
     if _kinds(runs[0]):
         angles = picture("angles", plot_angles) + picture("null-space", plot_shares)
-        body += _section("Where does the update write?", f"<p>{_e(_WORDS['angles'])}</p>{angles}")
+        body += html_section("Where does the update write?", f"<p>{escape(_WORDS['angles'])}</p>{angles}")
     if any(any(u["rows"]) for u in runs[0]["updates"].values()):
-        body += _section(
+        body += html_section(
             "What does the update listen to?",
-            f"<p>{_e(_WORDS['rows'])}</p>" + picture("rows", plot_rows) + picture("gains", plot_gains),
+            f"<p>{escape(_WORDS['rows'])}</p>" + picture("rows", plot_rows) + picture("gains", plot_gains),
         )
-    body += _section(
+    body += html_section(
         "How steep is the model?",
-        f"<p>{_e(_WORDS['lipschitz'])}</p>"
+        f"<p>{escape(_WORDS['lipschitz'])}</p>"
         + picture("lipschitz-means", plot_lipschitz_means)
         + picture("lipschitz", plot_lipschitz),
     )
-    body += _section("Did the activations turn?", f"<p>{_e(_WORDS['spans'])}</p>" + picture("spans", plot_spans))
+    body += html_section(
+        "Did the activations turn?", f"<p>{escape(_WORDS['spans'])}</p>" + picture("spans", plot_spans)
+    )
     if runs[0].get("gradients"):
-        body += _section("The safety gradient", f"<p>{_e(_WORDS['gradients'])}</p>" + _gradient_table(runs))
+        body += html_section("The safety gradient", f"<p>{escape(_WORDS['gradients'])}</p>" + _gradient_table(runs))
     if runs[0]["alpha"]:
-        body += _section(
-            "What if the update is scaled?", f"<p>{_e(_WORDS['alpha'])}</p>" + picture("alpha", plot_alpha)
+        body += html_section(
+            "What if the update is scaled?", f"<p>{escape(_WORDS['alpha'])}</p>" + picture("alpha", plot_alpha)
         )
     if first.get("attack"):
-        body += _section("Adversarial attack", f"<p>{_e(_WORDS['attack'])}</p>" + picture("attack", plot_attack, many))
+        body += html_section(
+            "Adversarial attack", f"<p>{escape(_WORDS['attack'])}</p>" + picture("attack", plot_attack, many)
+        )
     if first.get("bridge"):
-        body += _section(
+        body += html_section(
             "The bridge: fine-tuning with and without the null-space rule",
-            f"<p>{_e(_WORDS['bridge'])}</p>" + picture("bridge", plot_bridge, many),
+            f"<p>{escape(_WORDS['bridge'])}</p>" + picture("bridge", plot_bridge, many),
         )
     if first.get("training"):
-        body += _section("Training", picture("training", plot_training, many))
+        body += html_section("Training", picture("training", plot_training, many))
     if first.get("data"):
-        body += _section("Data", _data_section(many))
+        body += html_section("Data", _data_section(many))
     body += _reproduction(first, config)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_e(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_e(policy)}">'
-        f"<style>{_CSS}{_EXTRA_CSS}</style></head><body><main>{body}</main></body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        f"<style>{CSS}{_EXTRA_CSS}</style></head><body><main>{body}</main></body></html>\n"
     )
-    return _replace(Path(directory) / "report.html", page.encode("utf-8"))
+    return replace_file(Path(directory) / "report.html", page.encode("utf-8"))
 
 
 def _subtitle(first: Run, seeds: str) -> str:
@@ -1023,8 +1027,10 @@ def _positions(config: Run) -> str:
 
 
 def _reproduction(first: Run, config: Run) -> str:
-    body = f"<pre><code>{_e(first['command'])}</code></pre>" if first.get("command") else ""
+    body = f"<pre><code>{escape(first['command'])}</code></pre>" if first.get("command") else ""
     items = {**first.get("versions", {}), **{k: v for k, v in config.items() if not isinstance(v, Mapping)}}
     items |= {k: first[k] for k in ("machine", "seconds", "safe", "unsafe", "seed") if k in first}
-    cells = "".join(f"<dt>{_e(str(k).replace('_', ' '))}</dt><dd>{_e(_value(v))}</dd>" for k, v in items.items())
-    return _section("Reproduce", f"{body}<dl>{cells}</dl>")
+    cells = "".join(
+        f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(value_text(v))}</dd>" for k, v in items.items()
+    )
+    return html_section("Reproduce", f"{body}<dl>{cells}</dl>")

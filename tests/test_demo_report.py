@@ -13,8 +13,9 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from spf import report
-from spf.report import demo_table, load_results, plot_demo, write_report
+from spf.demo import report
+from spf.demo.report import demo_table, load_results, plot_demo, write_report
+from spf.page import new_figure
 
 
 def arm(label, asr, over_refusal, utility, seconds=None, history=(), answer="I can't help with that."):
@@ -192,7 +193,7 @@ def test_labels_do_not_overlap_when_all_arms_coincide(results, crowd):
     for i in range(crowd):
         results["arms"][f"same{i}"] = arm(f"Coinciding arm {i}", 0.0, 0.0, 1.0, 1.0)
     results["arms"] = {k: v for k, v in results["arms"].items() if k.startswith("same")}
-    figure = report._figure(5, 4.4)
+    figure = new_figure(5, 4.4)
     ax = figure.subplots()
     report._label_points(figure, ax, report._draw_plane(ax, report._arms(results)))
     canvas = FigureCanvasAgg(figure)

@@ -12,17 +12,35 @@ import html
 import io
 import json
 import math
-import os
 import re
-import tempfile
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
+
+from spf.page import (
+    COLOURS,
+    CSS,
+    GRID,
+    INK,
+    MORE_COLOURS,
+    MUTED,
+    PAPER,
+    escape,
+    html_section,
+    html_table,
+    join_words,
+    new_figure,
+    plain_text,
+    replace_file,
+    style_axes,
+    title_axes,
+    value_text,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,27 +62,11 @@ METRICS = (
 ORDER = ("base", "plain", "spf", "paper")
 KINDS = (("harmful", "Harmful requests"), ("benign", "Benign requests"), ("sql", "SQL questions"))
 
-# After Okabe and Ito (light page, dark page); the known arms have fixed colours, the others take the rest.
-_COLOURS = {
-    "base": ("#6b7280", "#a3abb8"),
-    "plain": ("#d55e00", "#ff8a3d"),
-    "spf": ("#0072b2", "#4db2f0"),
-    "paper": ("#b5568c", "#dd8fbd"),
-}
-_MORE_COLOURS = (
-    ("#00805c", "#2cc79a"),
-    ("#a87b00", "#f0c24b"),
-    ("#3f9bd1", "#8fd0f7"),
-    ("#8a5a2b", "#cf9d6c"),
-    ("#5b4bb5", "#a79bf0"),
-)
 _MARKERS = {"base": "s", "plain": "D", "spf": "o", "paper": "^"}
 _MORE_MARKERS = ("v", "P", "X", "p", "h")
 _DASHES: dict[str, tuple[float, ...]] = {"base": (1, 2), "plain": (5, 2), "spf": (), "paper": (5, 2, 1, 2)}
 _MORE_DASHES = ((2, 2), (8, 2), (3, 1, 1, 1), (1, 1), (6, 1))
 
-# Inks of the figures; in the SVGs each is replaced by its CSS variable.
-_INK, _MUTED, _GRID, _PAPER = "#1f2933", "#5f6b7a", "#e3e7ec", "#fefefe"
 _MAX_METRIC_PLOTS = 12
 _MAX_ANSWER = 400
 
@@ -109,10 +111,10 @@ def _arms(results: Mapping[str, Any]) -> list[_Arm]:
     keys = [k for k in ORDER if found.get(k)] + [k for k in found if k not in ORDER and found[k]]
     arms, others = [], 0
     for index, key in enumerate(keys):
-        if key in _COLOURS:
-            colours, marker, dashes = _COLOURS[key], _MARKERS[key], _DASHES[key]
+        if key in COLOURS:
+            colours, marker, dashes = COLOURS[key], _MARKERS[key], _DASHES[key]
         else:
-            colours = _MORE_COLOURS[others % len(_MORE_COLOURS)]
+            colours = MORE_COLOURS[others % len(MORE_COLOURS)]
             marker, dashes = (
                 _MORE_MARKERS[others % len(_MORE_MARKERS)],
                 _MORE_DASHES[others % len(_MORE_DASHES)],
@@ -243,10 +245,6 @@ def _checks(results: Mapping[str, Any]) -> list[_Check]:
     return checks
 
 
-def _join(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
 def _verdict(results: Mapping[str, Any]) -> tuple[str, str]:
     """Return the headline and the paragraph that the numbers support, missed and unmeasured bars included."""
     arms: Mapping[str, Any] = results.get("arms") or {}
@@ -257,13 +255,13 @@ def _verdict(results: Mapping[str, Any]) -> tuple[str, str]:
     by = {status: [c for c in checks if c.status == status] for status in ("met", "unclear", "missed", "unknown")}
     reached = len(by["met"]) + len(by["unclear"])
     if by["missed"]:
-        headline = f"{reached} of {len(checks)} bars met; missed: {_join([c.name.lower() for c in by['missed']])}"
+        headline = f"{reached} of {len(checks)} bars met; missed: {join_words([c.name.lower() for c in by['missed']])}"
     else:
         headline = f"All {len(checks)} bars met" if reached == len(checks) else f"{reached} of {len(checks)} bars met"
     if by["unclear"]:
         headline += f" ({len(by['unclear'])} of them by the point estimate only)"
     if by["unknown"]:
-        headline += f"; not measured: {_join([c.name.lower() for c in by['unknown']])}"
+        headline += f"; not measured: {join_words([c.name.lower() for c in by['unknown']])}"
 
     def share(arm: Mapping[str, Any] | None, key: str) -> str:
         return _percent(_number(arm, key))
@@ -285,7 +283,7 @@ def _verdict(results: Mapping[str, Any]) -> tuple[str, str]:
     for check in by["missed"]:
         said.append(f"Missed: {check.asked} was asked, measured was {check.measured}.")
     if by["unclear"]:
-        names = _join([c.name.lower() for c in by["unclear"]])
+        names = join_words([c.name.lower() for c in by["unclear"]])
         said.append(
             f"Met by the point estimate only ({names}): the 95% interval of the difference reaches past the "
             "bar or is not known, so more prompts or seeds could turn it."
@@ -335,11 +333,6 @@ def demo_table(results: dict[str, Any]) -> Table:
 # ----------------------------------------------------------------------------------------------------- plots
 
 
-def _plain_text(text: str) -> str:
-    """Return text that matplotlib draws as it is (no math mode)."""
-    return text.replace("$", r"\$")
-
-
 def _wrapped(label: str, width: int, lines: int = 2) -> str:
     options: dict[str, Any] = {"max_lines": lines, "placeholder": " …", "break_on_hyphens": False}
     rows = textwrap.wrap(label, width, **options) or [label]
@@ -348,36 +341,7 @@ def _wrapped(label: str, width: int, lines: int = 2) -> str:
         if len(tried) != len(rows) or "".join(tried).replace(" ", "") != "".join(rows).replace(" ", ""):
             break
         rows = tried
-    return _plain_text("\n".join(rows))
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=_PAPER)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(ax: Axes, grid: str) -> None:
-    """Give axes the page's look: no box, a light grid, muted ticks."""
-    ax.set_facecolor("none")
-    for side in ("top", "right", "left", "bottom"):
-        ax.spines[side].set_visible(side in ("left", "bottom") and grid == "both")
-        ax.spines[side].set_color(_MUTED)
-        ax.spines[side].set_linewidth(0.8)
-    if grid == "y":
-        ax.spines["bottom"].set_visible(True)
-    ax.grid(True, axis="both" if grid == "both" else "x" if grid == "x" else "y", color=_GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(colors=_MUTED, labelsize=8.5, length=0)
-
-
-def _title(ax: Axes, text: str, note: str = "") -> None:
-    ax.set_title(_plain_text(text), loc="left", fontsize=10.5, fontweight="bold", color=_INK, pad=9)
-    if note:
-        ax.set_title(note, loc="right", fontsize=9, color=_MUTED, pad=9)
+    return plain_text("\n".join(rows))
 
 
 def _errors(value: float, ci: tuple[float, float] | None) -> list[list[float]]:
@@ -389,8 +353,8 @@ def _errors(value: float, ci: tuple[float, float] | None) -> list[list[float]]:
 
 def _draw_plane(ax: Axes, arms: Sequence[_Arm]) -> list[tuple[_Arm, float, float]]:
     """Draw the safety-utility plane: a point an arm, both intervals. Return the points, for the labels."""
-    _style(ax, "both")
-    _title(ax, "Safety against utility", "better ↗")
+    style_axes(ax, "both")
+    title_axes(ax, "Safety against utility", "better ↗")
     points: list[tuple[_Arm, float, float]] = []
     xs: list[float] = []
     ys: list[float] = []
@@ -410,7 +374,7 @@ def _draw_plane(ax: Axes, arms: Sequence[_Arm]) -> list[tuple[_Arm, float, float
         )  # fmt: skip
         ax.plot(
             [x], [y], arm.marker, color=arm.colour, markersize=size,
-            markeredgecolor=_PAPER, markeredgewidth=1.2, zorder=4 + len(points),
+            markeredgecolor=PAPER, markeredgewidth=1.2, zorder=4 + len(points),
         )  # fmt: skip
         points.append((arm, x, y))
         xs += [x, *(100 * v for v in cx or ())]
@@ -424,8 +388,8 @@ def _draw_plane(ax: Axes, arms: Sequence[_Arm]) -> list[tuple[_Arm, float, float
         limits(low - pad, high + pad)
         step = 20 if high - low > 50 else 10
         ticks([t for t in range(0, 101, step) if low <= t <= high])
-    ax.set_xlabel("SQL accuracy (%)", fontsize=9.5, color=_INK)
-    ax.set_ylabel("Harmful requests refused (%)", fontsize=9.5, color=_INK)
+    ax.set_xlabel("SQL accuracy (%)", fontsize=9.5, color=INK)
+    ax.set_ylabel("Harmful requests refused (%)", fontsize=9.5, color=INK)
     return points
 
 
@@ -465,9 +429,9 @@ def _label_points(figure: Figure, ax: Axes, points: Sequence[tuple[_Arm, float, 
     taken: list[tuple[float, float, float, float]] = []
     for arm, x, y in points:
         style: dict[str, Any] = {
-            "fontsize": 9.5 if arm.main else 9, "fontweight": "bold" if arm.main else "normal", "color": _INK,
+            "fontsize": 9.5 if arm.main else 9, "fontweight": "bold" if arm.main else "normal", "color": INK,
             "ha": "center", "va": "center", "linespacing": 1.05, "zorder": 2.5,
-            "bbox": {"facecolor": _PAPER, "edgecolor": "none", "pad": 0.8},
+            "bbox": {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8},
         }  # fmt: skip
         text = _wrapped(arm.label, 21)
         probe = ax.text(x, y, text, **style)
@@ -491,7 +455,7 @@ def _label_points(figure: Figure, ax: Axes, points: Sequence[tuple[_Arm, float, 
         assert best is not None
         _, cx, cy, far = best
         taken.append((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
-        leader = {"arrowstyle": "-", "color": _MUTED, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 6}
+        leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 6}
         ax.annotate(
             text, (x, y), ((cx - px) / unit, (cy - py) / unit), textcoords="offset points",
             annotation_clip=False, arrowprops=leader if far > 18 else None, **style,
@@ -500,28 +464,28 @@ def _label_points(figure: Figure, ax: Axes, points: Sequence[tuple[_Arm, float, 
 
 def _draw_bars(ax: Axes, arms: Sequence[_Arm]) -> None:
     """Draw ASR, over-refusal and SQL accuracy as groups of horizontal bars with intervals and values."""
-    _style(ax, "x")
+    style_axes(ax, "x")
     ticks, names, row = [], [], 0.0
     for key, _, title, hint in METRICS:
-        heading = ax.text(0, row, title, fontsize=9.5, fontweight="bold", color=_INK, va="center", zorder=5)
-        heading.set_bbox({"facecolor": _PAPER, "edgecolor": "none", "pad": 1.5})
-        note = ax.text(118, row, hint, fontsize=8.5, color=_MUTED, va="center", ha="right", zorder=5)
-        note.set_bbox({"facecolor": _PAPER, "edgecolor": "none", "pad": 1.5})
+        heading = ax.text(0, row, title, fontsize=9.5, fontweight="bold", color=INK, va="center", zorder=5)
+        heading.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 1.5})
+        note = ax.text(118, row, hint, fontsize=8.5, color=MUTED, va="center", ha="right", zorder=5)
+        note.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 1.5})
         row += 1.0
         for arm in arms:
             ticks.append(row)
-            names.append(_plain_text(textwrap.shorten(arm.label, 27, placeholder=" …") or arm.label[:27]))
+            names.append(plain_text(textwrap.shorten(arm.label, 27, placeholder=" …") or arm.label[:27]))
             value, ci = _number(arm.data, key), _interval(arm.data, key)
             if value is not None:
                 ax.barh(row, 100 * value, 0.66, color=arm.colour, alpha=1.0 if arm.main else 0.62, zorder=3)
                 ax.errorbar(
-                    [100 * value], [row], xerr=_errors(value, ci), fmt="none", ecolor=_INK, elinewidth=1.1,
+                    [100 * value], [row], xerr=_errors(value, ci), fmt="none", ecolor=INK, elinewidth=1.1,
                     capsize=2, capthick=1.1, zorder=4,
                 )  # fmt: skip
             end = 100 * max(value or 0.0, ci[1] if ci else 0.0)
             ax.text(
                 end + 1.8, row, "not measured" if value is None else f"{100 * value:.1f}", fontsize=8.5,
-                va="center", color=_INK if value is not None else _MUTED,
+                va="center", color=INK if value is not None else MUTED,
                 fontweight="bold" if arm.main else "normal",
             )  # fmt: skip
             row += 1.0
@@ -531,11 +495,11 @@ def _draw_bars(ax: Axes, arms: Sequence[_Arm]) -> None:
     ax.set_xticks([0, 25, 50, 75, 100])
     ax.set_yticks(ticks, names)
     for tick, arm in zip(ax.get_yticklabels(), list(arms) * len(METRICS), strict=True):
-        tick.set_color(_INK)
+        tick.set_color(INK)
         tick.set_fontsize(8.5)
         tick.set_fontweight("bold" if arm.main else "normal")
-    ax.axvline(0, color=_MUTED, linewidth=0.8, zorder=5)
-    ax.set_xlabel("% of prompts, with 95% intervals", fontsize=9.5, color=_INK)
+    ax.axvline(0, color=MUTED, linewidth=0.8, zorder=5)
+    ax.set_xlabel("% of prompts, with 95% intervals", fontsize=9.5, color=INK)
 
 
 def _height(arms: Sequence[_Arm]) -> float:
@@ -546,7 +510,7 @@ def _height(arms: Sequence[_Arm]) -> float:
 def plot_demo(results: dict[str, Any], path: Path) -> Path:
     """Write the run's PNG plot: the safety-utility plane and the three metrics an arm. Return its path."""
     arms = _arms(load_results(results))
-    figure = _figure(10, _height(arms))
+    figure = new_figure(10, _height(arms))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.08])
     figure.get_layout_engine().set(wspace=0.05, w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
     points = _draw_plane(left, arms)
@@ -554,7 +518,7 @@ def plot_demo(results: dict[str, Any], path: Path) -> Path:
     _label_points(figure, left, points)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
-    return _replace(Path(path), buffer.getvalue())
+    return replace_file(Path(path), buffer.getvalue())
 
 
 def _svg(figure: Figure, name: str, description: str, arms: Sequence[_Arm]) -> str:
@@ -573,7 +537,7 @@ def _svg(figure: Figure, name: str, description: str, arms: Sequence[_Arm]) -> s
     # Attributes only, so that no text of the run is touched.
     body = re.sub(r'\b(id|(?:xlink:)?href)="(#?)([^"]*)"', rf'\1="\2{name}-\3"', body)
     body = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", body)
-    colours = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line", _PAPER: "--card"}
+    colours = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--card"}
     colours |= {a.colour: f"--arm{a.index}" for a in arms}
 
     def themed(match: re.Match[str]) -> str:
@@ -609,10 +573,10 @@ def _curves(arms: Sequence[_Arm], key: str, title: str, name: str, size: tuple[f
     found = [item for item in found if item[1]]
     if not found:
         return ""
-    figure = _figure(*size)
+    figure = new_figure(*size)
     ax = figure.subplots()
-    _style(ax, "y")
-    _title(ax, title)
+    style_axes(ax, "y")
+    title_axes(ax, title)
     for arm, xs, ys in found:
         line: dict[str, Any] = {"color": arm.colour, "zorder": 4 if arm.main else 3}
         wide = 2.0 if arm.main else 1.5
@@ -627,7 +591,7 @@ def _curves(arms: Sequence[_Arm], key: str, title: str, name: str, size: tuple[f
         ax.plot(xs, ys, linewidth=wide, dashes=arm.dashes or (None, None), **line)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.set_xlabel("step", fontsize=9, color=_MUTED)
+    ax.set_xlabel("step", fontsize=9, color=MUTED)
     ax.margins(x=0.02)
     if all(min(ys) >= 0 for _, _, ys in found):
         top = max(max(ys) for _, _, ys in found)
@@ -637,64 +601,6 @@ def _curves(arms: Sequence[_Arm], key: str, title: str, name: str, size: tuple[f
 
 # ------------------------------------------------------------------------------------------------------ page
 
-_CSS = """
-:root { color-scheme: light dark;
- --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
- --page: #f5f7f9; --card: #ffffff; --ink: #1f2933; --muted: #5f6b7a; --line: #e3e7ec; --soft: #eef6fb;
- --good: #00704f; --warn: #8a5a00; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f141a; --card: #171e26; --ink: #e6ebf0;
- --muted: #9aa7b5; --line: #2b3541; --soft: #14283a; --good: #3ecf9b; --warn: #efb84a; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--font); }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 3rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 0 0 .8rem; }
-h3 { font-size: .95rem; margin: 1.2rem 0 .5rem; }
-p { margin: 0 0 .8rem; } p:last-child { margin-bottom: 0; }
-.sub, .note { color: var(--muted); font-size: .88rem; }
-.sub { margin-bottom: 1.2rem; overflow-wrap: anywhere; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.2rem;
- margin-bottom: 1rem; }
-.verdict { border-left: 5px solid var(--good); } .verdict.warn { border-left-color: var(--warn); }
-.verdict.bad { border-left-color: var(--bad); }
-.verdict h2 { font-size: 1.25rem; margin-bottom: .4rem; }
-.bars { list-style: none; margin: 1rem 0 0; padding: 0; display: grid; gap: .5rem;
- grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); }
-.bars li { border: 1px solid var(--line); border-radius: 8px; padding: .55rem .7rem; font-size: .85rem;
- line-height: 1.4; }
-.bars b { display: block; font-size: .92rem; } .bars span { color: var(--muted); }
-.met { color: var(--good); } .unclear { color: var(--warn); } .missed { color: var(--bad); }
-.unknown { color: var(--muted); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 1rem; }
-.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); gap: 1rem; }
-svg { width: 100%; height: auto; display: block; } .loss { max-width: 660px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
- white-space: nowrap; }
-th { color: var(--muted); font-weight: 600; font-size: .82rem; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
-tr:last-child td { border-bottom: 0; } tr.main td { background: var(--soft); font-weight: 600; }
-td small { display: block; color: var(--muted); font-weight: 400; font-size: .78rem; }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .45em; }
-.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin-bottom: .8rem; font-size: .85rem; }
-.legend svg { display: inline-block; width: 30px; height: 10px; margin-right: .4rem; vertical-align: middle; }
-.example { border-top: 1px solid var(--line); padding: .8rem 0; } .example > p { font-weight: 600; }
-.example p, .answer { overflow-wrap: anywhere; white-space: pre-wrap; font-size: .9rem;
- margin-bottom: .5rem; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr));
- gap: .6rem; }
-.answers > div { border: 1px solid var(--line); border-radius: 8px; padding: .55rem .7rem; }
-.answers > div.main { background: var(--soft); }
-.who { color: var(--muted); font-size: .78rem; font-weight: 600; margin-bottom: .2rem; }
-.answer { margin: 0; }
-summary { cursor: pointer; font-weight: 600; font-size: .95rem; padding: .3rem 0; }
-pre { background: var(--page); border: 1px solid var(--line); border-radius: 8px; padding: .7rem;
- margin: 0 0 1rem; overflow-x: auto; font-size: .85rem; }
-dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .25rem 1rem; margin: 0;
- font-size: .88rem; } dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-"""
-
 _STATUS = {
     "met": ("✓", "met"),
     "unclear": ("≈", "met, not beyond doubt"),
@@ -703,29 +609,8 @@ _STATUS = {
 }
 
 
-def _e(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
 def _dot(arm: _Arm) -> str:
     return f'<span class="dot" style="background:var(--arm{arm.index})"></span>'
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    if not body:
-        return ""
-    tail = f'<p class="note">{_e(note)}</p>' if note else ""
-    return f"<section><h2>{_e(title)}</h2>{body}{tail}</section>"
-
-
-def _table(head: Iterable[str], rows: Iterable[tuple[bool, Sequence[str]]]) -> str:
-    """Return a table; ``head`` is text, the cells of ``rows`` are HTML, and True marks the emphasised row."""
-    top = "".join(f'<th scope="col">{_e(h)}</th>' for h in head)
-    lines = [
-        f"<tr class='{'main' if main else ''}'>{''.join(f'<td>{c}</td>' for c in cells)}</tr>" for main, cells in rows
-    ]
-    body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def _verdict_section(results: Mapping[str, Any]) -> str:
@@ -734,19 +619,19 @@ def _verdict_section(results: Mapping[str, Any]) -> str:
     states = {c.status for c in checks}
     tone = "bad" if "missed" in states else "warn" if not checks or states & {"unclear", "unknown"} else ""
     items = "".join(
-        f'<li><b class="{c.status}">{_STATUS[c.status][0]} {_e(c.name)}: {_STATUS[c.status][1]}</b>'
-        f"{_e(c.measured)}<br><span>Bar: {_e(c.asked)}</span></li>"
+        f'<li><b class="{c.status}">{_STATUS[c.status][0]} {escape(c.name)}: {_STATUS[c.status][1]}</b>'
+        f"{escape(c.measured)}<br><span>Bar: {escape(c.asked)}</span></li>"
         for c in checks
     )
     bars = f'<ul class="bars">{items}</ul>' if items else ""
-    return f'<section class="verdict {tone}"><h2>{_e(headline)}</h2><p>{_e(paragraph)}</p>{bars}</section>'
+    return f'<section class="verdict {tone}"><h2>{escape(headline)}</h2><p>{escape(paragraph)}</p>{bars}</section>'
 
 
 def _numbers_section(results: Mapping[str, Any], arms: Sequence[_Arm]) -> str:
     plain = _number((results.get("arms") or {}).get("plain"), "seconds_per_step")
     rows = []
     for arm in arms:
-        cells = [_dot(arm) + _e(arm.label)]
+        cells = [_dot(arm) + escape(arm.label)]
         for key, count, _, _ in METRICS:
             value, ci, n = (
                 _number(arm.data, key),
@@ -763,7 +648,7 @@ def _numbers_section(results: Mapping[str, Any], arms: Sequence[_Arm]) -> str:
         rows.append((arm.main, cells))
     head = ["Arm", "Attack success rate ↓", "Over-refusal ↓", "SQL accuracy ↑", "Time a step"]
     note = "Under a share: its 95% Wilson interval and the count. Under a time: times ordinary fine-tuning's."
-    return _section("Numbers", _table(head, rows), note) if rows else ""
+    return html_section("Numbers", html_table(head, rows), note) if rows else ""
 
 
 def _training_section(arms: Sequence[_Arm]) -> str:
@@ -782,14 +667,14 @@ def _training_section(arms: Sequence[_Arm]) -> str:
     legend = "".join(
         f'<span><svg viewBox="0 0 30 10" aria-hidden="true"><path d="M0 5H30" fill="none" '
         f'style="stroke:var(--arm{a.index})" stroke-width="{3 if a.main else 2}" '
-        f'stroke-dasharray="{" ".join(f"{2 * d:g}" for d in a.dashes)}"/></svg>{_e(a.label)}</span>'
+        f'stroke-dasharray="{" ".join(f"{2 * d:g}" for d in a.dashes)}"/></svg>{escape(a.label)}</span>'
         for a in trained
     )
     left = len(keys) - _MAX_METRIC_PLOTS
     body = f'<div class="legend">{legend}</div>' + (f'<div class="loss">{loss}</div>' if loss else "")
     body += f'<h3>Safety metrics</h3><div class="small">{small}</div>' if small else ""
     note = f"{left} more metrics were logged; they are in results.json." if left > 0 else ""
-    return _section("Training", body, note)
+    return html_section("Training", body, note)
 
 
 def _overhead_section(results: Mapping[str, Any], arms: Sequence[_Arm]) -> str:
@@ -816,12 +701,14 @@ def _overhead_section(results: Mapping[str, Any], arms: Sequence[_Arm]) -> str:
         whole = _seconds(step)
         if step is not None and plain and arm.key != "plain":
             whole += f"<small>× {step / plain:.2f}</small>"
-        rows.append((arm.main, [_dot(arm) + _e(arm.label), *shares, whole, _seconds(_number(cost, "setup_seconds"))]))
+        rows.append(
+            (arm.main, [_dot(arm) + escape(arm.label), *shares, whole, _seconds(_number(cost, "setup_seconds"))])
+        )
     if not rows:
         return ""
     head = ["Arm", "Safety probe", "Projection", "Rest of the step", "Whole step", "Set-up, once"]
     note = "Probe without a remark: once, or a step's mean; where it runs in the step, the rest contains it."
-    return _section("Overhead", _table(head, rows), note if mixed else "")
+    return html_section("Overhead", html_table(head, rows), note if mixed else "")
 
 
 def _examples_section(arms: Sequence[_Arm]) -> str:
@@ -846,32 +733,26 @@ def _examples_section(arms: Sequence[_Arm]) -> str:
                 text = text if len(text) <= _MAX_ANSWER else text[:_MAX_ANSWER] + " …"
                 cells += (
                     f"<div{' class=main' if arm.main else ''}>"
-                    f'<div class="who">{_dot(arm)}{_e(arm.label)}</div>'
-                    f'<div class="answer">{_e(text)}</div></div>'
+                    f'<div class="who">{_dot(arm)}{escape(arm.label)}</div>'
+                    f'<div class="answer">{escape(text)}</div></div>'
                 )
-            cards += f'<div class="example"><p>{_e(prompt)}</p><div class="answers">{cells}</div></div>'
+            cards += f'<div class="example"><p>{escape(prompt)}</p><div class="answers">{cells}</div></div>'
         if cards:
             title = known.get(kind) or kind or "Other"
-            body += f"<details open><summary>{_e(title)}</summary>{cards}</details>"
-    return _section("Examples", body, "First sentences only. Harmful requests may have objectionable answers.")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_value(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_value(v) for v in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+            body += f"<details open><summary>{escape(title)}</summary>{cards}</details>"
+    return html_section("Examples", body, "First sentences only. Harmful requests may have objectionable answers.")
 
 
 def _reproduction_section(results: Mapping[str, Any], arms: Sequence[_Arm]) -> str:
     config = dict(results.get("config") or {})
     command = config.pop("command", None)
     versions = config.pop("versions", None) or {}
-    body = f"<pre><code>{_e(command)}</code></pre>" if command else ""
+    body = f"<pre><code>{escape(command)}</code></pre>" if command else ""
 
     def pairs(items: Mapping[str, Any]) -> str:
-        cells = "".join(f"<dt>{_e(str(k).replace('_', ' '))}</dt><dd>{_e(_value(v))}</dd>" for k, v in items.items())
+        cells = "".join(
+            f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(value_text(v))}</dd>" for k, v in items.items()
+        )
         return f"<dl>{cells}</dl>"
 
     if config:
@@ -881,7 +762,7 @@ def _reproduction_section(results: Mapping[str, Any], arms: Sequence[_Arm]) -> s
     saved = {a.label: a.data["saved_to"] for a in arms if a.data.get("saved_to")}
     if saved:
         body += f"<h3>Saved models</h3>{pairs(saved)}"
-    return _section("Reproduce", body)
+    return html_section("Reproduce", body)
 
 
 def _page(results: Mapping[str, Any]) -> str:
@@ -890,10 +771,10 @@ def _page(results: Mapping[str, Any]) -> str:
     config = results.get("config") or {}
     plots = ""
     if arms:
-        plane = _figure(5, 4.4)
+        plane = new_figure(5, 4.4)
         ax = plane.subplots()
         _label_points(plane, ax, _draw_plane(ax, arms))
-        bars = _figure(5, _height(arms) - 0.1)
+        bars = new_figure(5, _height(arms) - 0.1)
         _draw_bars(bars.subplots(), arms)
         said = "; ".join(
             f"{a.label}: {', '.join(f'{t} {_percent(_number(a.data, k))}' for k, _, t, _ in METRICS)}" for a in arms
@@ -905,17 +786,19 @@ def _page(results: Mapping[str, Any]) -> str:
     dark = "".join(f"--arm{a.index}:{a.dark};" for a in arms)
     themes = f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
     facts = [str(config["model"])] if config.get("model") else []
-    facts += [f"{name} {_value(config[key])}" for key, name in (("steps", "steps"), ("seed", "seed")) if key in config]
+    facts += [
+        f"{name} {value_text(config[key])}" for key, name in (("steps", "steps"), ("seed", "seed")) if key in config
+    ]
     title = "SPF demo: refusals kept in fine-tuning?"
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     parts = [
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_e(title)}</title>',
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_e(policy)}">',
-        f"<style>{_CSS}{themes}</style></head><body><main>",
-        f'<h1>{_e(title)}</h1><p class="sub">{_e(" · ".join(facts))}</p>',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
+        f"<style>{CSS}{themes}</style></head><body><main>",
+        f'<h1>{escape(title)}</h1><p class="sub">{escape(" · ".join(facts))}</p>',
         _verdict_section(results),
-        _section(
+        html_section(
             "Safety and utility",
             plots,
             "Points and bars are measured shares, lines their 95% Wilson intervals.",
@@ -930,26 +813,10 @@ def _page(results: Mapping[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _replace(path: Path, content: bytes) -> Path:
-    """Write a file atomically: a temporary file beside it, then ``os.replace`` (as ``Path.replace``)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
 def write_report(results: dict[str, Any], directory: Path) -> Path:
     """Write ``report.html`` into a directory, atomically, and return its path.
 
     One file without scripts and without anything loaded from elsewhere: its Content-Security-Policy
     holds it to that.
     """
-    return _replace(Path(directory) / "report.html", _page(load_results(results)).encode("utf-8"))
+    return replace_file(Path(directory) / "report.html", _page(load_results(results)).encode("utf-8"))
