@@ -177,10 +177,11 @@ class SafetyCallback(TrainerCallback):
                 f"spf: all {count} safety samples are held, so spf/safety_loss stays flat whatever leaks; with 9 or "
                 "more, one is kept apart to measure on"
             )
+        rate = f"; learning rate x {self.attachment.lr_scale:.2f}" if self.attachment.lr_scale != 1 else ""
         held = f", {len(probe.others)} other parameters kept fixed" if probe.others and self._constrains else ""
         logger.warning(
             f"spf: rule {self.rule.name} on {len(self.attachment.matrices)} matrices{held}; {count} safety samples; "
-            f"safety loss {self.attachment.reference_loss:.3f}; set-up {self.attachment.seconds['setup']:.1f} s"
+            f"safety loss {self.attachment.reference_loss:.3f}{rate}; set-up {self.attachment.seconds['setup']:.1f} s"
         )
 
     def on_step_begin(

@@ -35,7 +35,7 @@ SAMPLED_ROWS = 8
 """Rows of each matrix kept over a step to tell how much of its update was removed."""
 
 MAX_SCALE = 10.0
-"""A fresh lora_A is not scaled up by more than this."""
+"""A fresh lora_A, or the learning rate of full matrices, is not scaled up by more than this."""
 
 HELD_OUT = 1 / 9
 """Share of the safety samples kept out of the null space, so that what is measured on them is not held by design."""
@@ -140,6 +140,8 @@ class Attachment:
             )
         self.subspace = subspace
         self.scale: dict[str, float] = {}
+        self.lr_scale = 1.0
+        self._rates: list[Any] = []
         self._place_subspace(calibration)
         self.sharding.forget_order()
         self.seconds["setup"] = time.perf_counter() - start
@@ -220,6 +222,7 @@ class Attachment:
             "position": self.probe.rotation.position,
             "reference_loss": self.reference_loss,
             "multiplier": self.multiplier,
+            "lr_scale": self.lr_scale,
             "reference_nll": self.probe.reference_nll,
         }
 
@@ -234,7 +237,7 @@ class Attachment:
         self.steps, self.skipped, self.corrected = state["steps"], state["skipped"], state["corrected"]
         self.probe.rotation.position = state["position"]
         self.reference_loss = state["reference_loss"]
-        self.multiplier = state["multiplier"]
+        self.multiplier, self.lr_scale = state["multiplier"], state["lr_scale"]
         self.probe.reference_nll = {where: tuple(nll) for where, nll in state["reference_nll"].items()}
 
     def whole_subspace(self) -> SafetySubspace:
@@ -345,9 +348,14 @@ class Attachment:
         # A fresh lora_A does not satisfy A V = 0 yet; weights from a checkpoint are left bit for bit.
         adapters = [name for name, matrix in self.matrices.items() if matrix.is_lora_a]
         fresh = [name for name, (error, allowed) in self._violations(adapters).items() if error > allowed]
+        rescale = calibration and self.rule.rescale
+        if rescale and not adapters:
+            # The free directions carry little of what any prompt sends into a layer, so a step in them alone answers
+            # weakly. One rate serves all matrices: by what the least held one needs, so that none moves too far.
+            free = self.probe.free_shares(calibration, self.subspace.right)
+            self.lr_scale = min(1 / max(*free.values(), 1e-12), MAX_SCALE)
         if not fresh:
             return
-        rescale = calibration and self.rule.rescale
         before = self.probe.response_norms(calibration, fresh) if rescale else {}
         with torch.no_grad():
             for name in fresh:
@@ -389,6 +397,11 @@ class Attachment:
                     name: [b.tensor.clone() for b in self._blocks(name, self.sharding.parts[name].holder.detach())]
                     for name in self.matrices
                 }
+        if self.lr_scale != 1.0:
+            self._rates = [group["lr"] for group in self.optimizer.param_groups]
+            for group in self.optimizer.param_groups:
+                # Adafactor finds its own rate if it has none
+                group["lr"] = group["lr"] and group["lr"] * self.lr_scale
         self.seconds["projection"] += time.perf_counter() - start
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -396,6 +409,9 @@ class Attachment:
         if self._depth > 0:
             return
         start = time.perf_counter()
+        if self.lr_scale != 1.0:
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
         here = self.sharding.stepped()
         with torch.no_grad():
             if isinstance(self.rule, NullSpace):
@@ -632,8 +648,8 @@ def attach(
 
     Call `refresh()` of what is returned before every `optimizer.step()`. Options: `subspace` (bases
     estimated before), `reworded` (further samples, of the null space only), `calibration` (harmless samples; a
-    fresh lora_A keeps its response to them in size when it is projected) and `monitor_steps` (probe the safety
-    loss every so many steps, 0 for never).
+    fresh lora_A keeps its response to them in size when it is projected, and without adapters the learning rate
+    is higher during the step) and `monitor_steps` (probe the safety loss every so many steps, 0 for never).
 
     Raises:
         UnsupportedSetupError, UnsupportedModelError, CorrectionError: the rule could not act here.

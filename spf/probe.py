@@ -1,6 +1,6 @@
 """SafetyProbe: one small forward/backward pass -> safety loss and factored safety gradients."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -272,6 +272,20 @@ class SafetyProbe:
             squares[name] += float(y.float().square().sum())
 
         tokens = self._stream(anchors, names, take, batch_size)
+        return {name: (total / tokens) ** 0.5 for name, total in squares.items()}
+
+    @torch.no_grad()
+    def free_shares(
+        self, anchors: Sequence[Anchor], bases: Mapping[str, Tensor], batch_size: int = 16
+    ) -> dict[str, float]:
+        """Root mean square over the anchors' tokens of |x - V V^T x| / |x|, x a matrix's inputs, V (n, k) its basis."""
+        squares = dict.fromkeys(bases, 0.0)
+
+        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
+            x = torch.nn.functional.normalize(x.float(), dim=-1)
+            squares[name] += float((x - (x @ bases[name]) @ bases[name].T).square().sum())
+
+        tokens = self._stream(anchors, list(bases), take, batch_size)
         return {name: (total / tokens) ** 0.5 for name, total in squares.items()}
 
     def _stream(

@@ -262,7 +262,8 @@ class NullSpace:
         default=0, metadata={"help": "leading input directions of benign prompts that are left free, per matrix"}
     )
     rescale: bool = field(
-        default=True, metadata={"help": "scale a fresh lora_A up to its old response to benign prompts"}
+        default=True,
+        metadata={"help": "scale up a fresh lora_A, or full matrices' learning rate, for what is held"},
     )
     feedback: "Mix | DualAscent | None" = field(
         default=None, metadata={"help": "a gradient rule on samples outside the basis, for what leaks"}

@@ -127,6 +127,51 @@ def test_projected_lora_a_keeps_the_size_of_its_response(anchors):
         assert torch.equal(old, new)
 
 
+def test_without_adapters_the_step_is_longer_in_the_free_directions(anchors):
+    """W's free part moves by c lr G, c from the least held matrix; the rate that schedulers and logs see stays."""
+    model = make_model()
+    probe = SafetyProbe(model, anchors[:6], anchors_per_step=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    attachment = attach(probe, optimizer, NullSpace(rank=12), calibration=anchors[6:])
+    inputs = {name: [] for name in attachment.matrices}
+    handles = [
+        matrix.module.register_forward_hook(lambda _, x, y, name=name: inputs[name].append(x[0].flatten(0, -2)))
+        for name, matrix in attachment.matrices.items()
+    ]
+    with torch.no_grad():
+        for anchor in anchors[6:]:
+            model(input_ids=torch.tensor([anchor.prompt_ids + anchor.refusal_ids]))
+    for handle in handles:
+        handle.remove()
+    shares = []
+    for name, found in inputs.items():
+        x, V = nn.functional.normalize(torch.cat(found), dim=-1), attachment.subspace.right[name]
+        shares.append((x - x @ V @ V.T).square().sum(-1).mean().sqrt())
+    scale = attachment.lr_scale
+    assert scale == pytest.approx(1 / float(max(shares)), rel=1e-4)
+    assert scale > 1.05
+    ids = utility_batch(0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = {name: matrix.weight.detach().clone() for name, matrix in attachment.matrices.items()}
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    for name, matrix in attachment.matrices.items():
+        V, G = attachment.subspace.right[name], matrix.weight.grad
+        expected = before[name] - scale * 0.01 * (G - G @ V @ V.T)
+        assert torch.allclose(matrix.weight.detach(), expected, atol=1e-6), name
+
+
+def test_the_learning_rate_is_left_alone_with_adapters_and_on_request(anchors):
+    adapted = with_lora(make_model())
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    for model, rule in ((adapted, NullSpace(rank=12)), (make_model(), NullSpace(rank=12, rescale=False))):
+        probe = SafetyProbe(model, anchors[:6])
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        assert attach(probe, optimizer, rule, calibration=anchors[6:]).lr_scale == 1
+
+
 def test_plain_training_does_change_them(anchors):
     model = make_model()
     before = logits(model, anchors[:1])
