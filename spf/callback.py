@@ -233,10 +233,8 @@ class SafetyCallback(TrainerCallback):
         running = self._running
         line = f"spf: {what}safety loss {running.reference_loss:.3f} before training, now {running.safety_loss:.3f}"
         if running.leaks:
-            line += (
-                ". Refusals are being lost: check with `spf eval`; a lower learning rate, fewer steps"
-                f"{' or a higher rank' if self._constrains else ''} keeps more"
-            )
+            remedies = ", fewer steps or a higher rank" if self._constrains else " or fewer steps"
+            line += f". Refusals are being lost: check with `spf eval`; a lower learning rate{remedies} keeps more"
         logger.warning(line)
 
     @property
