@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -155,6 +157,38 @@ def html_table(head: Iterable[str], rows: Iterable[tuple[bool, Sequence[str]]]) 
     ]
     body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="scroll"><table>{body}</table></div>'
+
+
+def html_pairs(items: Mapping[str, Any]) -> str:
+    """Return a list of names, their underscores as spaces, and values."""
+    cells = "".join(
+        f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(value_text(v))}</dd>" for k, v in items.items()
+    )
+    return f"<dl>{cells}</dl>"
+
+
+def html_image(path: Path, said: str) -> str:
+    """Return a figure that holds the PNG file itself; ``said`` is its text for who cannot see it."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<figure><img alt="{escape(said)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def html_page(title: str, body: str, css: str = "") -> str:
+    """Return a whole page without scripts; its Content-Security-Policy lets nothing be loaded from elsewhere."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        f"<style>{CSS}{css}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
+    """Write a figure as PNG, atomically, and return its path."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    return replace_file(Path(path), buffer.getvalue())
 
 
 def replace_file(path: Path, content: bytes) -> Path:

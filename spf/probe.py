@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spf.data import Anchor, AnchorBatch, AnchorRotation, collate
-from spf.rules import Tokens
+from spf.rules import Tokens, project_out_right
 from spf.sharding import full_shape
 from spf.subspace import Factors, InputSketch
 
@@ -263,29 +263,29 @@ class SafetyProbe:
         self._stream(anchors, names, take, len(anchors))
         return shared
 
-    @torch.no_grad()
-    def response_norms(self, anchors: Sequence[Anchor], names: Sequence[str], batch_size: int = 16) -> dict[str, float]:
+    def response_norms(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, float]:
         """Root mean square of each named matrix's outputs over all tokens of the anchors."""
+        return self._norms(anchors, names, lambda name, x, y: y.float())
+
+    def free_shares(self, anchors: Sequence[Anchor], bases: Mapping[str, Tensor]) -> dict[str, float]:
+        """Root mean square over the anchors' tokens of |x - V V^T x| / |x|, x a matrix's inputs, V (n, k) its basis."""
+
+        def free(name: str, x: Tensor, y: Tensor) -> Tensor:
+            return project_out_right(nn.functional.normalize(x.float(), dim=-1), bases[name])
+
+        return self._norms(anchors, list(bases), free)
+
+    @torch.no_grad()
+    def _norms(
+        self, anchors: Sequence[Anchor], names: Sequence[str], of: Callable[[str, Tensor, Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Root mean square over the anchors' tokens of what `of` makes of a named matrix's inputs and outputs."""
         squares = dict.fromkeys(names, 0.0)
 
         def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
-            squares[name] += float(y.float().square().sum())
+            squares[name] += float(of(name, x, y).square().sum())
 
-        tokens = self._stream(anchors, names, take, batch_size)
-        return {name: (total / tokens) ** 0.5 for name, total in squares.items()}
-
-    @torch.no_grad()
-    def free_shares(
-        self, anchors: Sequence[Anchor], bases: Mapping[str, Tensor], batch_size: int = 16
-    ) -> dict[str, float]:
-        """Root mean square over the anchors' tokens of |x - V V^T x| / |x|, x a matrix's inputs, V (n, k) its basis."""
-        squares = dict.fromkeys(bases, 0.0)
-
-        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
-            x = torch.nn.functional.normalize(x.float(), dim=-1)
-            squares[name] += float((x - (x @ bases[name]) @ bases[name].T).square().sum())
-
-        tokens = self._stream(anchors, list(bases), take, batch_size)
+        tokens = self._stream(anchors, names, take, batch_size=16)
         return {name: (total / tokens) ** 0.5 for name, total in squares.items()}
 
     def _stream(

@@ -67,6 +67,16 @@ def make_model(
     return AutoModelForCausalLM.from_config(configs[kind](), attn_implementation="eager").to(dtype)
 
 
+def assert_apart(boxes, figure):
+    """Boxes of texts lie within the figure, and no two overlap."""
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0
+        assert box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()

@@ -28,6 +28,7 @@ from spf.bench.summary import (
 )
 from spf.data import write_json
 from spf.evaluation import paired_difference, wilson_interval
+from tests.conftest import assert_apart
 
 COUNT = 100
 no_deadline = settings(max_examples=40, deadline=None)  # shared, noisy machines
@@ -401,18 +402,13 @@ def crowd(count, **more):
 @pytest.mark.parametrize("values", [{"asr": 0}, {"asr": 100}, {"asr": 50}])
 def test_names_do_not_collide_when_twenty_methods_coincide(tmp_path, monkeypatch, values):
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
     plot_pareto(summarise(crowd(20, **values)), "benign", tmp_path / "p.png")
     [figure] = drawn
     figure.canvas.draw()
     boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text()]
     assert len(boxes) == 20
-    for i, box in enumerate(boxes):
-        assert figure.bbox.x0 <= box.x0
-        assert box.x1 <= figure.bbox.x1
-        assert figure.bbox.y0 <= box.y0
-        assert box.y1 <= figure.bbox.y1
-        assert not any(box.overlaps(other) for other in boxes[:i])
+    assert_apart(boxes, figure)
 
 
 @given(st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=20))

@@ -16,6 +16,7 @@ from rich.console import Console
 from spf.demo import report
 from spf.demo.report import demo_table, load_results, plot_demo, write_report
 from spf.page import new_figure
+from tests.conftest import assert_apart
 
 
 def arm(label, asr, over_refusal, utility, seconds=None, history=(), answer="I can't help with that."):
@@ -200,12 +201,7 @@ def test_labels_do_not_overlap_when_all_arms_coincide(results, crowd):
     canvas.draw()  # places the annotations
     boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in ax.texts]  # without leader lines
     assert len(boxes) == crowd
-    for i, box in enumerate(boxes):
-        assert figure.bbox.x0 <= box.x0
-        assert box.x1 <= figure.bbox.x1
-        assert figure.bbox.y0 <= box.y0
-        assert box.y1 <= figure.bbox.y1
-        assert not any(box.overlaps(other) for other in boxes[:i])
+    assert_apart(boxes, figure)
 
 
 def test_table_has_a_row_an_arm(results):

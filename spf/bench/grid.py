@@ -6,7 +6,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -183,12 +183,9 @@ def _done(cell: Cell, output: Path) -> bool:
     path = cell.path(output)
     if not path.is_file():
         return False
-    # a cell from before a setting could be chosen has its default
-    unset = {f.name: f.default for f in fields(Cell) if f.default is not MISSING}
-    kept = unset | json.loads(path.read_text("utf-8"))["config"]
-    wanted = {key: value for key, value in asdict(cell).items() if key != "curve_steps"}
-    kept.pop("curve_steps")
-    return bool(kept == wanted)
+    # a cell from before a setting could be chosen has its default; along the way more or less may have been measured
+    kept = asdict(Cell(cell.scenario, cell.method)) | json.loads(path.read_text("utf-8"))["config"]
+    return bool(kept | {"curve_steps": cell.curve_steps} == asdict(cell))
 
 
 def _line(result: dict[str, Any]) -> str:

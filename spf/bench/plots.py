@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +27,13 @@ from spf.page import (
     PAPER,
     new_figure,
     plain_text,
-    replace_file,
+    save_figure,
     style_axes,
     title_axes,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,6 @@ def _looks(methods: Iterable[str]) -> dict[str, _Look]:
     for i, method in enumerate(sorted(set(methods) - set(fixed))):
         looks[method] = _Look(MORE_COLOURS[i % 5][0], "v*Xph<>"[i % 7], dashes[i % 6], False)
     return looks
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
-    return replace_file(Path(path), buffer.getvalue())
 
 
 def _heading(scenario: str, groups: Sequence[Group]) -> str:
@@ -173,7 +166,7 @@ def plot_pareto(summary: Sequence[Group], scenario: str, path: str | Path) -> Pa
         keys.append(Line2D([], [], color=MUTED, linewidth=1.3, label="± one standard deviation over seeds"))
     if keys:
         figure.legend(handles=keys, loc="outside lower left", ncols=2, fontsize=8, frameon=False, labelcolor=INK)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _marker(group: Group, aligned: Group | None, look: _Look) -> dict[str, Any]:
@@ -287,7 +280,7 @@ def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | P
         labelcolor=INK,
         handlelength=3.6,
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_jailbreaks(summary: Sequence[Group], scenario: str, path: str | Path) -> Path | None:
@@ -326,4 +319,4 @@ def plot_jailbreaks(summary: Sequence[Group], scenario: str, path: str | Path) -
         ax.axvline(edge - 0.5, color=PAPER, linewidth=5 if edge == 1 else 1.5)
     trained = [g for g in groups if g is not aligned]
     title_axes(ax, "ASR (%) under jailbreaks, " + _heading(scenario, trained))
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -5,7 +5,6 @@ Nothing here loads a model, and no answer of a model is in the cells or in the r
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from spf.bench.summary import (
     summarise,
 )
 from spf.evaluation.metrics import wilson_interval
-from spf.page import CSS, escape, html_section, html_table, join_words, replace_file
+from spf.page import escape, html_image, html_page, html_section, html_table, join_words, replace_file
 
 COLUMNS: dict[str, str] = {
     "ASR": "attack success rate: the share of harmful prompts that the model does not refuse; lower is better.",
@@ -267,11 +266,6 @@ def _dominance(summary: Sequence[Group], scenario: str) -> str:
     )
 
 
-def _image(path: Path, said: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<figure><img alt="{escape(said)}" src="data:image/png;base64,{data}"></figure>'
-
-
 def write_bench_report(directory: str | Path) -> list[Path]:
     """Write ``results.md``, ``report.html`` and ``plots/*.png`` into a directory of cells; returns their paths.
 
@@ -322,7 +316,7 @@ def write_bench_report(directory: str | Path) -> list[Path]:
                 if path is not None:
                     written.append(path)
                     text.append(f"\n![{name}, {said}](plots/{path.name})")
-                    section += _image(path, f"{name}, {said}")
+                    section += html_image(path, f"{name}, {said}")
             body += html_section(name, section)
     if lacking:
         text += ["\n## Not run\n", *(f"- {line}" for line in lacking)]
@@ -333,7 +327,8 @@ def write_bench_report(directory: str | Path) -> list[Path]:
         "About the numbers", _list(map(escape, notes))
     )
     markdown = replace_file(directory / "results.md", ("\n".join(text) + "\n").encode("utf-8"))
-    page = replace_file(directory / "report.html", _page(start + body).encode("utf-8"))
+    whole = html_page(_TITLE, f"<h1>{escape(_TITLE)}</h1>{start}{body}", _EXTRA_CSS)
+    page = replace_file(directory / "report.html", whole.encode("utf-8"))
     return [markdown, page, *written]
 
 
@@ -355,13 +350,3 @@ def _bar_section(found: Sequence[Bar], head: Sequence[str], rows: Sequence[Seque
     table = html_table(head, [(False, [cell(*item) for item in row]) for row in rows])
     inner = f"<h2>{escape(_headline(found))}</h2>{table}<p class=note>{escape(_BAR_NOTE)}</p>"
     return f'<section class="verdict {tone}">{inner}</section>'
-
-
-def _page(body: str) -> str:
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(_TITLE)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
-        f"<style>{CSS}{_EXTRA_CSS}</style></head><body><main><h1>{escape(_TITLE)}</h1>{body}</main></body></html>\n"
-    )

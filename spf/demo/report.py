@@ -24,19 +24,21 @@ from rich.text import Text
 
 from spf.page import (
     COLOURS,
-    CSS,
     GRID,
     INK,
     MORE_COLOURS,
     MUTED,
     PAPER,
     escape,
+    html_page,
+    html_pairs,
     html_section,
     html_table,
     join_words,
     new_figure,
     plain_text,
     replace_file,
+    save_figure,
     style_axes,
     title_axes,
     value_text,
@@ -516,9 +518,7 @@ def plot_demo(results: dict[str, Any], path: Path) -> Path:
     points = _draw_plane(left, arms)
     _draw_bars(right, arms)
     _label_points(figure, left, points)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
-    return replace_file(Path(path), buffer.getvalue())
+    return save_figure(figure, path)
 
 
 def _svg(figure: Figure, name: str, description: str, arms: Sequence[_Arm]) -> str:
@@ -748,20 +748,13 @@ def _reproduction_section(results: Mapping[str, Any], arms: Sequence[_Arm]) -> s
     command = config.pop("command", None)
     versions = config.pop("versions", None) or {}
     body = f"<pre><code>{escape(command)}</code></pre>" if command else ""
-
-    def pairs(items: Mapping[str, Any]) -> str:
-        cells = "".join(
-            f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(value_text(v))}</dd>" for k, v in items.items()
-        )
-        return f"<dl>{cells}</dl>"
-
     if config:
-        body += f"<h3>Configuration</h3>{pairs(config)}"
+        body += f"<h3>Configuration</h3>{html_pairs(config)}"
     if isinstance(versions, Mapping) and versions:
-        body += f"<h3>Versions</h3>{pairs(versions)}"
+        body += f"<h3>Versions</h3>{html_pairs(versions)}"
     saved = {a.label: a.data["saved_to"] for a in arms if a.data.get("saved_to")}
     if saved:
-        body += f"<h3>Saved models</h3>{pairs(saved)}"
+        body += f"<h3>Saved models</h3>{html_pairs(saved)}"
     return html_section("Reproduce", body)
 
 
@@ -790,12 +783,7 @@ def _page(results: Mapping[str, Any]) -> str:
         f"{name} {value_text(config[key])}" for key, name in (("steps", "steps"), ("seed", "seed")) if key in config
     ]
     title = "SPF demo: refusals kept in fine-tuning?"
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     parts = [
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
-        f"<style>{CSS}{themes}</style></head><body><main>",
         f'<h1>{escape(title)}</h1><p class="sub">{escape(" · ".join(facts))}</p>',
         _verdict_section(results),
         html_section(
@@ -808,9 +796,8 @@ def _page(results: Mapping[str, Any]) -> str:
         _overhead_section(results, arms),
         _examples_section(arms),
         _reproduction_section(results, arms),
-        "</main></body></html>\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return html_page(title, "\n".join(part for part in parts if part), themes)
 
 
 def write_report(results: dict[str, Any], directory: Path) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import statistics
@@ -17,18 +15,20 @@ from rich.table import Table
 
 from spf.page import (
     COLOURS,
-    CSS,
     INK,
     MORE_COLOURS,
     MUTED,
     escape,
+    html_image,
+    html_page,
+    html_pairs,
     html_section,
     html_table,
     new_figure,
     replace_file,
+    save_figure,
     style_axes,
     title_axes,
-    value_text,
 )
 
 if TYPE_CHECKING:
@@ -793,14 +793,6 @@ _WORDS = {
 }
 
 
-def _image(figure: Figure, path: Path, said: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
-    replace_file(path, buffer.getvalue())
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<figure><img alt="{escape(said)}" src="data:image/png;base64,{data}"></figure>'
-
-
 def _rate_text(rates: Sequence[Mapping[str, Any]]) -> str:
     """One rate with its Wilson interval, or over several seeds the mean and their range."""
     if len(rates) == 1:
@@ -921,7 +913,8 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
     study = many[0].get("kind") != "measure"
 
     def picture(name: str, draw: Callable[[Any], Figure], of: Any = None) -> str:
-        return _image(draw(runs if of is None else of), plots / f"{name}.png", (draw.__doc__ or "").split("\n")[0])
+        path = save_figure(draw(runs if of is None else of), plots / f"{name}.png", dpi=130)
+        return html_image(path, (draw.__doc__ or "").split("\n")[0])
 
     first, config = many[0], runs[0]["config"]
     title = "What safety fine-tuning does inside a model" if study else "Inside a model before and after fine-tuning"
@@ -999,13 +992,7 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
     if first.get("data"):
         body += html_section("Data", _data_section(many))
     body += _reproduction(first, config)
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
-        f"<style>{CSS}{_EXTRA_CSS}</style></head><body><main>{body}</main></body></html>\n"
-    )
+    page = html_page(title, body, _EXTRA_CSS)
     return replace_file(Path(directory) / "report.html", page.encode("utf-8"))
 
 
@@ -1030,7 +1017,4 @@ def _reproduction(first: Run, config: Run) -> str:
     body = f"<pre><code>{escape(first['command'])}</code></pre>" if first.get("command") else ""
     items = {**first.get("versions", {}), **{k: v for k, v in config.items() if not isinstance(v, Mapping)}}
     items |= {k: first[k] for k in ("machine", "seconds", "safe", "unsafe", "seed") if k in first}
-    cells = "".join(
-        f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(value_text(v))}</dd>" for k, v in items.items()
-    )
-    return html_section("Reproduce", f"{body}<dl>{cells}</dl>")
+    return html_section("Reproduce", body + html_pairs(items))
