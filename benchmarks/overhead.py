@@ -33,8 +33,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spf.bench.trainer import IGNORED, answer_logits
-from spf.data import Anchor, write_json
+from spf.data import Anchor
 from spf.demo.model import cpu_dtype
+from spf.files import write_json
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
 from spf.rules import SPF, Mix, NullSpace, Rank1, SafeGrad

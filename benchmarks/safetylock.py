@@ -24,11 +24,12 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, write_json
+from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts
 from spf.demo.model import cpu_dtype
 from spf.demo.run import DemoArguments, evaluate, fine_tune
 from spf.demo.sql import execution_match, make_sql_examples
 from spf.evaluation import Rate, generate_answers, is_refusal, neutral_texts, perplexity
+from spf.files import write_json
 from spf.safetylock import (
     Pair,
     SafetyLock,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spf.data import write_json
+from spf.files import write_json
 from spf.study.data import Sampler, WorldSettings
 
 WORLDS = {

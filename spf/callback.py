@@ -30,9 +30,9 @@ from spf.data import (
     packaged_prompts,
     reworded_anchors,
     tokenise,
-    write_json,
 )
 from spf.evaluation.generate import context_length, pad_id
+from spf.files import write_json
 from spf.optimizer import HELD_OUT, Attachment, basis_samples
 from spf.probe import SafetyProbe
 from spf.rules import RULES, NullSpace, Rule, SafeGrad

@@ -144,12 +144,12 @@ def _eval(arguments: list[str]) -> None:
 
     import torch
 
-    from spf.data import write_json
     from spf.demo.model import load_model
     from spf.evaluation import TRANSFORMS, load_suite, neutral_texts, perplexity
     from spf.evaluation import run as evaluation
     from spf.evaluation.judges import agreement, load_judges, prefix_judge
     from spf.evaluation.utility import lm_eval_tasks
+    from spf.files import write_json
 
     if args.model is None and args.validate_judge is None:
         raise ValueError("spf eval needs a model, or --validate_judge FILE")

@@ -328,11 +328,3 @@ class AnchorRotation:
             batch.append(self.anchors[int(order[index])])
         self.position += self.size
         return batch
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file atomically, making its directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2), "utf-8")
-    temporary.replace(path)

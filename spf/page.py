@@ -1,15 +1,15 @@
-"""What the reports share: colours and figures, pieces of an HTML page, files written whole or not at all."""
+"""What the reports share: colours and figures, pieces of an HTML page."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from spf.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,19 +189,3 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return replace_file(Path(path), buffer.getvalue())
-
-
-def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file atomically: a temporary file beside it, then ``os.replace`` (as ``Path.replace``)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spf.files import atomic_path
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -189,15 +191,13 @@ class SafetySubspace:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, its metadata as JSON in the header, atomically."""
-        path = Path(path)
         tensors = {
             f"{kind}/{name}": tensor.cpu().clone(memory_format=torch.contiguous_format)  # bases may be shared
             for kind, bases in (("left", self.left), ("right", self.right), ("target", self.target))
             for name, tensor in bases.items()
         }
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, str(temporary), metadata={"format": "spf-subspace-1", "spf": json.dumps(self.metadata)})
-        temporary.replace(path)
+        with atomic_path(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={"format": "spf-subspace-1", "spf": json.dumps(self.metadata)})
 
     @classmethod
     def load(cls, path: str | Path) -> "SafetySubspace":

@@ -26,8 +26,8 @@ from spf.bench.summary import (
     pooled_difference,
     summarise,
 )
-from spf.data import write_json
 from spf.evaluation import paired_difference, wilson_interval
+from spf.files import write_json
 from tests.conftest import assert_apart
 
 COUNT = 100

@@ -49,6 +49,7 @@ from spf.evaluation import (
 )
 from spf.evaluation.generate import context_length, pad_id
 from spf.evaluation.run import renders
+from spf.files import replace_file
 
 Split = Literal["eval", "validation"]
 Tuning = Literal["lora", "full"]
@@ -101,11 +102,8 @@ def prepare(model: str, directory: Path) -> Workspace:
     if not refusals.is_file():
         loaded, tokenizer = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype()), load_tokenizer(aligned)
         rows = complete_refusals(load_safety_rows(None), loaded, tokenizer)
-        temporary = refusals.with_suffix(".tmp")
-        temporary.write_text(
-            "".join(json.dumps({"messages": r.messages, "refusal": r.refusal}) + "\n" for r in rows), "utf-8"
-        )
-        temporary.replace(refusals)
+        lines = "".join(json.dumps({"messages": r.messages, "refusal": r.refusal}) + "\n" for r in rows)
+        replace_file(refusals, lines.encode("utf-8"))
     return Workspace(aligned, unaligned if model == "demo" else None, refusals)
 
 

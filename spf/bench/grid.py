@@ -19,7 +19,7 @@ from spf.bench.cell import Cell, Split, Tuning, prepare, run_cell
 from spf.bench.methods import METHODS, check_settings, refuse_text
 from spf.bench.report import write_bench_report
 from spf.bench.scenarios import SCENARIOS
-from spf.data import write_json
+from spf.files import write_json
 
 GRID_KEYS = ("scenarios", "methods", "seeds", "tunings", "variants")
 

@@ -30,7 +30,8 @@ from spf.bench.summary import (
     summarise,
 )
 from spf.evaluation.metrics import wilson_interval
-from spf.page import escape, html_image, html_page, html_section, html_table, join_words, replace_file
+from spf.files import replace_file
+from spf.page import escape, html_image, html_page, html_section, html_table, join_words
 
 COLUMNS: dict[str, str] = {
     "ASR": "attack success rate: the share of harmful prompts that the model does not refuse; lower is better.",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from spf.files import replace_file
 from spf.page import (
     COLOURS,
     GRID,
@@ -37,7 +38,6 @@ from spf.page import (
     join_words,
     new_figure,
     plain_text,
-    replace_file,
     save_figure,
     style_axes,
     title_axes,

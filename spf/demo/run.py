@@ -28,12 +28,13 @@ from transformers.utils import logging as transformers_logging
 
 from spf.bench.trainer import AnswerTrainer, collate_answers
 from spf.callback import SafetyCallback
-from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise, write_json
+from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise
 from spf.demo.model import cpu_dtype, load_aligned_demo_model
 from spf.demo.report import demo_table, plot_demo, write_report
 from spf.demo.sql import SQLExample, execution_match, make_sql_examples
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
 from spf.evaluation.generate import context_length, pad_id
+from spf.files import write_json
 from spf.rules import RULES, NullSpace, Rule
 
 LABELS = {

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from spf.data import packaged_prompts, write_json
+from spf.data import packaged_prompts
 from spf.demo.model import load_model
 from spf.evaluation import neutral_texts
+from spf.files import write_json
 from spf.safetylock.extraction import extract
 from spf.safetylock.lock import SafetyLock
 from spf.safetylock.pairs import echoed, load_pairs, packaged_pairs

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
+from spf.files import atomic_path
 from spf.safetylock.heads import AttentionOutput, Geometry, Model, attention_outputs, response
 from spf.safetylock.pairs import digest
 
@@ -224,11 +225,9 @@ class SafetyLock:
     def save(self, path: str | Path) -> Path:
         """Write the lock as one safetensors file with its metadata as JSON in the header, atomically."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary, {"safetylock": json.dumps({"format": FORMAT, **asdict(self.info)})})
-        temporary.replace(path)
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, {"safetylock": json.dumps({"format": FORMAT, **asdict(self.info)})})
         return path
 
     @classmethod

@@ -22,9 +22,10 @@ from spf.analysis import clusters, weights
 from spf.analysis.activations import Activations, capture, find_mlps, local_lipschitz
 from spf.analysis.gradients import captured_energy, chance_overlap
 from spf.analysis.inputs import Prompts
-from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise, write_json
+from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise
 from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
 from spf.evaluation.generate import context_length, pad_id
+from spf.files import write_json
 from spf.probe import SafetyProbe
 from spf.subspace import cumulative_energy_ratio, effective_rank, overlap, svd_dense
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from spf.files import replace_file
 from spf.page import (
     COLOURS,
     INK,
@@ -25,7 +26,6 @@ from spf.page import (
     html_section,
     html_table,
     new_figure,
-    replace_file,
     save_figure,
     style_axes,
     title_axes,

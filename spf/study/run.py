@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM
 
-from spf.data import write_json
+from spf.files import write_json
 from spf.study import grammar
 from spf.study.bridge import BridgeSettings, run_bridge
 from spf.study.data import BASE, TEST_SETS, EvalSet, Sampler, WorldSettings

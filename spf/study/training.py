@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from spf.data import write_json
+from spf.files import atomic_path, write_json
 from spf.study.data import SEGMENT_1, SEGMENT_2, TEXT, Sampler, Samples, WorldSettings
 
 Protocol = Literal["instruct", "ssft", "dpo", "unlearning"]
@@ -301,10 +301,8 @@ def _save_state(
     for name, parameter in model.named_parameters():
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
     about = {"schedule": vars(schedule), "step": step, "seconds": seconds, "loss": curve}
-    temporary = path.with_suffix(".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"about": json.dumps(about)})
 
 
 def _load_state(

@@ -106,7 +106,7 @@ def test_the_whole_study_runs_and_continues(smallest, tmp_path, monkeypatch, cap
 
 
 def test_a_directory_keeps_its_settings(smallest, tmp_path):
-    from spf.data import write_json
+    from spf.files import write_json
 
     write_json(tmp_path / "settings.json", {"seed": 1})
     with pytest.raises(ValueError, match="holds a run with other settings"):
