@@ -142,9 +142,7 @@ def _eval(arguments: list[str]) -> None:
     args = _parse(EvalArguments, "eval", arguments, "model")
     from importlib.metadata import version
 
-    import torch
-
-    from spf.demo.model import load_model
+    from spf.demo.model import load_model, machine_device
     from spf.evaluation import TRANSFORMS, load_suite, neutral_texts, perplexity
     from spf.evaluation import run as evaluation
     from spf.evaluation.judges import agreement, load_judges, prefix_judge
@@ -181,7 +179,7 @@ def _eval(arguments: list[str]) -> None:
                 raise ValueError(f"--transforms: {sentence}")
             Console().print(f"Left out: {sentence}.")
             transforms = [name for name in transforms if name not in refused]
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        model = model.to(machine_device())  # type: ignore[arg-type]
         sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         results |= evaluation.evaluate_suites(
             model, tokenizer, harmful, benign, transforms=transforms, judges=judges, **sizes

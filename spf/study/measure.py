@@ -468,7 +468,7 @@ def measure_checkpoints(args: MeasureArguments) -> None:
     """
     from rich.console import Console
 
-    from spf.demo.model import load_model
+    from spf.demo.model import load_model, machine_device
     from spf.evaluation.run import parse_transforms
     from spf.study.report import measure_table, write_report
 
@@ -479,7 +479,7 @@ def measure_checkpoints(args: MeasureArguments) -> None:
     for name in transforms:
         rows[f"jailbreak: {name}"] = [_transformed(row, name) for row in rows["unsafe"]]
     started = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine_device().type
     base, tokenizer = load_model(args.aligned, torch.float32)
     sets = {name: tokenise_prompts(found, tokenizer) for name, found in rows.items()}
     base.to(device).requires_grad_(False)  # type: ignore[arg-type]

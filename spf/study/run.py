@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM
 
+from spf.demo.model import machine_device
 from spf.files import write_json
 from spf.study import grammar
 from spf.study.bridge import BridgeSettings, run_bridge
@@ -184,7 +185,7 @@ class Study:
         self.args = args
         self.world = WorldSettings(**{**vars(preset.world), "level5": args.grammar})
         self.directory = Path(args.output)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = machine_device().type
         self.tests = self._tests(preset.test_prompts)
         self.quick = {name: test[: preset.scale_prompts] for name, test in self.tests.items()}
         self.seconds: dict[str, float] = {}

@@ -1,0 +1,52 @@
+"""On another device than the CPU, simulated where there is no GPU: the same parameters, and nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.device.worker import METHODS, RULES
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    output = tmp_path_factory.mktemp("device") / "results.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.device.worker", str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("tuning", ["full", "LoRA"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_gives_the_parameters_of_the_cpu(results, rule, tuning):
+    assert isinstance(results[f"{rule}, {tuning}"], float), results[f"{rule}, {tuning}"]
+    assert results[f"{rule}, {tuning}"] <= 1e-5
+
+
+@pytest.mark.parametrize("rule", ["null-space", "safegrad"])
+def test_a_model_may_be_moved_after_the_optimizer_was_made(results, rule):
+    """A Trainer that is given a SafetyOptimizer moves the model when it starts."""
+    assert isinstance(results[f"{rule}, moved late"], float), results[f"{rule}, moved late"]
+    assert results[f"{rule}, moved late"] <= 1e-5
+
+
+@pytest.mark.parametrize("method", [*METHODS, "safe-lora"])
+def test_a_benchmark_cell_runs(results, method):
+    assert isinstance(results[f"cell {method}"], dict), results[f"cell {method}"]
+    assert results[f"cell {method}"]["counts"]["harmful"] == 6
+
+
+def test_the_simulation_notices_a_tensor_left_behind(results):
+    assert "tensors on sim:0 and the CPU" in results["planted fault"]

@@ -1,0 +1,161 @@
+"""Trains on the CPU and on a simulated GPU, and writes what came out: python -m tests.device.worker OUTPUT.json"""
+
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+
+from spf import SPF, NullSpace, SafetyOptimizer, SafetyProbe
+from spf.bench import cell as cells
+from spf.bench.cell import Cell
+from spf.bench.methods import Workspace
+from spf.bench.scenarios import Scenario
+from spf.data import SafetyRow, packaged_prompts, tokenise
+from spf.rules import Aggregate, Constrained, DualAscent, Mix, Rank1, Rule, SafeGrad
+from tests.conftest import REFUSAL, TEMPLATE, make_model, make_tokenizer
+from tests.device.simulated import SimulatedDevice, SimulatedTensor, register
+
+CPU = torch.device("cpu")
+RULES: dict[str, Rule] = {
+    "null-space": NullSpace(rank=8),
+    "null-space, contrast": NullSpace(rank=8, contrast=2),
+    "null-space, feedback": NullSpace(rank=8, feedback=DualAscent(rate=50.0, margin=0.0)),
+    "spf": SPF(rank=2),
+    "spf right": SPF(rank=2, side="right", gate="matrix"),
+    "spf both": SPF(rank=2, side="both"),
+    "rank1": Rank1(),
+    "mix": Mix(),
+    "safegrad": SafeGrad(),
+    "aggregate": Aggregate(),
+    "constrained": Constrained(margin=0.0),
+}
+METHODS = ["null-space", "kl", "constrained-sft", "lisa", "one-shot", "resta", "null-space-post", "safetylock"]
+
+
+def trained(rule: Rule, lora: bool, device: torch.device, moved_late: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters after three steps; `moved_late`: to the device after the optimizer was made, as a Trainer moves it."""
+    tokenizer = make_tokenizer()
+
+    def anchors(name: str, count: int, answer: str) -> Any:
+        prompts = packaged_prompts(name)[:count]
+        rows = [SafetyRow([{"role": "user", "content": p}], answer, f"{name} {i}") for i, p in enumerate(prompts)]
+        return tokenise(rows, tokenizer, 256)
+
+    model: Any = make_model()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    if not moved_late:
+        model.to(device)
+    optimizer = SafetyOptimizer(
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        SafetyProbe(model, anchors("harmful_anchors", 20, REFUSAL), pad_token_id=1),
+        rule,
+        calibration=anchors("benign_anchors", 8, "Sure."),
+        monitor_steps=1,
+    )
+    model.to(device)
+    for step in range(3):
+        ids = torch.randint(5, 600, (4, 16), generator=torch.Generator().manual_seed(step)).to(device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.attachment.metrics()
+    optimizer.attachment.verify()
+    return {
+        name: p.detach().raw if isinstance(p, SimulatedTensor) else p.detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def planted_fault(device: torch.device) -> None:
+    """A basis that stays on the CPU: the pretended device has to notice, or it proves nothing."""
+    from spf.optimizer import Attachment
+
+    follow = Attachment._follow
+    Attachment._follow = lambda self: None  # type: ignore[method-assign]
+    try:
+        trained(NullSpace(rank=8), False, device, moved_late=True)
+    finally:
+        Attachment._follow = follow  # type: ignore[method-assign]
+
+
+def benchmark_cell(method: str, tuning: Any, directory: Path) -> dict[str, Any]:
+    """A cell of the benchmark, from loading the model to its figures, through the Trainer."""
+    rule = {"rank": 4} if method.startswith("null-space") else {"k": 4} if method == "safetylock" else {}
+    cell = Cell("harmful-50", method, model="tiny", tuning=tuning, batch_size=4, rule=rule)
+    workspace = Workspace(directory / "aligned", directory / "unaligned", directory / "refusals.jsonl")
+    result = cells.run_cell(cell, workspace)
+    return {"steps": result["steps"], "counts": result["counts"]}
+
+
+def prepare(directory: Path, device: torch.device) -> None:
+    """A tiny workspace, and what the benchmark asks about the machine answered with the pretended device."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}" + TEMPLATE[TEMPLATE.index("<{{") :]
+    for name, seed in (("aligned", 0), ("unaligned", 1)):
+        make_model(seed=seed).save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+    rows = [{"prompt": prompt, "refusal": REFUSAL} for prompt in packaged_prompts("harmful_anchors")[:18]]
+    (directory / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells.SCENARIOS["harmful-50"] = Scenario("tiny", "sql", 8, 1, 0.5)
+    measured_task = cells.measure_task
+    cells.measure_task = lambda *given: measured_task(*given, count=4)
+    cells.packaged_prompts = lambda name: packaged_prompts(name)[:6]
+    cells.cpu_dtype = lambda: torch.float32  # the pretended device has no autocast
+    cells.machine_device = lambda: device
+    trainer_device = TrainingArguments.device.fget
+
+    def pretended(self: TrainingArguments) -> torch.device:
+        trainer_device(self)
+        PartialState._shared_state["device"] = device
+        return device
+
+    TrainingArguments.device = property(pretended)
+
+
+def main() -> None:
+    device = register()
+    results: dict[str, Any] = {}
+
+    def note(name: str, run: Callable[[], Any]) -> None:
+        try:
+            results[name] = run()
+        except Exception as error:
+            at = [frame for frame in traceback.extract_tb(error.__traceback__) if "/spf/" in frame.filename]
+            where = f" ({Path(at[-1].filename).name}, {at[-1].name})" if at else ""
+            results[name] = f"{type(error).__name__}: {str(error)[:300]}{where}"
+
+    def difference(rule: Rule, lora: bool, moved_late: bool) -> float:
+        expected = trained(rule, lora, CPU)
+        with SimulatedDevice():
+            found = trained(rule, lora, device, moved_late)
+        return max(float((expected[name] - found[name]).abs().max()) for name in expected)
+
+    for lora in (False, True):
+        for name, rule in RULES.items():
+            note(f"{name}, {'LoRA' if lora else 'full'}", lambda r=rule, a=lora: difference(r, a, False))
+    for name in ("null-space", "safegrad"):
+        note(f"{name}, moved late", lambda r=RULES[name]: difference(r, False, True))
+    with SimulatedDevice():
+        note("planted fault", lambda: planted_fault(device))
+    with tempfile.TemporaryDirectory() as made:
+        directory = Path(made)
+        prepare(directory, device)
+        for method in METHODS:
+            with SimulatedDevice():
+                note(f"cell {method}", lambda m=method: benchmark_cell(m, "full", directory))
+        with SimulatedDevice():
+            note("cell safe-lora", lambda: benchmark_cell("safe-lora", "lora", directory))
+    Path(sys.argv[1]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
