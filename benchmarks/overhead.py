@@ -158,7 +158,10 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
     if name in RULES:
         # the null space alone measures its safety loss every 10 steps, as SafetyCallback does
         monitored = name == "null-space"
-        optimizer = SafetyOptimizer(optimizer, probe, RULES[name], monitor_steps=10 if monitored else 0)
+        correction = torch.bfloat16 if half else torch.float32
+        optimizer = SafetyOptimizer(
+            optimizer, probe, RULES[name], monitor_steps=10 if monitored else 0, correction_dtype=correction
+        )
     seconds = {"setup": time.perf_counter() - started}
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:

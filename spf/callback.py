@@ -164,6 +164,7 @@ class SafetyCallback(TrainerCallback):
             reworded=self._reworded(processing_class, limit) if saved is None else (),
             calibration=tokenise(_benign_rows(), processing_class, limit) if self._constrains and saved is None else (),
             monitor_steps=self.monitor_steps if isinstance(self.rule, NullSpace) else 0,
+            correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
         if saved is not None:
             self.attachment.load_state_dict(saved)

@@ -95,6 +95,7 @@ class Attachment:
         reworded: Sequence[Anchor] = (),
         calibration: Sequence[Anchor] = (),
         monitor_steps: int = 0,
+        correction_dtype: torch.dtype = torch.float32,
     ):
         self.probe = probe
         self.rule = rule
@@ -102,6 +103,7 @@ class Attachment:
             rule.feedback if isinstance(rule, NullSpace) else None if isinstance(rule, Constrained) else rule
         )
         self.monitor_steps = monitor_steps
+        self.correction_dtype = correction_dtype
         trainable = {name: matrix.weight for name, matrix in probe.matrices.items()} | probe.others
         self.sharding = Sharding(probe.model, optimizer, trainable)
         self.optimizer = self.sharding.optimizer
@@ -121,6 +123,7 @@ class Attachment:
         self._rows: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
         self._update = [0.0, 0.0]
+        self._taken: dict[str, Tensor] = {}
         self._inner: dict[str, float] = {}
         self._safety_norm: dict[str, float] = {}
         self._utility_norm: dict[str, float] = {}
@@ -386,7 +389,7 @@ class Attachment:
             return
         start = time.perf_counter()
         if not self._to_step:
-            self._to_step, self._met = set(self.sharding.parts), set()
+            self._to_step, self._met, self._taken = set(self.sharding.parts), set(), {}
         here = self.sharding.stepped()
         gradients = {
             name: gradient
@@ -459,13 +462,18 @@ class Attachment:
         return self.sharding.parts[name].blocks(tensor, self.matrices[name].transposed)
 
     def _hold(self, names: Sequence[str]) -> None:
-        """W <- W - (W V - W_0 V) V^T, block by block."""
-        parts = self.sharding.parts
+        """W <- W - (W V - W_0 V) V^T, block by block.
+
+        W V - W_0 V is computed in float32, so what a rougher product with V^T leaves of it goes at the next step.
+        """
+        parts, moved = self.sharding.parts, []
         updated = {name: self._sample(name).clone() for name in names}
         holders = {name: parts[name].holder.detach() for name in names}
         cut = self.sharding.cut_products(holders, self.subspace.right)
         for name in names:
             V, target, first = self.subspace.right[name], self.subspace.target[name], parts[name].rows.start
+            # lora_A is too small for it to pay
+            dtype = torch.float32 if self.matrices[name].is_lora_a else self.correction_dtype
             for block in self._blocks(name, holders[name]):
                 wanted = target[block.rows.start - first : block.rows.stop - first]
                 if block.cut:
@@ -473,13 +481,20 @@ class Attachment:
                     gap = cut[name][row : row + 1] - wanted
                 else:
                     gap = null_space_violation(block.tensor.float(), V, wanted)
-                block.tensor.sub_((gap @ V[block.columns].T).to(block.tensor.dtype))
-            held = self._sample(name)
-            self._update[0] += float((updated[name] - held).float().square().sum())
-            self._update[1] += float((updated[name] - self._rows[name]).float().square().sum())
+                block.tensor.sub_(gap.to(dtype) @ V[block.columns].T.to(dtype))
+                if dtype != torch.float32:
+                    self._taken[name] = gap.square().sum() + self._taken.get(name, 0.0)
+            taken, whole = updated[name] - self._sample(name), updated[name] - self._rows[name]
+            moved.append(torch.stack([taken.float().square().sum(), whole.float().square().sum()]))
+        # one transfer for all matrices: each would make the process wait for a GPU
+        sums = torch.stack([pair.to(moved[0].device) for pair in moved]).sum(0).tolist() if moved else (0.0, 0.0)
+        self._update = [total + new for total, new in zip(self._update, sums, strict=True)]
 
     def _violations(self, names: Iterable[str]) -> dict[str, tuple[float, float]]:
-        """|W V - W_0 V|_F of the model's own weights, and how much of it rounding explains, by name."""
+        """|W V - W_0 V|_F of the model's own weights, and how much of it rounding explains, by name.
+
+        Where the last step was corrected by a rougher product, that explains a small share of what it took.
+        """
         squares, eps = [], {}
         for name in names:
             matrix, V, part = self.matrices[name], self.subspace.right[name], self.sharding.parts[name]
@@ -492,11 +507,16 @@ class Attachment:
                     target = target[part.owned.start - part.rows.start : part.owned.stop - part.rows.start]
                 W = W.float().to(V.device)
                 error = null_space_violation(W, V, target)
-                squares.append(torch.stack([error.square().sum(), W.square().sum()]))
+                taken = self._taken.get(name, torch.zeros(())).to(V.device)
+                squares.append(torch.stack([error.square().sum(), W.square().sum(), taken]))
         if not squares:
             return {}
         sums = self.sharding.total(torch.stack(squares)).sqrt().tolist()
-        return {name: (error, eps[name] * size) for name, (error, size) in zip(eps, sums, strict=True)}
+        rough = torch.finfo(self.correction_dtype).eps
+        return {
+            name: (error, eps[name] * size + rough * taken)
+            for name, (error, size, taken) in zip(eps, sums, strict=True)
+        }
 
     def _sample(self, name: str) -> Tensor:
         """Some of this process's rows of a matrix, for the statistics (none if it holds no whole row)."""
@@ -660,7 +680,9 @@ def attach(
     Call `refresh()` of what is returned before every `optimizer.step()`. Options: `subspace` (bases
     estimated before), `reworded` (further samples, of the null space only), `calibration` (harmless samples; a
     fresh lora_A keeps its response to them in size when it is projected, and without adapters the learning rate
-    is higher during the step) and `monitor_steps` (probe the safety loss every so many steps, 0 for never).
+    is higher during the step), `monitor_steps` (probe the safety loss every so many steps, 0 for never) and
+    `correction_dtype` (of the product with V^T that takes the violation out of a full matrix; bfloat16, for training in
+    bfloat16, leaves some thousandths of one step's violation, which the next step takes out).
 
     Raises:
         UnsupportedSetupError, UnsupportedModelError, CorrectionError: the rule could not act here.

@@ -61,6 +61,37 @@ def test_null_space_holds_after_100_adamw_steps(m, n, k, decay, seed):
     assert not torch.allclose(layer.weight, start, atol=1e-3)  # it did learn elsewhere
 
 
+def test_a_correction_in_bfloat16_leaves_a_small_share_of_one_step():
+    """What the rougher product leaves goes at the next step, so it does not add up."""
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 32, bias=False)
+    V = torch.linalg.qr(torch.randn(48, 16)).Q
+    adamw = torch.optim.AdamW(layer.parameters(), lr=0.01)
+    optimizer = SafetyOptimizer(adamw, _BareProbe(layer, V), NullSpace(rank=16), correction_dtype=torch.bfloat16)
+    target = layer.weight.detach() @ V
+    shares = []
+    for _ in range(100):
+        layer(torch.randn(8, 48)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        left = (layer.weight.detach() @ V - target).norm()
+        shares.append(float(left / optimizer.attachment._taken["weight"].sqrt()))
+    assert max(shares) < 2**-7
+    assert max(shares) > 1e-4  # it was a rougher product
+
+
+def test_a_correction_in_bfloat16_that_is_not_applied_is_noticed(monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 32, bias=False)
+    V = torch.linalg.qr(torch.randn(48, 16)).Q
+    adamw = torch.optim.AdamW(layer.parameters(), lr=0.01)
+    optimizer = SafetyOptimizer(adamw, _BareProbe(layer, V), NullSpace(rank=16), correction_dtype=torch.bfloat16)
+    monkeypatch.setattr("spf.optimizer.null_space_violation", lambda W, V, target: 0.5 * (W @ V - target))
+    layer(torch.randn(8, 48)).square().sum().backward()
+    with pytest.raises(CorrectionError, match="answers the held inputs differently"):
+        optimizer.step()
+
+
 class _BareProbe(SafetyProbe):
     """A probe of one layer, with a given basis instead of a language model's."""
 
