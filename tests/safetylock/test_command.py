@@ -39,7 +39,7 @@ def lock(*arguments):
 
 
 def test_extract_inspect_apply_remove(workspace, capsys, monkeypatch):
-    monkeypatch.setattr("spf.demo.model.cpu_dtype", lambda: torch.float32)
+    monkeypatch.setattr("spf.demo.model.cpu_dtype", lambda: torch.bfloat16)  # the checkpoints' own is float32
     w = workspace
     assert lock("extract", w / "base", w / "my.lock", "--pairs", w / "pairs.jsonl", "--k", 4, "--alpha", 3) == 0
     made = SafetyLock.load(w / "my.lock")
@@ -99,7 +99,7 @@ def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it
     w = workspace
     assert lock("extract", w / "base", w / "my.lock", "--pairs", w / "pairs.jsonl", "--k", 4) == 0
     with monkeypatch.context() as unread:
-        unread.setattr("spf.safetylock.command.load_model", lambda name: pytest.fail("a mistake that is known before"))
+        unread.setattr("spf.safetylock.command.load_model", lambda *_: pytest.fail("a mistake that is known before"))
         for mistake, sentence in (
             (("--ks", "2,9"), "9 heads asked for; the lock holds 4"),
             (("--ks", "two"), "--ks two: whole numbers separated by commas"),
