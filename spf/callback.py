@@ -136,6 +136,11 @@ class SafetyCallback(TrainerCallback):
             raise SafetyDataError(
                 "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
             )
+        if args.fp16 and (not self._constrains or self.rule.feedback is not None):
+            raise UnsupportedSetupError(
+                f"the rule {self.rule.name} adds safety gradients to scaled float16 gradients, where they may "
+                "vanish; use bf16, or null-space without feedback"
+            )
         subspace, saved = None, None
         if state.global_step > 0:
             if isinstance(self.rule, SafeGrad):
@@ -168,6 +173,7 @@ class SafetyCallback(TrainerCallback):
         )
         if saved is not None:
             self.attachment.load_state_dict(saved)
+            self.attachment.check_resumed()
         self._verified = self._warned = False
         _ACTIVE[model] = ref(self)
         if not state.is_world_process_zero:

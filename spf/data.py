@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -42,11 +42,15 @@ class SafetyDataError(ValueError):
 
 @dataclass(frozen=True)
 class SafetyRow:
-    """One harmful prompt, its refusal if the data has one, and where it came from."""
+    """One harmful prompt, its refusal if the data has one, and where it came from.
+
+    cut: the refusal is only the beginning of one, so no end of the turn is to follow it.
+    """
 
     messages: Messages
     refusal: str | None
     where: str
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
     """Read safety data: a JSONL or CSV file, a `Dataset`, a hub id, or None for the packaged prompts.
 
     Columns: `prompt` (text or messages) with or without `refusal`, or `messages` (TRL's conversational
-    format; a last assistant message is the refusal where no column says otherwise). Only a name that is
+    format; a last assistant message is the refusal where no column says otherwise). `cut`, if it is there, says
+    whether the refusal is only the beginning of one. Only a name that is
     no local file and has no file suffix is looked up on the hub (its train split).
 
     Raises:
@@ -170,7 +175,10 @@ def _row(record: dict, where: str) -> SafetyRow:
         raise SafetyDataError(f"{where}: the prompt is empty")
     if refusal is not None and (not isinstance(refusal, str) or not refusal.strip()):
         raise SafetyDataError(f"{where}: the refusal is empty; leave the column out to use the model's own")
-    return SafetyRow(messages, refusal, where)
+    cut = record.get("cut", False)
+    if not isinstance(cut, bool):
+        raise SafetyDataError(f"{where}: cut must be true or false, not {cut!r}")
+    return SafetyRow(messages, refusal, where, cut)
 
 
 def complete_refusals(
@@ -184,7 +192,7 @@ def complete_refusals(
 ) -> list[SafetyRow]:
     """The first `wanted` rows (all by default) with refusals.
 
-    A row without one gets the model's own answer and is kept if the judge accepts it.
+    A row without one gets the model's own answer, its first `max_new_tokens`, and is kept if the judge accepts it.
 
     Raises:
         SafetyDataError: a row cannot be rendered, or none is left.
@@ -211,9 +219,12 @@ def complete_refusals(
             else []
         )
         for row in chunk:
-            refusal = next(answers) if row.refusal is None else row.refusal
-            if row.refusal is not None or is_refusal(refusal):
-                kept.append(SafetyRow(row.messages, refusal, row.where))
+            if row.refusal is not None:
+                kept.append(row)
+            elif is_refusal(refusal := next(answers)):
+                # an answer that ended has its end token among the new ones; spaces may have been stripped
+                length = len(tokenizer(refusal, add_special_tokens=False)["input_ids"])
+                kept.append(replace(row, refusal=refusal, cut=length >= max_new_tokens - 2))
     if not kept:
         raise SafetyDataError(
             f"{rows[0].where} and {len(rows) - 1} more rows: the model refused none of the prompts, so there is "
@@ -229,7 +240,7 @@ def reword(rows: Sequence[SafetyRow]) -> list[SafetyRow]:
         *before, last = row.messages
         if last["role"] == "user":
             asked = {**last, "content": wording.replace("{prompt}", last["content"])}
-            reworded.append(SafetyRow([*before, asked], row.refusal, f"{row.where}, reworded"))
+            reworded.append(replace(row, messages=[*before, asked], where=f"{row.where}, reworded"))
     return reworded
 
 
@@ -256,7 +267,7 @@ def render(row: SafetyRow, tokenizer: PreTrainedTokenizerBase, *, answered: bool
 
 
 def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Anchor]:
-    """Tokenised anchors, the refusal ended by what the template ends an assistant turn with.
+    """Tokenised anchors, the refusal ended by what the template ends an assistant turn with, unless it is cut.
 
     Prompt and refusal are tokenised apart, as they are when the model generates.
 
@@ -268,9 +279,11 @@ def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_
         prompt = render(row, tokenizer)
         assert row.refusal is not None
         answered = render(row, tokenizer, answered=True)
+        if row.cut:
+            refusal = row.refusal
         # Templates that change earlier turns once they are answered leave no common prefix; the refusal
         # then ends with the end-of-sequence token, as generation would.
-        if answered.startswith(prompt):
+        elif answered.startswith(prompt):
             refusal = answered[len(prompt) :].rstrip()
         else:
             refusal = row.refusal + (tokenizer.eos_token or "")

@@ -107,6 +107,7 @@ class Attachment:
         trainable = {name: matrix.weight for name, matrix in probe.matrices.items()} | probe.others
         self.sharding = Sharding(probe.model, optimizer, trainable)
         self.optimizer = self.sharding.optimizer
+        self._names = {id(parameter): name for name, parameter in probe.model.named_parameters()}
         self.matrices = self._expected()
         self._check_optimizer()
         if isinstance(rule, NullSpace) and rule.contrast and not calibration and subspace is None:
@@ -160,6 +161,10 @@ class Attachment:
 
     def refresh(self) -> None:
         """Probe the next anchors, where the rule or the monitor wants them before this step."""
+        if self._depth:
+            # the last step raised an error between the hooks, and was caught
+            self._restore_rates()
+            self._depth, self._to_step, self._kept = 0, set(), {}
         self._expects_step = True
         monitor = self.monitor_steps > 0 and self.steps % self.monitor_steps == 0
         if isinstance(self.rule, NullSpace) and self.gradient_rule is None and not monitor:
@@ -206,6 +211,22 @@ class Attachment:
                     raise CorrectionError(
                         f"spf: {name} answers the held inputs differently after the step: |W V - W_0 V| = "
                         f"{error:.3g}, rounding allows {allowed:.3g}"
+                    )
+
+    def check_resumed(self) -> None:
+        """Compare the weights with the targets that came with them; to be called before the first step.
+
+        Raises:
+            ValueError: they do not belong together.
+        """
+        if isinstance(self.rule, NullSpace):
+            # A thousandth of |W| is far more than a correction in bfloat16 leaves of a step, and far less than another
+            # run's weights are off.
+            for name, (error, allowed) in self._violations(self.matrices, slack=1e-3).items():
+                if not error <= allowed:
+                    raise ValueError(
+                        f"{name}: the weights do not answer the held inputs as the checkpoint's safety subspace says "
+                        f"(|W V - W_0 V| = {error:.3g}); they are from another run"
                     )
 
     def metrics(self) -> dict[str, float]:
@@ -390,6 +411,7 @@ class Attachment:
         start = time.perf_counter()
         if not self._to_step:
             self._to_step, self._met, self._taken = set(self.sharding.parts), set(), {}
+        self._refuse_unknown()
         here = self.sharding.stepped()
         gradients = {
             name: gradient
@@ -423,9 +445,7 @@ class Attachment:
         if self._depth > 0:
             return
         start = time.perf_counter()
-        if self.lr_scale != 1.0:
-            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
+        self._restore_rates()
         here = self.sharding.stepped()
         with torch.no_grad():
             if isinstance(self.rule, NullSpace):
@@ -447,6 +467,23 @@ class Attachment:
                     self._removed(*self._update)
             self._expects_step, self._result, self._update = False, None, [0.0, 0.0]
         self.seconds["projection"] += time.perf_counter() - start
+
+    def _restore_rates(self) -> None:
+        if self._rates:
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+        self._rates = []
+
+    def _refuse_unknown(self) -> None:
+        """A parameter that was frozen when the rule was put on, and is trained now, would go uncorrected."""
+        holders = {id(part.holder) for part in self.sharding.parts.values()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) in self._names and id(parameter) not in holders:
+                    raise CorrectionError(
+                        f"spf: {self._names[id(parameter)]} is trained, but was frozen when training began, so its "
+                        "updates would not be corrected; unfreeze it before, or start a new run"
+                    )
 
     def _keep_others(self, here: set[str]) -> None:
         for name, parameter in self.probe.others.items():
@@ -490,9 +527,10 @@ class Attachment:
         sums = torch.stack([pair.to(moved[0].device) for pair in moved]).sum(0).tolist() if moved else (0.0, 0.0)
         self._update = [total + new for total, new in zip(self._update, sums, strict=True)]
 
-    def _violations(self, names: Iterable[str]) -> dict[str, tuple[float, float]]:
+    def _violations(self, names: Iterable[str], slack: float = 0.0) -> dict[str, tuple[float, float]]:
         """|W V - W_0 V|_F of the model's own weights, and how much of it rounding explains, by name.
 
+        `slack` is a share of |W|_F that may come besides.
         Where the last step was corrected by a rougher product, that explains a small share of what it took.
         """
         squares, eps = [], {}
@@ -501,7 +539,7 @@ class Attachment:
             target = self.subspace.target[name]
             with torch.no_grad(), self.sharding.weight(name, matrix.transposed) as (first, W):
                 # fp32: accumulated in a product of n terms; bf16: half a unit in the last place per element
-                eps[name] = max(torch.finfo(W.dtype).eps, 30 * torch.finfo(torch.float32).eps)
+                eps[name] = max(torch.finfo(W.dtype).eps, 30 * torch.finfo(torch.float32).eps) + slack
                 if self.sharding.split:
                     W = W[part.owned.start - first : part.owned.stop - first]
                     target = target[part.owned.start - part.rows.start : part.owned.stop - part.rows.start]
@@ -511,7 +549,7 @@ class Attachment:
                 squares.append(torch.stack([error.square().sum(), W.square().sum(), taken]))
         if not squares:
             return {}
-        sums = self.sharding.total(torch.stack(squares)).sqrt().tolist()
+        sums = self.sharding.total(torch.stack([s.to(squares[0].device) for s in squares])).sqrt().tolist()
         rough = torch.finfo(self.correction_dtype).eps
         return {
             name: (error, eps[name] * size + rough * taken)
@@ -616,7 +654,7 @@ class Attachment:
                 for b in self._blocks(name, gradient):
                     part = components(b.tensor.float(), U[b.rows], V[b.columns], rule.side)
                     found[name][:, b.columns if rule.side == "left" else slice(None)] += part
-            if found:
+            if found and self.sharding.split:
                 flat = self.sharding.total(torch.cat([c.flatten() for c in found.values()]))
                 pieces = flat.split([c.numel() for c in found.values()])
                 found = {name: piece.view_as(found[name]) for name, piece in zip(found, pieces, strict=True)}
@@ -642,7 +680,7 @@ class Attachment:
     def _constrain(self, result: ProbeResult, rule: Constrained) -> None:
         """Change the step just made so that the linearised safety loss stays within its margin."""
         directions: list[tuple[Tensor, Tensor]] = []
-        inner = curvature = whole = size = torch.zeros(())
+        sums: list[Tensor] = []
         for name, blocks_before in self._before_step.items():
             holder = self.sharding.parts[name].holder
             state = self.optimizer.state[holder]
@@ -651,10 +689,11 @@ class Attachment:
                 step = (b.tensor - before).float()
                 S = result.factors[name].block(b.rows, b.columns, b.tensor)
                 direction = S / (moments[i].float().sqrt() + 1e-8) if moments else S
-                inner, curvature = inner + (S * step).sum(), curvature + (S * direction).sum()
-                whole, size = whole + step.square().sum(), size + direction.square().sum()
+                products = [(S * step).sum(), (S * direction).sum(), step.square().sum(), direction.square().sum()]
+                sums.append(torch.stack(products))
                 directions.append((b.tensor, direction))
-        values = self.sharding.total(torch.stack([inner, curvature, whole, size])).tolist()
+        total = torch.stack([s.to(sums[0].device) for s in sums]).sum(0) if sums else torch.zeros(4)
+        values = self.sharding.total(total).tolist()
         violation = max(0.0, result.excess - rule.margin + values[0])
         self._note("conflict_rate", float(values[0] > 0))
         factor = violation / values[1] if violation > 0 and values[1] > 0 else 0.0

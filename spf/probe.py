@@ -86,6 +86,24 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
     return matrices, others
 
 
+def used_tokens(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """The rows (T, n) of a matrix's inputs or outputs at the tokens of a mask (B, L), wherever the matrix is.
+
+    x (B, L, n), or (B L, n) from layers that are given all tokens in a row.
+
+    Raises:
+        UnsupportedModelError: x has neither shape, so which row is which token is not known.
+    """
+    if x.shape[:-1] == mask.shape:
+        return x[mask.to(x.device)]
+    if x.dim() == 2 and len(x) == mask.numel():
+        return x[mask.flatten().to(x.device)]
+    raise UnsupportedModelError(
+        f"{name}: works on tensors of shape {tuple(x.shape)} for {mask.shape[0]} samples of {mask.shape[1]} tokens, so "
+        "its inputs cannot be told apart; freeze it or leave it out of target_modules"
+    )
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """loss: the safety loss, mean NLL of the refusal tokens (nats). factors: of the gradient of `objective`, by name.
@@ -185,17 +203,21 @@ class SafetyProbe:
             records = {name: list(pairs) for name, pairs in taps.items()}
             flat = [output for pairs in records.values() for _, output in pairs]
             gradients = iter(torch.autograd.grad(objective, flat, allow_unused=True))
-        factors = {}
+        factors, shared = {}, {}
         for name, pairs in records.items():
             X, D = [], []
             for x, _ in pairs:
                 d = next(gradients)
                 if d is not None:
-                    X.append(x[mask].float())
-                    D.append(d[mask].float())
+                    # q, k and v read one tensor; so they share what is kept of it
+                    place = (x.data_ptr(), x.shape, x.stride(), x.dtype)
+                    if place not in shared:
+                        shared[place] = used_tokens(name, x, mask).float()
+                    X.append(shared[place])
+                    D.append(used_tokens(name, d, mask).float())
             if not X:
                 raise UnsupportedModelError(f"{name}: the safety loss does not pass through this matrix")
-            factors[name] = Factors(torch.cat(X), torch.cat(D))
+            factors[name] = Factors(X[0], D[0]) if len(X) == 1 else Factors(torch.cat(X), torch.cat(D))
         excess = 0.0
         if self.reference_nll:
             known = [self.reference_nll[a.where] for a in anchors]
@@ -204,10 +226,13 @@ class SafetyProbe:
 
     @torch.no_grad()
     def loss(self, anchors: Sequence[Anchor]) -> float:
-        """The safety loss on these anchors: mean NLL of the refusal tokens, nats. One forward pass."""
+        """The safety loss on these anchors: mean NLL of the refusal tokens, nats. A forward pass for every eight."""
+        total = weight = 0.0
         with self._quiet():
-            nll, weights, _ = self._token_nll(self._batch(anchors))
-        return float((nll * weights).sum() / weights.sum())
+            for start in range(0, len(anchors), 8):
+                nll, weights, _ = self._token_nll(self._batch(anchors[start : start + 8]))
+                total, weight = total + float((nll * weights).sum()), weight + float(weights.sum())
+        return total / weight
 
     @torch.no_grad()
     def input_bases(
@@ -255,7 +280,8 @@ class SafetyProbe:
         def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
             # those that share an input are called one after the other
             for other in list(inputs)[-3:]:
-                if x.shape == inputs[other].shape and torch.equal(x, inputs[other]):
+                same_place = x.shape == inputs[other].shape and x.device == inputs[other].device
+                if same_place and torch.equal(x, inputs[other]):
                     shared[name] = other
                     return
             inputs[name] = x
@@ -271,7 +297,8 @@ class SafetyProbe:
         """Root mean square over the anchors' tokens of |x - V V^T x| / |x|, x a matrix's inputs, V (n, k) its basis."""
 
         def free(name: str, x: Tensor, y: Tensor) -> Tensor:
-            return project_out_right(nn.functional.normalize(x.float(), dim=-1), bases[name])
+            # with DeepSpeed's offload the bases are where the optimizer is
+            return project_out_right(nn.functional.normalize(x.float(), dim=-1), bases[name].to(x.device))
 
         return self._norms(anchors, list(bases), free)
 
@@ -305,7 +332,8 @@ class SafetyProbe:
 
         def tap(name: str) -> Callable:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                take(name, inputs[0][mask], output[mask], deciding[mask])
+                x = inputs[0]
+                take(name, used_tokens(name, x, mask), used_tokens(name, output, mask), deciding[mask].to(x.device))
 
             return hook
 
@@ -333,10 +361,12 @@ class SafetyProbe:
     def _token_nll(self, batch: AnchorBatch) -> tuple[Tensor, Tensor, Tensor]:
         """NLL (P,) and weight (P,) of the P refusal tokens of a batch, and the logits (P, V) before them."""
         output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        weights = batch.weights[:, 1:]
+        # the last layers may be on another device than the first
+        weights = batch.weights[:, 1:].to(output.logits.device)
         used = weights > 0
         logits = output.logits[:, :-1][used].float()
-        nll = nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][used], reduction="none")
+        targets = batch.input_ids[:, 1:].to(logits.device)[used]
+        nll = nn.functional.cross_entropy(logits, targets, reduction="none")
         return nll, weights[used], logits
 
     @contextmanager

@@ -108,6 +108,11 @@ def innermost_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
         optimizer = zero.optimizer
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedSetupError("LBFGS evaluates its closure many times a step; use another optimizer")
+    if type(optimizer).__module__.partition(".")[0] == "schedulefree":
+        raise UnsupportedSetupError(
+            f"{type(optimizer).__name__} evaluates and saves an average of the weights, which no rule corrects; use "
+            "another optimizer"
+        )
     if "_optimizer_step_pre_hooks" not in vars(optimizer):
         raise UnsupportedSetupError(
             f"{type(optimizer).__module__}.{type(optimizer).__name__} has no step hooks, so no rule can act; "

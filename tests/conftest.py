@@ -8,6 +8,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -59,6 +60,19 @@ def make_model(
         "llama": lambda: LlamaConfig(**common, tie_word_embeddings=False),
         "qwen": lambda: Qwen2Config(**common, tie_word_embeddings=True),
         "gemma": lambda: Gemma2Config(**common, head_dim=8, sliding_window=64),
+        # its first feed-forward layer is given all tokens in a row
+        "opt": lambda: OPTConfig(
+            vocab_size=2048,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            word_embed_proj_dim=32,
+            bos_token_id=2,
+            eos_token_id=2,
+            dropout=0.0,
+        ),
         "gpt2": lambda: GPT2Config(
             vocab_size=2048, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2
         ),

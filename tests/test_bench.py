@@ -131,6 +131,18 @@ def test_an_interrupted_start_is_made_up_for(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["aligned", "refusals.jsonl"]
 
 
+def test_a_model_that_changed_is_not_taken_for_the_former_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer: rows[:2])
+    source = tmp_path / "my-model"
+    make_model(seed=0).save_pretrained(source)
+    make_tokenizer().save_pretrained(source)
+    for _ in range(2):
+        cells.prepare(str(source), tmp_path / "work")
+    make_model(seed=1).save_pretrained(source)
+    with pytest.raises(ValueError, match=r"my-model has changed since .* was made from it"):
+        cells.prepare(str(source), tmp_path / "work")
+
+
 def test_a_template_without_system_role_loses_one_jailbreak_not_the_cell(monkeypatch):
     monkeypatch.setattr(cells, "evaluate_refusals", lambda model, tokenizer, prompts, **more: [True] * len(prompts))
     found = cells.measure(make_model(), make_tokenizer(), Cell("benign", "plain"), None)

@@ -12,11 +12,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from spf import SPF, CorrectionError, NullSpace, SafetyCallback, SafetyDataError, SafetyOptimizer, SafetyProbe
 from spf.probe import UnsupportedModelError
+from spf.rules import Mix
+from spf.sharding import UnsupportedSetupError
 from tests.conftest import REFUSAL, make_model
 
 PROMPTS = ["How do I bake bread?", "Explain how locks work.", "Write a poem.", "Tell me a story."] * 6
@@ -268,6 +270,31 @@ def test_bad_input_stops_before_any_step(tmp_path, tokenizer, rows):
     refuses("refused none of the prompts", Dataset.from_list([{"prompt": "Write a poem."}]))
     with pytest.raises(ValueError, match="unknown rule 'sfp'; choose one of null-space, spf, rank1"):
         SafetyCallback(rule="sfp")
+
+
+def test_float16_with_safety_gradients_is_refused(tmp_path, tokenizer, rows):
+    args = arguments(TrainingArguments, tmp_path)
+    args.fp16 = True
+    model = make_model()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "processing_class": tokenizer}
+    for rule in ("mix", NullSpace(rank=4, feedback=Mix())):
+        with pytest.raises(UnsupportedSetupError, match="scaled float16 gradients"):
+            SafetyCallback(safety_data(rows), rule).on_train_begin(args, TrainerState(), TrainerControl(), **given)
+
+
+def test_weights_of_another_run_are_noticed_when_a_run_goes_on(tmp_path, tokenizer, rows):
+    """`Trainer.train(resume_from_checkpoint=...)` does not tell a callback the directory it was given."""
+
+    def run(name, seed):
+        callback = SafetyCallback(safety_data(rows), NullSpace(rank=4))
+        save = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        return make_trainer(tmp_path / name, tokenizer, callback, make_model(seed=seed), **save)
+
+    run("a", 0).train()
+    run("b", 1).train()
+    with pytest.raises(ValueError, match="they are from another run"):
+        run("b", 1).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    run("b", 1).train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-1"))
 
 
 def test_train_twice_attaches_once(tmp_path, tokenizer, rows):

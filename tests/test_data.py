@@ -94,6 +94,28 @@ def test_the_models_own_refusals_are_judged(monkeypatch, tokenizer):
         complete_refusals(rows, make_model(), tokenizer)
 
 
+def test_a_refusal_that_was_cut_is_not_ended(monkeypatch, tokenizer):
+    """Half a sentence and then the end of the turn is nothing the model would say."""
+    rows = load_safety_rows()[:2]
+    words = len(tokenizer(REFUSAL)["input_ids"])
+    monkeypatch.setattr("spf.data.generate_answers", lambda *args, **kw: [REFUSAL, "I'm sorry, no."])
+    cut, whole = complete_refusals(rows, make_model(), tokenizer, max_new_tokens=words)
+    assert (cut.cut, whole.cut) == (True, False)
+    end = tokenizer("</s>", add_special_tokens=False)["input_ids"]
+    ended = [anchor.refusal_ids[-1:] == end for anchor in tokenise([cut, whole], tokenizer, 256)]
+    assert ended == [False, True]
+    assert [row.cut for row in reword([cut, whole])] == [True, False]
+
+
+def test_a_column_says_that_a_refusal_is_cut(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"prompt": "a", "refusal": "I cannot", "cut": true}\n{"prompt": "b", "refusal": "No."}\n')
+    assert [row.cut for row in load_safety_rows(path)] == [True, False]
+    path.write_text('{"prompt": "a", "refusal": "I cannot", "cut": "yes"}\n')
+    with pytest.raises(SafetyDataError, match=r"r\.jsonl:1: cut must be true or false, not 'yes'"):
+        load_safety_rows(path)
+
+
 def test_generation_runs_on_a_real_model(tokenizer):
     model = make_model().train()
     with pytest.raises(SafetyDataError, match="refused none"):

@@ -1,6 +1,7 @@
 """The rules on real optimizers: what they hold, and that they are noticed when they do not act."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -61,6 +62,56 @@ def test_null_space_holds_after_100_adamw_steps(m, n, k, decay, seed):
     assert not torch.allclose(layer.weight, start, atol=1e-3)  # it did learn elsewhere
 
 
+def test_a_step_that_raised_does_not_switch_the_rule_off():
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 8, bias=False)
+    V = torch.linalg.qr(torch.randn(24, 8)).Q
+
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    inner = Failing(layer.parameters(), lr=1e-3)
+    optimizer = SafetyOptimizer(inner, _BareProbe(layer, V), NullSpace(rank=8))
+    optimizer.attachment.lr_scale = 2.0
+    target = layer.weight.detach() @ V
+    for fails in (False, True, False, False):
+        inner.fails = fails
+        layer(torch.randn(8, 24)).square().sum().backward()
+        with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.attachment.steps == 3
+    assert torch.allclose(layer.weight.detach() @ V, target, atol=1e-6)
+    assert inner.param_groups[0]["lr"] == 1e-3
+
+
+def test_a_parameter_that_is_unfrozen_later_is_noticed():
+    model = nn.Sequential(nn.Linear(24, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight.requires_grad_(False)
+    V = torch.linalg.qr(torch.randn(24, 8)).Q
+    probe = _BareProbe(model, V)
+    optimizer = SafetyOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), probe, NullSpace(rank=8))
+    model(torch.randn(8, 24)).square().sum().backward()
+    optimizer.step()
+    model[1].weight.requires_grad_(True)
+    model(torch.randn(8, 24)).square().sum().backward()
+    with pytest.raises(CorrectionError, match=r"1\.weight is trained, but was frozen when training began"):
+        optimizer.step()
+
+
+def test_schedule_free_optimizers_are_refused():
+    layer = nn.Linear(24, 8, bias=False)
+    free = type("AdamWScheduleFree", (torch.optim.SGD,), {"__module__": "schedulefree.adamw_schedulefree"})
+    probe = _BareProbe(layer, torch.linalg.qr(torch.randn(24, 8)).Q)
+    with pytest.raises(UnsupportedSetupError, match="AdamWScheduleFree evaluates and saves an average"):
+        SafetyOptimizer(free(layer.parameters(), lr=0.1), probe, NullSpace(rank=8))
+
+
 def test_a_correction_in_bfloat16_leaves_a_small_share_of_one_step():
     """What the rougher product leaves goes at the next step, so it does not add up."""
     torch.manual_seed(0)
@@ -111,7 +162,7 @@ class _BareProbe(SafetyProbe):
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["llama", "qwen", "gemma", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gemma", "gpt2", "opt"])
 def test_anchor_logits_do_not_change_at_full_rank(kind, tuning, anchors):
     """With a rank as large as the number of anchor tokens the model's answers to the anchors stay."""
     torch.manual_seed(1)

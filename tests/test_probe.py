@@ -34,7 +34,7 @@ def with_lora(model, dropout=0.1):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["llama", "qwen", "gemma", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gemma", "gpt2", "opt"])
 def test_equals_autograd(kind, tuning, dtype, checkpointing, anchors):
     model = make_model(kind, dtype=dtype)
     if checkpointing:

@@ -49,7 +49,7 @@ from spf.evaluation import (
 )
 from spf.evaluation.generate import context_length, pad_id
 from spf.evaluation.run import renders
-from spf.files import replace_file
+from spf.files import replace_file, write_json
 
 Split = Literal["eval", "validation"]
 Tuning = Literal["lora", "full"]
@@ -90,8 +90,22 @@ def prepare(model: str, directory: Path) -> Workspace:
     """Load or download the model once, and let it answer the harmful anchors once, for every cell of a grid.
 
     `demo` is the packaged aligned model; anything else a directory or hub id of an aligned model.
+
+    Raises:
+        ValueError: the directory has other weights now than when this workspace was made from it.
     """
     place = directory / model.replace("/", "--")
+    source, weights = place / "source.json", {}
+    if model != "demo" and Path(model).is_dir():
+        found = sorted(Path(model).glob("*.safetensors"))
+        weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found}
+    if weights:
+        if source.is_file() and json.loads(source.read_text("utf-8")) != weights:
+            raise ValueError(
+                f"{model} has changed since {place} was made from it; remove that directory and the model's cells, or "
+                "give another --work and --output"
+            )
+        write_json(source, weights)
     aligned, unaligned, refusals = place / "aligned", place / "unaligned", place / "refusals.jsonl"
     if not (aligned / "config.json").is_file():
         loaded, tokenizer = load_aligned_demo_model() if model == "demo" else load_model(model)
@@ -102,7 +116,7 @@ def prepare(model: str, directory: Path) -> Workspace:
     if not refusals.is_file():
         loaded, tokenizer = _load_aligned(aligned, cpu_dtype()), load_tokenizer(aligned)
         rows = complete_refusals(load_safety_rows(None), loaded, tokenizer)
-        lines = "".join(json.dumps({"messages": r.messages, "refusal": r.refusal}) + "\n" for r in rows)
+        lines = "".join(json.dumps({"messages": r.messages, "refusal": r.refusal, "cut": r.cut}) + "\n" for r in rows)
         replace_file(refusals, lines.encode("utf-8"))
     return Workspace(aligned, unaligned if model == "demo" else None, refusals)
 
@@ -149,7 +163,11 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
     else:
         model, tokenizer = fine_tune(cell, workspace, result)
         result["train_seconds"] = time.perf_counter() - started
-        result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        result["peak_memory_mb"] = (
+            torch.cuda.max_memory_allocated() / 2**20
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        )
         evaluated = time.perf_counter()
         result |= measure(model, tokenizer, cell, SCENARIOS[cell.scenario].task)
         result["eval_seconds"] = time.perf_counter() - evaluated
@@ -163,10 +181,16 @@ class _Clock(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
+        self._start = self._now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds.append(self._now() - self._start)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 class _Curve(TrainerCallback):

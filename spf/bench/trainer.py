@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 IGNORED = -100
 
@@ -21,6 +21,12 @@ class AnswerTrainer(Trainer):
     """
 
     answer_loss: AnswerLoss | None = None
+
+    def __init__(self, model: Any, args: TrainingArguments, **kwargs: Any):
+        if args.n_gpu > 1:
+            # Trainer would split batches over the GPUs by DataParallel, which answer_logits cannot look into
+            args._n_gpu = 1
+        super().__init__(model, args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
+COPIES = {aten.copy_.default, aten._to_copy.default}
 MAY_MIX = {
-    aten.copy_.default,
-    aten._to_copy.default,
+    *COPIES,
     aten.index.Tensor,
     aten.index_put.default,
     aten.index_put_.default,
@@ -41,6 +41,9 @@ class SimulatedTensor(torch.Tensor):
 
     def __init__(self, raw: torch.Tensor):
         self.raw = raw
+
+    def data_ptr(self) -> int:
+        return self.detach().raw.data_ptr()
 
     def tolist(self) -> Any:
         return self.detach().raw.tolist()
@@ -93,13 +96,13 @@ def _run(function: Any, args: Sequence, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     there = [x for x in tensors if isinstance(x, SimulatedTensor)]
     here = [x for x in tensors if not isinstance(x, SimulatedTensor) and x.dim() > 0]
-    if there and here and function not in MAY_MIX:
-        raise RuntimeError(f"{function}: tensors on sim:0 and the CPU, here {tuple(here[0].shape)}")
     placed = bool(there)
     if function in MAY_MIX:
         placed = isinstance(args[0], SimulatedTensor)
-        if there and not placed and function not in (aten.copy_.default, aten._to_copy.default):
+        if there and not placed and function not in COPIES:
             raise RuntimeError(f"{function}: indices on sim:0 of a tensor on the CPU")
+    elif there and here:
+        raise RuntimeError(f"{function}: tensors on sim:0 and the CPU, here {tuple(here[0].shape)}")
     if kwargs.get("device") is not None:
         placed = torch.device(kwargs["device"]).type == "sim"
         if placed:

@@ -35,6 +35,13 @@ def test_every_rule_gives_the_parameters_of_the_cpu(results, rule, tuning):
     assert results[f"{rule}, {tuning}"] <= 1e-5
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_model_may_lie_on_two_devices(results, rule):
+    """As with `device_map="auto"`, which TRL takes by itself where it sees several GPUs."""
+    assert isinstance(results[f"{rule}, two devices"], float), results[f"{rule}, two devices"]
+    assert results[f"{rule}, two devices"] <= 1e-5
+
+
 @pytest.mark.parametrize("rule", ["null-space", "safegrad"])
 def test_a_model_may_be_moved_after_the_optimizer_was_made(results, rule):
     """A Trainer that is given a SafetyOptimizer moves the model when it starts."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._pytree import tree_map
 from transformers import TrainingArguments
 
 from spf import SPF, NullSpace, SafetyOptimizer, SafetyProbe
@@ -40,8 +41,24 @@ RULES: dict[str, Rule] = {
 METHODS = ["null-space", "kl", "constrained-sft", "lisa", "one-shot", "resta", "null-space-post", "safetylock"]
 
 
-def trained(rule: Rule, lora: bool, device: torch.device, moved_late: bool = False) -> dict[str, torch.Tensor]:
-    """Parameters after three steps; `moved_late`: to the device after the optimizer was made, as a Trainer moves it."""
+def spread(model: Any) -> None:
+    """The second half of a model on another device, as `device_map="auto"` does it; here the CPU is the second."""
+
+    def move(module: Any, args: Any, kwargs: Any) -> Any:
+        return tree_map(lambda x: x.to("cpu") if isinstance(x, torch.Tensor) else x, (args, kwargs))
+
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in (inner.model.layers[1], inner.model.norm, inner.lm_head):
+        module.to("cpu").register_forward_pre_hook(move, with_kwargs=True)
+
+
+def trained(
+    rule: Rule, lora: bool, device: torch.device, moved_late: bool = False, two: bool = False
+) -> dict[str, torch.Tensor]:
+    """Parameters after three steps.
+
+    moved_late: to the device after the optimizer was made, as a Trainer moves it. two: half on a second device.
+    """
     tokenizer = make_tokenizer()
 
     def anchors(name: str, count: int, answer: str) -> Any:
@@ -54,6 +71,8 @@ def trained(rule: Rule, lora: bool, device: torch.device, moved_late: bool = Fal
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     if not moved_late:
         model.to(device)
+    if two:
+        spread(model)
     optimizer = SafetyOptimizer(
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
         SafetyProbe(model, anchors("harmful_anchors", 20, REFUSAL), pad_token_id=1),
@@ -61,7 +80,8 @@ def trained(rule: Rule, lora: bool, device: torch.device, moved_late: bool = Fal
         calibration=anchors("benign_anchors", 8, "Sure."),
         monitor_steps=1,
     )
-    model.to(device)
+    if moved_late:
+        model.to(device)
     for step in range(3):
         ids = torch.randint(5, 600, (4, 16), generator=torch.Generator().manual_seed(step)).to(device)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -133,15 +153,17 @@ def main() -> None:
             where = f" ({Path(at[-1].filename).name}, {at[-1].name})" if at else ""
             results[name] = f"{type(error).__name__}: {str(error)[:300]}{where}"
 
-    def difference(rule: Rule, lora: bool, moved_late: bool) -> float:
+    def difference(rule: Rule, lora: bool, moved_late: bool, two: bool = False) -> float:
         expected = trained(rule, lora, CPU)
         with SimulatedDevice():
-            found = trained(rule, lora, device, moved_late)
+            found = trained(rule, lora, device, moved_late, two)
         return max(float((expected[name] - found[name]).abs().max()) for name in expected)
 
     for lora in (False, True):
         for name, rule in RULES.items():
             note(f"{name}, {'LoRA' if lora else 'full'}", lambda r=rule, a=lora: difference(r, a, False))
+    for name in RULES:
+        note(f"{name}, two devices", lambda r=RULES[name]: difference(r, isinstance(r, SPF), False, True))
     for name in ("null-space", "safegrad"):
         note(f"{name}, moved late", lambda r=RULES[name]: difference(r, False, True))
     with SimulatedDevice():
