@@ -136,7 +136,7 @@ class SafetyCallback(TrainerCallback):
             raise SafetyDataError(
                 "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
             )
-        if args.fp16 and (not self._constrains or self.rule.feedback is not None):
+        if args.fp16 and not (isinstance(self.rule, NullSpace) and self.rule.feedback is None):
             raise UnsupportedSetupError(
                 f"the rule {self.rule.name} adds safety gradients to scaled float16 gradients, where they may "
                 "vanish; use bf16, or null-space without feedback"

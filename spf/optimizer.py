@@ -503,7 +503,8 @@ class Attachment:
 
         W V - W_0 V is computed in float32, so what a rougher product with V^T leaves of it goes at the next step.
         """
-        parts, moved = self.sharding.parts, []
+        parts = self.sharding.parts
+        moved: list[Tensor] = []
         updated = {name: self._sample(name).clone() for name in names}
         holders = {name: parts[name].holder.detach() for name in names}
         cut = self.sharding.cut_products(holders, self.subspace.right)
@@ -530,8 +531,8 @@ class Attachment:
     def _violations(self, names: Iterable[str], slack: float = 0.0) -> dict[str, tuple[float, float]]:
         """|W V - W_0 V|_F of the model's own weights, and how much of it rounding explains, by name.
 
-        `slack` is a share of |W|_F that may come besides.
-        Where the last step was corrected by a rougher product, that explains a small share of what it took.
+        `slack` is a share of |W|_F that may come besides. Where the last step was corrected by a rougher product, that
+        explains a small share of what it took.
         """
         squares, eps = [], {}
         for name in names:

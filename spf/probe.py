@@ -203,7 +203,8 @@ class SafetyProbe:
             records = {name: list(pairs) for name, pairs in taps.items()}
             flat = [output for pairs in records.values() for _, output in pairs]
             gradients = iter(torch.autograd.grad(objective, flat, allow_unused=True))
-        factors, shared = {}, {}
+        factors: dict[str, Factors] = {}
+        shared: dict[tuple, Tensor] = {}
         for name, pairs in records.items():
             X, D = [], []
             for x, _ in pairs:

@@ -95,7 +95,8 @@ def prepare(model: str, directory: Path) -> Workspace:
         ValueError: the directory has other weights now than when this workspace was made from it.
     """
     place = directory / model.replace("/", "--")
-    source, weights = place / "source.json", {}
+    source = place / "source.json"
+    weights: dict[str, list[int]] = {}
     if model != "demo" and Path(model).is_dir():
         found = sorted(Path(model).glob("*.safetensors"))
         weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found}
