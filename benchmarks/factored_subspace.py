@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spf.demo.model import machine_device
 from spf.files import write_json
 from spf.subspace import Factors
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("factored_subspace.json"))
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine_device().type
     torch.manual_seed(0)
     # a decaying spectrum, as gradients have
     scale = torch.logspace(0, -2, args.tokens, device=device)[:, None]

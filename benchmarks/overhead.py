@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spf.bench.trainer import IGNORED, answer_logits
 from spf.data import Anchor
-from spf.demo.model import cpu_dtype
+from spf.demo.model import cpu_dtype, machine_device, peak_memory_mb
 from spf.files import write_json
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
@@ -60,6 +59,7 @@ RULES = {
 }
 OTHERS = ["released-code style", "torchjd pcgrad"]
 ANCHOR = 40
+SETTINGS = ("size", "tuning", "batch", "tokens", "answer", "accumulation")
 
 
 def main() -> None:
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--answer", type=int, default=128, help="tokens of each sequence that have a loss")
+    parser.add_argument("--accumulation", type=int, default=1, help="parts the batch is taken in, to fit in memory")
     parser.add_argument(
         "--rounds", type=int, default=8, help="pairs of steps after one that warms up; processes an arm with --memory"
     )
@@ -77,6 +78,10 @@ def main() -> None:
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("overhead.json"))
     args = parser.parse_args()
+    if args.batch % args.accumulation:
+        parser.error(f"--batch {args.batch} is not a multiple of --accumulation {args.accumulation}")
+    if args.accumulation > 1 and "torchjd pcgrad" in args.rules:
+        parser.error("torchjd pcgrad cannot be accumulated; choose other --rules")
     if args.peak_of:
         print(json.dumps(peak(args)))
         return
@@ -85,7 +90,7 @@ def main() -> None:
         return
     result = {
         "command": " ".join(["python", *sys.argv]),
-        **{key: getattr(args, key) for key in ("size", "tuning", "batch", "tokens", "answer", "rounds")},
+        **{key: getattr(args, key) for key in (*SETTINGS, "rounds")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -103,9 +108,10 @@ def main() -> None:
 def measure_memory(args: argparse.Namespace) -> None:
     """Add each arm's peak, in a process of its own, to the file of an earlier run without --memory."""
     result = json.loads(args.output.read_text("utf-8"))
-    for key in ("size", "tuning", "batch", "tokens", "answer"):
-        if result[key] != getattr(args, key):
-            raise ValueError(f"{args.output} was made with {key} {result[key]}, not {getattr(args, key)}")
+    for key in SETTINGS:
+        made = result.get(key, 1)  # files from before --accumulation do not name it
+        if made != getattr(args, key):
+            raise ValueError(f"{args.output} was made with {key} {made}, not {getattr(args, key)}")
     names = [name for name in args.rules if name in result["arms"]]
     peaks: dict[str, list[float]] = {name: [] for name in ["plain", *names]}
     for name in tqdm(list(peaks) * args.rounds, desc="peak memory"):
@@ -136,7 +142,7 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
         max_position_embeddings=max(2048, args.tokens),
         tie_word_embeddings=args.size != "8B",
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = machine_device()
     lora, half = args.tuning == "lora", cpu_dtype() == torch.bfloat16
     with device:
         # full fine-tuning keeps fp32 masters under autocast, LoRA a frozen base in the machine's type
@@ -147,6 +153,9 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
     ids = torch.randint(0, vocabulary, (args.batch, args.tokens), device=device)
     labels = torch.where(torch.arange(args.tokens, device=device) < args.tokens - args.answer, IGNORED, ids)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    parts = [
+        {key: value[start :: args.accumulation] for key, value in inputs.items()} for start in range(args.accumulation)
+    ]
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(trainable, lr=1e-5)
     started = time.perf_counter()
@@ -169,6 +178,10 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
             logits, targets, _ = answer_logits(model, batch)
             return nn.functional.cross_entropy(logits, targets)
 
+    def utility_backward() -> None:
+        for part in parts:
+            (loss_of(part) / len(parts)).backward()
+
     def safety_batch() -> dict[str, torch.Tensor]:
         rows = next(probe.rotation)
         ids = torch.tensor([anchor.prompt_ids + anchor.refusal_ids for anchor in rows], device=device)
@@ -184,13 +197,13 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
             loss_of(safety_batch()).backward()
             safety = [p.grad.clone() for p in trainable]
             optimizer.zero_grad()
-            loss_of(inputs).backward()
+            utility_backward()
             utility = [p.grad.clone() for p in trainable]
             for p, u, s in zip(trainable, utility, safety, strict=True):
                 inner, norm = (u * s).sum(), s.square().sum()
                 p.grad = u - torch.where((inner < 0) & (norm > 1e-8), inner / norm, 0.0) * s
         else:
-            loss_of(inputs).backward()
+            utility_backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
@@ -260,9 +273,7 @@ def peak(args: argparse.Namespace) -> float:
     step, _ = build(args.peak_of, args)
     for _ in range(3):
         step()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_memory_mb()
 
 
 def show(result: dict) -> None:

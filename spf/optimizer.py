@@ -107,7 +107,8 @@ class Attachment:
         trainable = {name: matrix.weight for name, matrix in probe.matrices.items()} | probe.others
         self.sharding = Sharding(probe.model, optimizer, trainable)
         self.optimizer = self.sharding.optimizer
-        self._names = {id(parameter): name for name, parameter in probe.model.named_parameters()}
+        holders = {id(part.holder) for part in self.sharding.parts.values()}
+        self._unknown = {id(p): name for name, p in probe.model.named_parameters() if id(p) not in holders}
         self.matrices = self._expected()
         self._check_optimizer()
         if isinstance(rule, NullSpace) and rule.contrast and not calibration and subspace is None:
@@ -476,12 +477,11 @@ class Attachment:
 
     def _refuse_unknown(self) -> None:
         """A parameter that was frozen when the rule was put on, and is trained now, would go uncorrected."""
-        holders = {id(part.holder) for part in self.sharding.parts.values()}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and id(parameter) in self._names and id(parameter) not in holders:
+                if parameter.grad is not None and id(parameter) in self._unknown:
                     raise CorrectionError(
-                        f"spf: {self._names[id(parameter)]} is trained, but was frozen when training began, so its "
+                        f"spf: {self._unknown[id(parameter)]} is trained, but was frozen when training began, so its "
                         "updates would not be corrected; unfreeze it before, or start a new run"
                     )
 
@@ -525,7 +525,7 @@ class Attachment:
             taken, whole = updated[name] - self._sample(name), updated[name] - self._rows[name]
             moved.append(torch.stack([taken.float().square().sum(), whole.float().square().sum()]))
         # one transfer for all matrices: each would make the process wait for a GPU
-        sums = torch.stack([pair.to(moved[0].device) for pair in moved]).sum(0).tolist() if moved else (0.0, 0.0)
+        sums = _stacked(moved).sum(0).tolist() if moved else (0.0, 0.0)
         self._update = [total + new for total, new in zip(self._update, sums, strict=True)]
 
     def _violations(self, names: Iterable[str], slack: float = 0.0) -> dict[str, tuple[float, float]]:
@@ -550,7 +550,7 @@ class Attachment:
                 squares.append(torch.stack([error.square().sum(), W.square().sum(), taken]))
         if not squares:
             return {}
-        sums = self.sharding.total(torch.stack([s.to(squares[0].device) for s in squares])).sqrt().tolist()
+        sums = self.sharding.total(_stacked(squares)).sqrt().tolist()
         rough = torch.finfo(self.correction_dtype).eps
         return {
             name: (error, eps[name] * size + rough * taken)
@@ -693,7 +693,7 @@ class Attachment:
                 products = [(S * step).sum(), (S * direction).sum(), step.square().sum(), direction.square().sum()]
                 sums.append(torch.stack(products))
                 directions.append((b.tensor, direction))
-        total = torch.stack([s.to(sums[0].device) for s in sums]).sum(0) if sums else torch.zeros(4)
+        total = _stacked(sums).sum(0) if sums else torch.zeros(4)
         values = self.sharding.total(total).tolist()
         violation = max(0.0, result.excess - rule.margin + values[0])
         self._note("conflict_rate", float(values[0] > 0))
@@ -710,6 +710,11 @@ class Attachment:
 
     def _note(self, key: str, value: float) -> None:
         self._window.setdefault(key, []).append(value)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor of many that may lie on several devices, on the first one's."""
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
 
 
 def attach(

@@ -281,8 +281,8 @@ class SafetyProbe:
         def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
             # those that share an input are called one after the other
             for other in list(inputs)[-3:]:
-                same_place = x.shape == inputs[other].shape and x.device == inputs[other].device
-                if same_place and torch.equal(x, inputs[other]):
+                comparable = x.shape == inputs[other].shape and x.device == inputs[other].device
+                if comparable and torch.equal(x, inputs[other]):
                     shared[name] = other
                     return
             inputs[name] = x

@@ -1,5 +1,11 @@
 """Tiny random models, a tokenizer made here, and safety data: nothing is downloaded."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,6 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from spf.bench.methods import Workspace
 from spf.data import SafetyRow, packaged_prompts, tokenise
 
 TEMPLATE = (
@@ -21,6 +28,7 @@ TEMPLATE = (
     "{{ raise_exception('only user and assistant') }}{% endif %}"
     "<{{ m['role'] }}> {{ m['content'] }} </s>{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+PLAIN_TEMPLATE = TEMPLATE[TEMPLATE.index("<{{") :]
 REFUSAL = "I'm sorry, but I can't help with that request."
 
 
@@ -79,6 +87,32 @@ def make_model(
     }
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(configs[kind](), attn_implementation="eager").to(dtype)
+
+
+def run_module(*arguments: str) -> None:
+    """Run `python -m ...` with one thread in a process of its own, and fail with its last words if it does."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def make_bench_workspace(place: Path) -> Workspace:
+    """What `spf bench` would have prepared: a tiny aligned model, one before alignment, and refusals."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}" + PLAIN_TEMPLATE
+    for name, seed in (("aligned", 0), ("unaligned", 1)):
+        make_model(seed=seed).save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+    rows = [{"prompt": prompt, "refusal": REFUSAL} for prompt in packaged_prompts("harmful_anchors")[:18]]
+    (place / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Workspace(place / "aligned", place / "unaligned", place / "refusals.jsonl")
 
 
 def assert_apart(boxes, figure):

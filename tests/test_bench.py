@@ -18,10 +18,7 @@ from spf.cli import main
 from spf.data import HARMLESS_STUB, load_safety_rows, packaged_prompts
 from spf.evaluation import TRANSFORMS
 from spf.safetylock import echoed, extract, refusal_pairs
-from tests.conftest import REFUSAL, TEMPLATE, make_model, make_tokenizer
-
-PLAIN_TEMPLATE = TEMPLATE[TEMPLATE.index("<{{") :]
-
+from tests.conftest import PLAIN_TEMPLATE, make_bench_workspace, make_model, make_tokenizer
 
 GATED = ("spf", "spf-rotating", "rank1", "agem", "dualproj", "dual-ascent", "constrained")
 """Methods that act only where the utility gradient conflicts, or the safety loss has risen."""
@@ -31,13 +28,7 @@ GATED = ("spf", "spf-rotating", "rank1", "agem", "dualproj", "dual-ascent", "con
 def work(tmp_path_factory):
     """What `prepare` would have made: a tiny aligned model, one before alignment, and refusals."""
     directory = tmp_path_factory.mktemp("work")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}" + PLAIN_TEMPLATE
-    for name, seed in (("aligned", 0), ("unaligned", 1)):
-        make_model(seed=seed).save_pretrained(directory / "tiny" / name)
-        tokenizer.save_pretrained(directory / "tiny" / name)
-    rows = [{"prompt": prompt, "refusal": REFUSAL} for prompt in packaged_prompts("harmful_anchors")[:18]]
-    (directory / "tiny" / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_bench_workspace(directory / "tiny")
     return directory
 
 
@@ -166,7 +157,7 @@ def test_scenarios_hold_what_they_say():
 
 def test_committed_grids_are_readable_and_have_the_headline_cells():
     asked = read_grid(Path("recipes/bench/headline.yaml"))
-    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (187, 27)
+    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (187, 30)
     assert len({cell.path(Path()) for cell in asked}) == len(asked)
     have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
     for scenario in set(SCENARIOS):

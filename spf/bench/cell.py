@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from spf.bench.methods import Method, Workspace, make_method
 from spf.bench.scenarios import SCENARIOS, Scenario, Task, training_rows
 from spf.bench.trainer import AnswerTrainer, collate_answers
 from spf.data import complete_refusals, load_safety_rows, packaged_prompts, tokenise
-from spf.demo.model import cpu_dtype, load_aligned_demo_model, load_model, machine_device
+from spf.demo.model import cpu_dtype, load_aligned_demo_model, load_model, machine_device, peak_memory_mb
 from spf.demo.preferences import make_preferences
 from spf.demo.sql import execution_match, make_sql_examples
 from spf.demo.summary import make_summary_examples
@@ -164,11 +163,7 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
     else:
         model, tokenizer = fine_tune(cell, workspace, result)
         result["train_seconds"] = time.perf_counter() - started
-        result["peak_memory_mb"] = (
-            torch.cuda.max_memory_allocated() / 2**20
-            if torch.cuda.is_available()
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        )
+        result["peak_memory_mb"] = peak_memory_mb()
         evaluated = time.perf_counter()
         result |= measure(model, tokenizer, cell, SCENARIOS[cell.scenario].task)
         result["eval_seconds"] = time.perf_counter() - evaluated

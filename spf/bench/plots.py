@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spf.bench.summary import (
     DEFAULT_RULE,
@@ -31,9 +31,6 @@ from spf.page import (
     style_axes,
     title_axes,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,13 @@ def cpu_dtype() -> torch.dtype:
 def machine_device() -> torch.device:
     """The GPU if there is one, else the CPU: where commands that are one process put their models."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held at a time, MiB: of the GPU, or without one its own."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def load_model(

@@ -1,30 +1,17 @@
 """On another device than the CPU, simulated where there is no GPU: the same parameters, and nothing left behind."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import run_module
 from tests.device.worker import METHODS, RULES
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("device") / "results.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.device.worker", str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.device.worker", str(output))
     return json.loads(output.read_text())
 
 

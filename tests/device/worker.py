@@ -21,7 +21,7 @@ from spf.bench.methods import Workspace
 from spf.bench.scenarios import Scenario
 from spf.data import SafetyRow, packaged_prompts, tokenise
 from spf.rules import Aggregate, Constrained, DualAscent, Mix, Rank1, Rule, SafeGrad
-from tests.conftest import REFUSAL, TEMPLATE, make_model, make_tokenizer
+from tests.conftest import REFUSAL, make_bench_workspace, make_model, make_tokenizer
 from tests.device.simulated import SimulatedDevice, SimulatedTensor, register
 
 CPU = torch.device("cpu")
@@ -107,24 +107,17 @@ def planted_fault(device: torch.device) -> None:
         Attachment._follow = follow  # type: ignore[method-assign]
 
 
-def benchmark_cell(method: str, tuning: Any, directory: Path) -> dict[str, Any]:
+def benchmark_cell(method: str, tuning: Any, workspace: Workspace) -> dict[str, Any]:
     """A cell of the benchmark, from loading the model to its figures, through the Trainer."""
     rule = {"rank": 4} if method.startswith("null-space") else {"k": 4} if method == "safetylock" else {}
     cell = Cell("harmful-50", method, model="tiny", tuning=tuning, batch_size=4, rule=rule)
-    workspace = Workspace(directory / "aligned", directory / "unaligned", directory / "refusals.jsonl")
     result = cells.run_cell(cell, workspace)
     return {"steps": result["steps"], "counts": result["counts"]}
 
 
-def prepare(directory: Path, device: torch.device) -> None:
+def prepare(directory: Path, device: torch.device) -> Workspace:
     """A tiny workspace, and what the benchmark asks about the machine answered with the pretended device."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}" + TEMPLATE[TEMPLATE.index("<{{") :]
-    for name, seed in (("aligned", 0), ("unaligned", 1)):
-        make_model(seed=seed).save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
-    rows = [{"prompt": prompt, "refusal": REFUSAL} for prompt in packaged_prompts("harmful_anchors")[:18]]
-    (directory / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workspace = make_bench_workspace(directory)
     cells.SCENARIOS["harmful-50"] = Scenario("tiny", "sql", 8, 1, 0.5)
     measured_task = cells.measure_task
     cells.measure_task = lambda *given: measured_task(*given, count=4)
@@ -139,6 +132,7 @@ def prepare(directory: Path, device: torch.device) -> None:
         return device
 
     TrainingArguments.device = property(pretended)
+    return workspace
 
 
 def main() -> None:
@@ -169,13 +163,12 @@ def main() -> None:
     with SimulatedDevice():
         note("planted fault", lambda: planted_fault(device))
     with tempfile.TemporaryDirectory() as made:
-        directory = Path(made)
-        prepare(directory, device)
+        workspace = prepare(Path(made), device)
         for method in METHODS:
             with SimulatedDevice():
-                note(f"cell {method}", lambda m=method: benchmark_cell(m, "full", directory))
+                note(f"cell {method}", lambda m=method: benchmark_cell(m, "full", workspace))
         with SimulatedDevice():
-            note("cell safe-lora", lambda: benchmark_cell("safe-lora", "lora", directory))
+            note("cell safe-lora", lambda: benchmark_cell("safe-lora", "lora", workspace))
     Path(sys.argv[1]).write_text(json.dumps(results))
 
 

@@ -3,9 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from spf.data import packaged_prompts
-from tests.conftest import REFUSAL
+from tests.conftest import REFUSAL, run_module
 
 ROOT = Path(__file__).parent.parent.parent
 FP32 = [
@@ -47,16 +44,8 @@ def output() -> Path:
 def trained(mode: str) -> list[dict[str, dict]]:
     """What every rank wrote, by case."""
     processes = 1 if mode == "single" else 2
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.distributed.worker", mode, str(output())],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"] if processes == 2 else []
+    run_module(*launcher, "tests.distributed.worker", mode, str(output()))
     ranks = []
     for rank in range(processes):
         cases = {}
