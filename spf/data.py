@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.evaluation import generate_answers, is_refusal
-from spf.evaluation.generate import Messages
+from spf.evaluation.generate import THOUGHTS, THOUGHTS_END, Messages
 from spf.evaluation.transforms import STUB
 
 PACKAGED = "spf/prompts/harmful_anchors.jsonl"
@@ -34,6 +35,8 @@ WORDINGS = (
 )
 """Ways to press for an answer, in which the null space holds some refusals too. None is a text of the evaluation's
 jailbreak transforms, though they are of the same kinds; base64, many shots and prefilling are not among them."""
+EMPTY_THOUGHTS = re.compile(rf"\s*{THOUGHTS}\s*{THOUGHTS_END}\s*")
+"""What the template of a model that can think puts before an answer without thoughts."""
 
 
 class SafetyDataError(ValueError):
@@ -272,11 +275,17 @@ def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_
     Prompt and refusal are tokenised apart, as they are when the model generates.
 
     Raises:
-        SafetyDataError: a sample is longer than `max_length` tokens (nothing is cut off silently).
+        SafetyDataError: a sample is longer than `max_length` tokens (nothing is cut off silently), or the template has
+            the model think first.
     """
     anchors = []
     for row in rows:
         prompt = render(row, tokenizer)
+        if prompt.rstrip().endswith(THOUGHTS):
+            raise SafetyDataError(
+                f"{row.where}: the chat template has the model think before it answers ({THOUGHTS}), which spf does "
+                "not hold; use a template that does not"
+            )
         assert row.refusal is not None
         answered = render(row, tokenizer, answered=True)
         if row.cut:
@@ -287,6 +296,9 @@ def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_
             refusal = answered[len(prompt) :].rstrip()
         else:
             refusal = row.refusal + (tokenizer.eos_token or "")
+        # a template's empty thoughts come before what is decided
+        if thoughts := EMPTY_THOUGHTS.match(refusal):
+            prompt, refusal = prompt + thoughts.group(), refusal[thoughts.end() :]
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         refusal_ids = tokenizer(refusal, add_special_tokens=False)["input_ids"]
         length = len(prompt_ids) + len(refusal_ids)

@@ -116,6 +116,22 @@ def test_a_column_says_that_a_refusal_is_cut(tmp_path):
         load_safety_rows(path)
 
 
+def test_empty_thoughts_belong_to_the_prompt():
+    """Templates in the manner of Qwen 3 put them before the answer; the refusal is decided after them."""
+    tokenizer = make_tokenizer()
+    rows = [SafetyRow([{"role": "user", "content": "a"}], REFUSAL, "here")]
+    answer = "{% if m['role'] == 'assistant' %}<think> </think> {% endif %}"
+    tokenizer.add_tokens(["<think>", "</think>"])
+    plain = tokenise(rows, tokenizer, 256)[0]
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", answer + "{{ m['content'] }}")
+    anchor = tokenise(rows, tokenizer, 256)[0]
+    assert anchor.refusal_ids == plain.refusal_ids
+    assert tokenizer.decode(anchor.prompt_ids[len(plain.prompt_ids) :]).split() == ["<think>", "</think>"]
+    tokenizer.chat_template = tokenizer.chat_template.replace("%}<assistant> {%", "%}<assistant> <think>{%")
+    with pytest.raises(SafetyDataError, match="here: the chat template has the model think before it answers"):
+        tokenise(rows, tokenizer, 256)
+
+
 def test_generation_runs_on_a_real_model(tokenizer):
     model = make_model().train()
     with pytest.raises(SafetyDataError, match="refused none"):

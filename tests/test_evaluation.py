@@ -89,6 +89,20 @@ def test_batched_generation_equals_one_by_one(tokenizer):
         assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def test_thoughts_are_not_the_answer(monkeypatch):
+    tokenizer = make_tokenizer()
+    answers = ["<think> Is this harmful? </think>\n\nI'm sorry, no.", "I'm sorry, no."]
+    monkeypatch.setattr("spf.evaluation.generate.complete_texts", lambda *args, **kw: answers)
+    assert generate_answers(make_model(), tokenizer, ["a", "b"]) == ["I'm sorry, no."] * 2
+    answers[1] = "<think> Let me see"
+    with pytest.raises(ValueError, match=r"thinks before it answers .*enable_thinking = false"):
+        generate_answers(make_model(), tokenizer, ["a", "b"])
+    answers[1] = "Let me see"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    with pytest.raises(ValueError, match="thinks before it answers"):
+        generate_answers(make_model(), tokenizer, ["a", "b"])
+
+
 @pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}])
 def test_no_batch_and_no_answer_are_refused(tokenizer, sizes):
     """A negative batch size once left every answer empty, which read as an attack success rate of 100 %."""

@@ -8,6 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
 
+THOUGHTS, THOUGHTS_END = "<think>", "</think>"
+"""Between these a model thinks aloud, in the families that do (Qwen 3, SmolLM3, DeepSeek-R1)."""
+
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens model and tokenizer both take: the smaller of the limits that they state."""
@@ -39,11 +42,13 @@ def generate_answers(
     """The model's greedy answer to each prompt, in order, special tokens removed.
 
     A prompt is a user message or a list of messages; the model's chat template renders it. `prefills` holds one
-    text a prompt that the answer is made to begin with ("" for none); what is returned comes after it. Prompts
-    are batched by length and left-padded. The model's training mode is restored afterwards.
+    text a prompt that the answer is made to begin with ("" for none); what is returned comes after it, and after
+    the thoughts of a model that thinks aloud. Prompts are batched by length and left-padded. The model's training mode
+    is restored afterwards.
 
     Raises:
-        ValueError: there is not one prefill for each prompt, or max_new_tokens or batch_size is below 1.
+        ValueError: there is not one prefill for each prompt, max_new_tokens or batch_size is below 1, or an answer ends
+            in the middle of a thought.
     """
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     texts = [str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)) for c in chats]
@@ -51,7 +56,7 @@ def generate_answers(
         if len(prefills) != len(texts):
             raise ValueError(f"generate_answers: {len(prefills)} prefills for {len(texts)} prompts")
         texts = [text + prefill for text, prefill in zip(texts, prefills, strict=True)]
-    return complete_texts(
+    answers = complete_texts(
         model,
         tokenizer,
         texts,
@@ -60,6 +65,19 @@ def generate_answers(
         description=description,
         progress=progress,
     )
+    return [_after_thoughts(text, answer) for text, answer in zip(texts, answers, strict=True)]
+
+
+def _after_thoughts(prompt: str, answer: str) -> str:
+    _, ended, rest = answer.rpartition(THOUGHTS_END)
+    if ended:
+        return rest.strip()
+    if answer.startswith(THOUGHTS) or prompt.rstrip().endswith(THOUGHTS):
+        raise ValueError(
+            f"the model thinks before it answers ({THOUGHTS}) and had not come to an end; give it more tokens, or turn "
+            "that off by beginning its chat template with {% set enable_thinking = false %}, if the template knows it"
+        )
+    return answer
 
 
 @torch.no_grad()

@@ -97,6 +97,11 @@ def test_two_processes_equal_one(mode):
         check_collectives(mode, cases)
     if mode == "ddp":
         assert distance(trained(mode)[0]["resume-elsewhere"], single["null-space-full"]) < 1e-6
+    if mode in ("zero2", "zero3"):
+        for rank in trained(mode):
+            assert rank["offload"]["corrected"] == rank["offload-spf"]["corrected"] == 4
+            assert distance(rank["offload"], single["null-space-full"]) < 1e-6
+            assert distance(rank["offload-spf"], single["spf-both-full"]) < 1e-6
     if mode.startswith("zero"):
         # borders that cut rows are what is hard about flat partitions
         assert trained(mode)[0]["null-space-lora-adamw"]["cut_rows"] > 0
@@ -107,6 +112,16 @@ def test_two_processes_equal_one(mode):
             assert distance(case, single["null-space-full"]) < 1e-6
             assert "steps them in" in case["refused"]
         assert trained(mode)[0]["null-space-full"]["cut_rows"] > 0
+
+
+def test_fsdp2_goes_on_with_another_number_of_processes():
+    trained("fsdp2")
+    run_module(
+        *("torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m"),
+        *("tests.distributed.worker", "fsdp2", str(output()), "resume-elsewhere"),
+    )
+    parameters = torch.load(output() / "fsdp2-resume-elsewhere-0.pt")
+    assert distance({"parameters": parameters}, trained("single")[0]["null-space-full"]) < 1e-6
 
 
 def check_collectives(mode: str, cases: dict[str, dict]) -> None:

@@ -1,7 +1,7 @@
-"""One process of a distributed run: python -m [torch.distributed.run ... -m] tests.distributed.worker MODE OUTPUT.
+"""One process of a run: python -m [torch.distributed.run ... -m] tests.distributed.worker MODE OUTPUT [CASE].
 
-MODE is single, ddp, fsdp2, zero1, zero2 or zero3. It trains every case and writes its losses, final
-parameters and counters to OUTPUT. Unpatched accelerate runs FSDP2 and DeepSpeed only on accelerators, so
+MODE is single, ddp, fsdp2, zero1, zero2 or zero3. It trains every case, or the one named, and writes its losses,
+final parameters and counters to OUTPUT. Unpatched accelerate runs FSDP2 and DeepSpeed only on accelerators, so
 there its choice of a backend is overridden with gloo before anything else is imported.
 """
 
@@ -9,7 +9,7 @@ import os
 import sys
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-MODE, OUTPUT = sys.argv[1], sys.argv[2]
+MODE, OUTPUT, *ONLY = sys.argv[1:]
 
 import accelerate.state as accelerate_state  # noqa: E402
 
@@ -240,8 +240,9 @@ def resume(case: Case, directory: Path) -> dict[str, Any]:
 
 
 def resume_elsewhere(case: Case, directory: Path) -> dict[str, Any]:
-    """Go on from the checkpoint that one process made."""
-    checkpoint = str(Path(OUTPUT) / "single" / "resume" / f"checkpoint-{STEPS // 2}")
+    """Go on from the checkpoint that another number of processes made: DDP's two from one's, FSDP2's one from two's."""
+    maker = "single" if MODE == "ddp" else MODE
+    checkpoint = str(Path(OUTPUT) / maker / "resume" / f"checkpoint-{STEPS // 2}")
     trainer, callback = make_trainer(case, directory, resume_from_checkpoint=checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     return record(trainer, callback)
@@ -271,6 +272,17 @@ def unprojected(case: Case, directory: Path) -> dict[str, Any]:
         optimizer_module.without_components = real
 
 
+def offloaded(case: Case, directory: Path) -> dict[str, Any]:
+    """DeepSpeed keeps the optimizer's weights and states on the CPU."""
+    settings = launcher(case.lora)
+    settings["deepspeed"]["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    # its own CPU optimizer would have to be compiled
+    settings["deepspeed"]["zero_force_ds_cpu_optimizer"] = False
+    trainer, callback = make_trainer(case, directory, **settings)
+    trainer.train()
+    return record(trainer, callback)
+
+
 def in_groups(case: Case, directory: Path) -> dict[str, Any]:
     """Stage 3 steps sub-group by sub-group: the null space works, a rule that compares everything is refused."""
     settings = launcher(case.lora)
@@ -298,13 +310,16 @@ SPECIAL = {
 }
 if MODE == "zero3":
     SPECIAL["in-groups"] = (in_groups, "null-space-full")
-if MODE == "ddp":
+if MODE in ("zero2", "zero3"):
+    SPECIAL["offload"] = (offloaded, "null-space-full")
+    SPECIAL["offload-spf"] = (offloaded, "spf-both-full")
+if MODE == "ddp" or (MODE != "single" and WORLD == 1):
     SPECIAL["resume-elsewhere"] = (resume_elsewhere, "null-space-full")
 
 if __name__ == "__main__":
     watch_hooks()
     place = Path(OUTPUT)
-    for name in [*CASES, *SPECIAL]:
+    for name in ONLY or [*CASES, *SPECIAL]:
         directory = place / MODE / name
         what, case = SPECIAL.get(name, (run, name))
         result = what(CASES[case], directory)
