@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from spf.demo.model import cpu_dtype, machine_device, peak_memory_mb
 from spf.files import write_json
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
-from spf.rules import SPF, Mix, NullSpace, Rank1, SafeGrad
+from spf.rules import SPF, Mix, NullSpace, Rank1, Rule, SafeGrad
 
 # hidden, layers, heads, key-value heads, intermediate, vocabulary: SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B and -3B,
 # Llama-3.1-8B
@@ -59,17 +60,19 @@ RULES = {
 }
 OTHERS = ["released-code style", "torchjd pcgrad"]
 ANCHOR = 40
-SETTINGS = ("size", "tuning", "batch", "tokens", "answer", "accumulation")
+SETTINGS = {"size": "135M", "tuning": "lora", "batch": 8, "tokens": 512, "answer": 128, "rank": None, "accumulation": 1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="135M")
-    parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--answer", type=int, default=128, help="tokens of each sequence that have a loss")
-    parser.add_argument("--accumulation", type=int, default=1, help="parts the batch is taken in, to fit in memory")
+    parser.add_argument("--size", choices=SIZES)
+    parser.add_argument("--tuning", choices=["lora", "full"])
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--answer", type=int, help="tokens of each sequence that have a loss")
+    parser.add_argument("--rank", type=int, help="of the null space and of spf; their defaults if left out")
+    parser.add_argument("--accumulation", type=int, help="parts the batch is taken in, to fit in memory")
+    parser.set_defaults(**SETTINGS)
     parser.add_argument(
         "--rounds", type=int, default=8, help="pairs of steps after one that warms up; processes an arm with --memory"
     )
@@ -80,6 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch % args.accumulation:
         parser.error(f"--batch {args.batch} is not a multiple of --accumulation {args.accumulation}")
+    if args.rank is not None and not {"null-space", "null-space with feedback", "spf"}.issuperset(args.rules):
+        parser.error("--rank is for the --rules null-space, null-space with feedback and spf")
     if args.accumulation > 1 and "torchjd pcgrad" in args.rules:
         parser.error("torchjd pcgrad cannot be accumulated; choose other --rules")
     if args.peak_of:
@@ -109,7 +114,7 @@ def measure_memory(args: argparse.Namespace) -> None:
     """Add each arm's peak, in a process of its own, to the file of an earlier run without --memory."""
     result = json.loads(args.output.read_text("utf-8"))
     for key in SETTINGS:
-        made = result.get(key, 1)  # files from before --accumulation do not name it
+        made = result.get(key, SETTINGS[key])  # older files do not name all
         if made != getattr(args, key):
             raise ValueError(f"{args.output} was made with {key} {made}, not {getattr(args, key)}")
     names = [name for name in args.rules if name in result["arms"]]
@@ -126,6 +131,12 @@ def measure_memory(args: argparse.Namespace) -> None:
         result["arms"][name] |= {"peak_mb": peaks[name], "peak_ratio": statistics.median(peaks[name]) / plain}
     write_json(args.output, result)
     show(result)
+
+
+def make_rule(name: str, rank: int | None) -> Rule:
+    """The rule of an arm."""
+    rule = RULES[name]
+    return replace(rule, rank=rank) if rank is not None and isinstance(rule, NullSpace | SPF) else rule
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, float]]:
@@ -149,6 +160,9 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
         model = AutoModelForCausalLM.from_config(config, dtype=cpu_dtype() if lora else torch.float32)
     if lora:
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
+    if half:
+        # as accelerate does it, so that the probe's passes are in bfloat16 too
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     model.train()
     ids = torch.randint(0, vocabulary, (args.batch, args.tokens), device=device)
     labels = torch.where(torch.arange(args.tokens, device=device) < args.tokens - args.answer, IGNORED, ids)
@@ -169,14 +183,17 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
         monitored = name == "null-space"
         correction = torch.bfloat16 if half else torch.float32
         optimizer = SafetyOptimizer(
-            optimizer, probe, RULES[name], monitor_steps=10 if monitored else 0, correction_dtype=correction
+            optimizer,
+            probe,
+            make_rule(name, args.rank),
+            monitor_steps=10 if monitored else 0,
+            correction_dtype=correction,
         )
     seconds = {"setup": time.perf_counter() - started}
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            logits, targets, _ = answer_logits(model, batch)
-            return nn.functional.cross_entropy(logits, targets)
+        logits, targets, _ = answer_logits(model, batch)
+        return nn.functional.cross_entropy(logits, targets)
 
     def utility_backward() -> None:
         for part in parts:
@@ -247,10 +264,12 @@ def limits(name: str, args: argparse.Namespace) -> dict:
     matrices = layers * [part for m, n in layer for part in ([(8, n), (m, 8)] if lora else [(m, n)])]
     probe = 4 * ANCHOR
     held = [(m, n) for m, n in matrices if not lora or m == 8]
-    rank = RULES["null-space"]
-    null_space = sum(4 * m * n * rank.limit(n) for m, n in held)
+    null_space_rule, spf = make_rule("null-space", args.rank), make_rule("spf", args.rank)
+    assert isinstance(null_space_rule, NullSpace)
+    assert isinstance(spf, SPF)
+    null_space = sum(4 * m * n * null_space_rule.limit(n) for m, n in held)
     shared = layers * [hidden, hidden, hidden, inner]  # q, k, v and gate, up read the same inputs
-    kept = 4 * (sum(n * rank.limit(n) for n in shared) + sum(m * rank.limit(n) for m, n in held))
+    kept = 4 * (sum(n * null_space_rule.limit(n) for n in shared) + sum(m * null_space_rule.limit(n) for m, n in held))
     # the probe: forward and gradients of activations; inner products and dense corrections from T-token factors
     probing = 4 * probe * bases + 4 * 4 * 12 * hidden * vocabulary
     factored = sum(2 * probe * m * n for m, n in matrices)
@@ -258,7 +277,7 @@ def limits(name: str, args: argparse.Namespace) -> dict:
     extra, held_bytes = {
         "null-space": (null_space + probing / 10, kept),
         "null-space with feedback": (null_space + probing + 2 * factored, kept + kept_factors),
-        "spf": (probing + factored + sum(4 * m * n * 10 for m, n in matrices), kept_factors),
+        "spf": (probing + factored + sum(4 * m * n * spf.rank for m, n in matrices), kept_factors),
         "rank1": (probing + 2 * factored, kept_factors),
         "mix": (probing + 2 * factored, kept_factors),
         "safegrad": (probing + 2 * factored, kept_factors),
