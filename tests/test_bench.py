@@ -157,7 +157,8 @@ def test_scenarios_hold_what_they_say():
 
 def test_committed_grids_are_readable_and_have_the_headline_cells():
     asked = read_grid(Path("recipes/bench/headline.yaml"))
-    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (187, 30)
+    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (187, 32)
+    assert len(read_grid(Path("recipes/bench/second_model.yaml"))) == 18
     assert len({cell.path(Path()) for cell in asked}) == len(asked)
     have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
     for scenario in set(SCENARIOS):
