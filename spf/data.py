@@ -203,6 +203,7 @@ def complete_refusals(
     for row in rows:
         render(row, tokenizer)
     wanted = len(rows) if wanted is None else min(wanted, len(rows))
+    thinks = THOUGHTS in str(tokenizer.chat_template)
     kept: list[SafetyRow] = []
     start = 0
     while len(kept) < wanted and start < len(rows):
@@ -225,9 +226,11 @@ def complete_refusals(
             if row.refusal is not None:
                 kept.append(row)
             elif is_refusal(refusal := next(answers)):
-                # an answer that ended has its end token among the new ones; spaces may have been stripped
+                # an answer that ended has its end token among the new ones; spaces may have been stripped, and thoughts
+                # of unknown length
                 length = len(tokenizer(refusal, add_special_tokens=False)["input_ids"])
-                kept.append(replace(row, refusal=refusal, cut=length >= max_new_tokens - 2))
+                unfinished = thinks and not refusal.endswith((".", "!", "?", "。"))
+                kept.append(replace(row, refusal=refusal, cut=length >= max_new_tokens - 2 or unfinished))
     if not kept:
         raise SafetyDataError(
             f"{rows[0].where} and {len(rows) - 1} more rows: the model refused none of the prompts, so there is "

@@ -107,6 +107,16 @@ def test_a_refusal_that_was_cut_is_not_ended(monkeypatch, tokenizer):
     assert [row.cut for row in reword([cut, whole])] == [True, False]
 
 
+def test_a_refusal_after_thoughts_is_cut_where_its_sentence_is(monkeypatch):
+    """The thoughts took tokens that are not seen any more, so its length does not tell."""
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr("spf.data.generate_answers", lambda *args, **kw: ["I'm sorry, but I", "I'm sorry, no."])
+    rows = load_safety_rows()[:2]
+    assert [row.cut for row in complete_refusals(rows, make_model(), tokenizer)] == [False, False]
+    tokenizer.chat_template += "{% if false %}<think>{% endif %}"
+    assert [row.cut for row in complete_refusals(rows, make_model(), tokenizer)] == [True, False]
+
+
 def test_a_column_says_that_a_refusal_is_cut(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"prompt": "a", "refusal": "I cannot", "cut": true}\n{"prompt": "b", "refusal": "No."}\n')
