@@ -83,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch % args.accumulation:
         parser.error(f"--batch {args.batch} is not a multiple of --accumulation {args.accumulation}")
-    if args.rank is not None and not {"null-space", "null-space with feedback", "spf"}.issuperset(args.rules):
+    if args.rank is not None and not all(isinstance(RULES.get(name), NullSpace | SPF) for name in args.rules):
         parser.error("--rank is for the --rules null-space, null-space with feedback and spf")
     if args.accumulation > 1 and "torchjd pcgrad" in args.rules:
         parser.error("torchjd pcgrad cannot be accumulated; choose other --rules")
@@ -134,9 +134,8 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 
 def make_rule(name: str, rank: int | None) -> Rule:
-    """The rule of an arm."""
-    rule = RULES[name]
-    return replace(rule, rank=rank) if rank is not None and isinstance(rule, NullSpace | SPF) else rule
+    """The rule of an arm; a rank only for those that have one."""
+    return RULES[name] if rank is None else replace(RULES[name], rank=rank)
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, float]]:
@@ -265,8 +264,6 @@ def limits(name: str, args: argparse.Namespace) -> dict:
     probe = 4 * ANCHOR
     held = [(m, n) for m, n in matrices if not lora or m == 8]
     null_space_rule, spf = make_rule("null-space", args.rank), make_rule("spf", args.rank)
-    assert isinstance(null_space_rule, NullSpace)
-    assert isinstance(spf, SPF)
     null_space = sum(4 * m * n * null_space_rule.limit(n) for m, n in held)
     shared = layers * [hidden, hidden, hidden, inner]  # q, k, v and gate, up read the same inputs
     kept = 4 * (sum(n * null_space_rule.limit(n) for n in shared) + sum(m * null_space_rule.limit(n) for m, n in held))

@@ -1,6 +1,5 @@
 """Tiny random models, a tokenizer made here, and safety data: nothing is downloaded."""
 
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from transformers import (
     Qwen2Config,
 )
 
-from spf.bench.methods import Workspace
 from spf.data import SafetyRow, packaged_prompts, tokenise
 
 TEMPLATE = (
@@ -89,8 +87,8 @@ def make_model(
     return AutoModelForCausalLM.from_config(configs[kind](), attn_implementation="eager").to(dtype)
 
 
-def run_module(*arguments: str) -> None:
-    """Run `python -m ...` with one thread in a process of its own, and fail with its last words if it does."""
+def run_module(*arguments: str, timeout: float = 500) -> str:
+    """What `python -m ...` prints, with one thread in a process of its own; fails with its last words if it does."""
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
@@ -98,21 +96,11 @@ def run_module(*arguments: str) -> None:
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=timeout,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def make_bench_workspace(place: Path) -> Workspace:
-    """What `spf bench` would have prepared: a tiny aligned model, one before alignment, and refusals."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}" + PLAIN_TEMPLATE
-    for name, seed in (("aligned", 0), ("unaligned", 1)):
-        make_model(seed=seed).save_pretrained(place / name)
-        tokenizer.save_pretrained(place / name)
-    rows = [{"prompt": prompt, "refusal": REFUSAL} for prompt in packaged_prompts("harmful_anchors")[:18]]
-    (place / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Workspace(place / "aligned", place / "unaligned", place / "refusals.jsonl")
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-3000:]
+    return printed
 
 
 def assert_apart(boxes, figure):

@@ -18,7 +18,8 @@ from spf.cli import main
 from spf.data import HARMLESS_STUB, load_safety_rows, packaged_prompts
 from spf.evaluation import TRANSFORMS
 from spf.safetylock import echoed, extract, refusal_pairs
-from tests.conftest import PLAIN_TEMPLATE, make_bench_workspace, make_model, make_tokenizer
+from tests.bench_workspace import make_bench_workspace
+from tests.conftest import PLAIN_TEMPLATE, make_model, make_tokenizer
 
 GATED = ("spf", "spf-rotating", "rank1", "agem", "dualproj", "dual-ascent", "constrained")
 """Methods that act only where the utility gradient conflicts, or the safety loss has risen."""

@@ -21,7 +21,8 @@ from spf.bench.methods import Workspace
 from spf.bench.scenarios import Scenario
 from spf.data import SafetyRow, packaged_prompts, tokenise
 from spf.rules import Aggregate, Constrained, DualAscent, Mix, Rank1, Rule, SafeGrad
-from tests.conftest import REFUSAL, make_bench_workspace, make_model, make_tokenizer
+from tests.bench_workspace import make_bench_workspace
+from tests.conftest import REFUSAL, make_model, make_tokenizer
 from tests.device.simulated import SimulatedDevice, SimulatedTensor, register
 
 CPU = torch.device("cpu")

@@ -12,7 +12,6 @@ import torch
 from spf.data import packaged_prompts
 from tests.conftest import REFUSAL, run_module
 
-ROOT = Path(__file__).parent.parent.parent
 FP32 = [
     "null-space-full",
     "null-space-lora-adamw",
@@ -40,12 +39,19 @@ def output() -> Path:
     return directory
 
 
+def launch(processes: int, *arguments: str) -> None:
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m")
+    run_module(*launcher, "tests.distributed.worker", *arguments)
+
+
 @functools.cache
 def trained(mode: str) -> list[dict[str, dict]]:
     """What every rank wrote, by case."""
     processes = 1 if mode == "single" else 2
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"] if processes == 2 else []
-    run_module(*launcher, "tests.distributed.worker", mode, str(output()))
+    if processes == 1:
+        run_module("tests.distributed.worker", mode, str(output()))
+    else:
+        launch(processes, mode, str(output()))
     ranks = []
     for rank in range(processes):
         cases = {}
@@ -116,10 +122,7 @@ def test_two_processes_equal_one(mode):
 
 def test_fsdp2_goes_on_with_another_number_of_processes():
     trained("fsdp2")
-    run_module(
-        *("torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m"),
-        *("tests.distributed.worker", "fsdp2", str(output()), "resume-elsewhere"),
-    )
+    launch(1, "fsdp2", str(output()), "resume-elsewhere")
     parameters = torch.load(output() / "fsdp2-resume-elsewhere-0.pt")
     assert distance({"parameters": parameters}, trained("single")[0]["null-space-full"]) < 1e-6
 

@@ -1,19 +1,14 @@
 """The accelerate recipes, as documented: accelerate launch --config_file ... spf train ..., on a tiny model."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from spf.data import packaged_prompts
-from tests.conftest import REFUSAL, make_model, make_tokenizer
+from tests.conftest import REFUSAL, make_model, make_tokenizer, run_module
 from tests.distributed.test_modes import needs_deepspeed
 
-ROOT = Path(__file__).parent.parent.parent
 RECIPES = [
     ("ddp", "sft_lora"),
     ("fsdp2", "sft_full"),
@@ -46,24 +41,11 @@ def test_recipe_trains_and_saves_a_model(launcher, recipe, tmp_path):
         "report_to": "none",
     } | ({"use_cpu": True} if launcher == "ddp" else {})
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    worker = ["-m", "tests.distributed.cpu_cli", "train", f"recipes/{recipe}.yaml", *flags]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            f"recipes/accelerate/{launcher}.yaml",
-            *worker,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    printed = run_module(
+        *("accelerate.commands.launch", "--config_file", f"recipes/accelerate/{launcher}.yaml"),
+        *("-m", "tests.distributed.cpu_cli", "train", f"recipes/{recipe}.yaml", *flags),
         timeout=400,
     )
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed[-3000:]
     assert printed.count("spf: rule null-space on") == 1
     assert "spf/removed_share" in printed
     file = "adapter_model.safetensors" if recipe == "sft_lora" else "model.safetensors"

@@ -159,6 +159,13 @@ def launcher(lora: bool) -> dict[str, Any]:
     }
 
 
+def zero_launcher(case: Case, **changes: Any) -> dict[str, Any]:
+    """The launcher's settings with changes to DeepSpeed's `zero_optimization`."""
+    settings = launcher(case.lora)
+    settings["deepspeed"]["zero_optimization"] |= changes
+    return settings
+
+
 def make_trainer(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, SafetyCallback]:
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
@@ -221,9 +228,9 @@ def record(trainer: Trainer, callback: SafetyCallback) -> dict[str, Any]:
     }
 
 
-def run(case: Case, directory: Path) -> dict[str, Any]:
+def run(case: Case, directory: Path, **changes: Any) -> dict[str, Any]:
     collectives.clear()
-    trainer, callback = make_trainer(case, directory)
+    trainer, callback = make_trainer(case, directory, **changes)
     trainer.train()
     return record(trainer, callback) | {"collectives": list(collectives)}
 
@@ -274,27 +281,22 @@ def unprojected(case: Case, directory: Path) -> dict[str, Any]:
 
 def offloaded(case: Case, directory: Path) -> dict[str, Any]:
     """DeepSpeed keeps the optimizer's weights and states on the CPU."""
-    settings = launcher(case.lora)
-    settings["deepspeed"]["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    settings = zero_launcher(case, offload_optimizer={"device": "cpu", "pin_memory": False})
     # its own CPU optimizer would have to be compiled
     settings["deepspeed"]["zero_force_ds_cpu_optimizer"] = False
-    trainer, callback = make_trainer(case, directory, **settings)
-    trainer.train()
-    return record(trainer, callback)
+    return run(case, directory, **settings)
 
 
 def in_groups(case: Case, directory: Path) -> dict[str, Any]:
     """Stage 3 steps sub-group by sub-group: the null space works, a rule that compares everything is refused."""
-    settings = launcher(case.lora)
-    settings["deepspeed"]["zero_optimization"]["sub_group_size"] = 3000
-    trainer, callback = make_trainer(case, directory, **settings)
+    trainer, callback = make_trainer(case, directory, **zero_launcher(case, sub_group_size=3000))
     trainer.train()
     assert callback.attachment is not None
     result = record(trainer, callback)
     result["groups"] = callback.attachment.sharding.calls(list(callback.attachment.matrices))
-    settings = launcher(case.lora)
-    settings["deepspeed"]["zero_optimization"]["sub_group_size"] = 3000
-    trainer, _ = make_trainer(dataclasses.replace(case, rule=Mix()), directory, **settings)
+    trainer, _ = make_trainer(
+        dataclasses.replace(case, rule=Mix()), directory, **zero_launcher(case, sub_group_size=3000)
+    )
     try:
         trainer.train()
     except UnsupportedSetupError as error:
