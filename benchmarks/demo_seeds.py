@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from spf.demo.run import DemoArguments, run_demo
 from spf.files import write_json
+from spf.lab.demo.run import DemoArguments, run_demo
 
 METRICS = ("asr", "over_refusal", "utility", "seconds_per_step")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spf.demo.model import machine_device
 from spf.files import write_json
+from spf.models import machine_device
 from spf.subspace import Factors
 
 

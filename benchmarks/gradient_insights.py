@@ -34,17 +34,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from spf.analysis.gradients import captured_energy, chance_overlap, group_cosine, sample_gram
-from spf.bench.trainer import collate_answers
 from spf.data import Anchor, SafetyRow, complete_refusals, load_safety_rows, packaged_prompts, tokenise
-from spf.demo.model import DEMO_MODEL, load_aligned_demo_model, load_model
-from spf.demo.run import HARMLESS_STUB, DemoArguments, training_data
-from spf.demo.sql import make_sql_examples
 from spf.evaluation import generate_answers, is_refusal
-from spf.evaluation.generate import context_length, pad_id
 from spf.files import write_json
+from spf.lab.analysis.gradients import captured_energy, chance_overlap, group_cosine, sample_gram
+from spf.lab.bench.trainer import collate_answers
+from spf.lab.demo.run import HARMLESS_STUB, DemoArguments, training_data
+from spf.lab.demo.sql import make_sql_examples
+from spf.models import DEMO_MODEL, load_aligned_demo_model, load_model
 from spf.probe import SafetyProbe
 from spf.subspace import Factors, cumulative_energy_ratio, effective_rank, overlap, svd_dense
+from spf.text.generation import context_length, pad_id
 
 ANSWER_TOKENS = 12
 """Every answer of parts I and III is cut to this many tokens, so that no set has more tokens with a loss."""

@@ -32,10 +32,10 @@ from torchjd.autojac import backward, jac_to_grad
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spf.bench.trainer import IGNORED, answer_logits
 from spf.data import Anchor
-from spf.demo.model import cpu_dtype, machine_device, peak_memory_mb
 from spf.files import write_json
+from spf.lab.bench.trainer import IGNORED, answer_logits
+from spf.models import cpu_dtype, machine_device, peak_memory_mb
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
 from spf.rules import SPF, Mix, NullSpace, Rank1, Rule, SafeGrad

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts
-from spf.demo.model import cpu_dtype
-from spf.demo.run import DemoArguments, evaluate, fine_tune
-from spf.demo.sql import execution_match, make_sql_examples
 from spf.evaluation import Rate, generate_answers, is_refusal, neutral_texts, perplexity
 from spf.files import write_json
+from spf.lab.demo.run import DemoArguments, evaluate, fine_tune
+from spf.lab.demo.sql import execution_match, make_sql_examples
+from spf.models import cpu_dtype
 from spf.safetylock import (
     Pair,
     SafetyLock,

@@ -13,13 +13,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments, set_seed
 
-from spf.bench.cell import load_tokenizer, prepare
-from spf.bench.methods import make_method
-from spf.bench.scenarios import SCENARIOS, training_rows
-from spf.bench.trainer import AnswerTrainer, collate_answers
 from spf.data import tokenise
-from spf.demo.model import cpu_dtype
-from spf.evaluation.generate import context_length, pad_id
+from spf.lab.bench.cell import load_tokenizer, prepare
+from spf.lab.bench.methods import make_method
+from spf.lab.bench.scenarios import SCENARIOS, training_rows
+from spf.lab.bench.trainer import AnswerTrainer, collate_answers
+from spf.models import cpu_dtype
+from spf.text.generation import context_length, pad_id
 
 CHECKPOINTS = {
     "plain-harmful-50": ("aligned", "harmful-50", "plain"),

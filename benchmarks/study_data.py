@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from spf.files import write_json
-from spf.study.data import Sampler, WorldSettings
+from spf.lab.study.data import Sampler, WorldSettings
 
 WORLDS = {
     "paper": WorldSettings(),

@@ -1,11 +1,10 @@
 """Keep an aligned language model's refusals while you fine-tune it."""
 
 from spf.callback import SafetyCallback
-from spf.data import SafetyDataError
-from spf.optimizer import CorrectionError, SafetyOptimizer, attach
-from spf.probe import SafetyProbe, UnsupportedModelError
+from spf.errors import CorrectionError, SafetyDataError, UnsupportedModelError, UnsupportedSetupError
+from spf.optimizer import SafetyOptimizer, attach
+from spf.probe import SafetyProbe
 from spf.rules import SPF, NullSpace, Rank1
-from spf.sharding import UnsupportedSetupError
 from spf.subspace import SafetySubspace
 
 __version__ = "0.1.0"

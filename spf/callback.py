@@ -31,13 +31,14 @@ from spf.data import (
     reworded_anchors,
     tokenise,
 )
-from spf.evaluation.generate import context_length, pad_id
+from spf.errors import UnsupportedSetupError
 from spf.files import write_json
 from spf.optimizer import HELD_OUT, Attachment, basis_samples
 from spf.probe import SafetyProbe
 from spf.rules import RULES, NullSpace, Rule, SafeGrad
-from spf.sharding import UnsupportedSetupError, innermost_optimizer, object_of_rank_0
+from spf.sharding import innermost_optimizer, object_of_rank_0
 from spf.subspace import SafetySubspace
+from spf.text.generation import context_length, pad_id
 
 logger = logging.get_logger(__name__)
 

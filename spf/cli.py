@@ -127,7 +127,7 @@ def _parse(kind: Any, command: str, arguments: list[str], positional: str | None
 
 
 def _demo(arguments: list[str]) -> None:
-    from spf.demo.run import DemoArguments, run_demo
+    from spf.lab.demo.run import DemoArguments, run_demo
 
     run_demo(_parse(DemoArguments, "demo", arguments))
 
@@ -142,12 +142,12 @@ def _eval(arguments: list[str]) -> None:
     args = _parse(EvalArguments, "eval", arguments, "model")
     from importlib.metadata import version
 
-    from spf.demo.model import load_model, machine_device
     from spf.evaluation import TRANSFORMS, load_suite, neutral_texts, perplexity
     from spf.evaluation import run as evaluation
     from spf.evaluation.judges import agreement, load_judges, prefix_judge
     from spf.evaluation.utility import lm_eval_tasks
     from spf.files import write_json
+    from spf.models import load_model, machine_device
 
     if args.model is None and args.validate_judge is None:
         raise ValueError("spf eval needs a model, or --validate_judge FILE")
@@ -201,14 +201,14 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _align(arguments: list[str]) -> None:
-    from spf.align import AlignArguments, align
+    from spf.lab.align import AlignArguments, align
 
     directory = align(_parse(AlignArguments, "align", arguments, "model"))
     Console().print(f"The safety adapter was saved in {directory}. Measure it: spf eval {directory}")
 
 
 def _bench(arguments: list[str]) -> None:
-    from spf.bench.grid import BenchArguments, run_grid
+    from spf.lab.bench.grid import BenchArguments, run_grid
 
     failed = run_grid(_parse(BenchArguments, "bench", arguments, "config"))
     if failed:
@@ -228,22 +228,22 @@ def _study(arguments: list[str]) -> None:
     if arguments[0] not in ("run", "measure", "report"):
         raise ValueError(f"no command 'study {arguments[0]}'; there are run, measure, report")
     if arguments[0] == "run":
-        from spf.study.run import RunArguments, run_study
+        from spf.lab.study.run import RunArguments, run_study
 
         run_study(_parse(RunArguments, "study run", arguments[1:]))
     elif arguments[0] == "report":
-        from spf.study.report import SeedsArguments, report_runs
+        from spf.lab.study.report import SeedsArguments, report_runs
 
         Console().print(f"Report: {report_runs(_parse(SeedsArguments, 'study report', arguments[1:]))}")
     else:
-        from spf.study.measure import MeasureArguments, measure_checkpoints
+        from spf.lab.study.measure import MeasureArguments, measure_checkpoints
 
         measure_checkpoints(_parse(MeasureArguments, "study measure", arguments[1:]))
 
 
 def _report(arguments: list[str]) -> None:
     args = _parse(ReportArguments, "report", arguments, "run")
-    from spf.demo.report import demo_table, plot_demo, write_report
+    from spf.lab.demo.report import demo_table, plot_demo, write_report
 
     path = Path(args.run) / "results.json"
     if not path.is_file():

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from spf.data import Anchor, AnchorRotation
-from spf.probe import Matrix, ProbeResult, SafetyProbe, UnsupportedModelError
+from spf.errors import CorrectionError, UnsupportedModelError, UnsupportedSetupError
+from spf.probe import Matrix, ProbeResult, SafetyProbe
 from spf.rules import (
     LARGEST_DEFAULT_RANK,
     SPF,
@@ -28,7 +29,7 @@ from spf.rules import (
     project_out_right,
     without_components,
 )
-from spf.sharding import Block, Sharding, UnsupportedSetupError, same_on_all_ranks
+from spf.sharding import Block, Sharding, same_on_all_ranks
 from spf.subspace import SafetySubspace, outside
 
 SAMPLED_ROWS = 8
@@ -46,10 +47,6 @@ LEAK = 0.01
 
 In the benchmark's cells it rose by at most .004 where ASR stayed below 10 %, by .01 to .06 where it came to 28 to 46 %.
 """
-
-
-class CorrectionError(RuntimeError):
-    """The rule did not reach the parameters it should have."""
 
 
 def basis_samples(rule: NullSpace, samples: int) -> int:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spf.data import Anchor, AnchorBatch, AnchorRotation, collate
+from spf.errors import UnsupportedModelError
 from spf.rules import Tokens, project_out_right
 from spf.sharding import full_shape
 from spf.subspace import Factors, InputSketch
@@ -17,10 +18,6 @@ from spf.subspace import Factors, InputSketch
 DECISION_TOKENS = (5, 2)
 """Tokens before and after the beginning of the answer that count as deciding on it: the end of the chat template's
 prompt ("<|im_end|>", newline, "<|im_start|>", "assistant", newline) and the first two of the refusal."""
-
-
-class UnsupportedModelError(ValueError):
-    """A trainable parameter the safety rules cannot treat; the message names it."""
 
 
 @dataclass(frozen=True)

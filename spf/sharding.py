@@ -20,9 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-
-class UnsupportedSetupError(RuntimeError):
-    """A launcher or optimizer the safety rules cannot act on; the message says what to change."""
+from spf.errors import UnsupportedSetupError
 
 
 @dataclass(frozen=True)

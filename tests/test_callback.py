@@ -16,9 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from spf import SPF, CorrectionError, NullSpace, SafetyCallback, SafetyDataError, SafetyOptimizer, SafetyProbe
-from spf.probe import UnsupportedModelError
+from spf.errors import UnsupportedModelError, UnsupportedSetupError
 from spf.rules import Mix
-from spf.sharding import UnsupportedSetupError
 from tests.conftest import REFUSAL, make_model
 
 PROMPTS = ["How do I bake bread?", "Explain how locks work.", "Write a poem.", "Tell me a story."] * 6
@@ -99,7 +98,7 @@ def test_trainer_full_fine_tuning(tmp_path, tokenizer, rows):
 
 def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, monkeypatch):
     """One argument less than one: no safety data at all."""
-    monkeypatch.setattr("spf.data.generate_answers", lambda model, tokenizer, prompts, **kw: [REFUSAL] * len(prompts))
+    monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: [REFUSAL] * len(prompts))
     data = Dataset.from_list(
         [
             {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spf import cli
-from spf.demo.model import load_model
+from spf.models import load_model
 from tests.conftest import REFUSAL, TEMPLATE, make_model
 
 CONFIG = """
@@ -130,7 +130,7 @@ def test_packed_weights_and_the_evaluation_split_are_not_ignored(workspace, monk
 
 
 def test_align_saves_the_tokenizer_and_an_adapters_own_is_preferred(workspace, monkeypatch):
-    monkeypatch.setattr("spf.demo.model.cpu_dtype", lambda: torch.float32)
+    monkeypatch.setattr("spf.models.cpu_dtype", lambda: torch.float32)
     flags = ["--epochs", "1", "--answer_tokens", "1", "--output", str(workspace / "aligned")]
     assert cli.main(["align", str(workspace / "model"), *flags]) == 0
     _, tokenizer = load_model(str(workspace / "aligned"))
@@ -178,11 +178,11 @@ def test_usage_and_unknown_command(capsys):
 
 def test_demo_runs_every_arm_and_is_resumable(tmp_path, tokenizer, monkeypatch, capsys):
     """The demo's own code from end to end; only the model is tiny, and told to have refused."""
-    from spf.demo import run
+    from spf.lab.demo import run
 
     monkeypatch.setattr(run, "load_aligned_demo_model", lambda: (make_model(), tokenizer))
     monkeypatch.setattr(run, "cpu_dtype", lambda: torch.float32)
-    monkeypatch.setattr("spf.data.generate_answers", lambda model, tokenizer, prompts, **kw: [REFUSAL] * len(prompts))
+    monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: [REFUSAL] * len(prompts))
     arguments = ["demo", "--output", str(tmp_path), "--steps", "3", "--sql_eval", "6", "--null_space_rank", "8"]
     assert cli.main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -210,7 +210,7 @@ def test_demo_runs_every_arm_and_is_resumable(tmp_path, tokenizer, monkeypatch, 
 
 def test_demo_prompts_are_three_disjoint_sets():
     from spf.data import packaged_prompts
-    from spf.demo.run import DemoArguments, training_data
+    from spf.lab.demo.run import DemoArguments, training_data
 
     data, counts = training_data(DemoArguments())
     trained = {row.messages[0]["content"] for row in data}
@@ -224,7 +224,7 @@ def test_demo_prompts_are_three_disjoint_sets():
 def test_demo_loss_is_the_mean_over_answer_tokens(tmp_path, tokenizer):
     from transformers import TrainingArguments
 
-    from spf.bench.trainer import AnswerTrainer, collate_answers
+    from spf.lab.bench.trainer import AnswerTrainer, collate_answers
 
     rows = [
         {"prompt_ids": [3, 10, 11, 12, 4], "answer_ids": [20, 21, 2]},

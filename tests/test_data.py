@@ -66,7 +66,7 @@ def test_bad_files_name_file_and_row(tmp_path, name, content, message):
 
 
 def test_missing_file_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("spf.data.load_dataset", lambda *a: pytest.fail("went to the hub"))
+    monkeypatch.setattr("spf.data.rows.load_dataset", lambda *a: pytest.fail("went to the hub"))
     for name in ("nowhere.jsonl", "nowhere.csv", str(tmp_path / "nowhere")):
         with pytest.raises(SafetyDataError, match=r"nowhere.*: no such safety data file"):
             load_safety_rows(name)
@@ -74,7 +74,7 @@ def test_missing_file_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
 
 def test_hub_data_sets_are_read(monkeypatch):
     data = Dataset.from_list([{"prompt": "Hi", "refusal": "No."}])
-    monkeypatch.setattr("spf.data.load_dataset", lambda name: data if name == "user/refusals" else 1 / 0)
+    monkeypatch.setattr("spf.data.rows.load_dataset", lambda name: data if name == "user/refusals" else 1 / 0)
     assert load_safety_rows("user/refusals")[0].where == "user/refusals:0"
     with pytest.raises(SafetyDataError, match="user/none: neither a file nor a data set"):
         load_safety_rows("user/none")
@@ -83,7 +83,7 @@ def test_hub_data_sets_are_read(monkeypatch):
 def test_the_models_own_refusals_are_judged(monkeypatch, tokenizer):
     rows = load_safety_rows()[:3]
     answers = [REFUSAL, "Sure, here is how to do that.", "I'm sorry, no."]
-    monkeypatch.setattr("spf.data.generate_answers", lambda model, tokenizer, prompts, **kw: answers[: len(prompts)])
+    monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: answers[: len(prompts)])
     kept = complete_refusals(rows, make_model(), tokenizer)
     assert [row.refusal for row in kept] == [REFUSAL, "I'm sorry, no."]
     assert [row.refusal for row in complete_refusals(rows, make_model(), tokenizer, wanted=1)] == [REFUSAL]
@@ -98,7 +98,7 @@ def test_a_refusal_that_was_cut_is_not_ended(monkeypatch, tokenizer):
     """Half a sentence and then the end of the turn is nothing the model would say."""
     rows = load_safety_rows()[:2]
     words = len(tokenizer(REFUSAL)["input_ids"])
-    monkeypatch.setattr("spf.data.generate_answers", lambda *args, **kw: [REFUSAL, "I'm sorry, no."])
+    monkeypatch.setattr("spf.data.refusals.generate_answers", lambda *args, **kw: [REFUSAL, "I'm sorry, no."])
     cut, whole = complete_refusals(rows, make_model(), tokenizer, max_new_tokens=words)
     assert (cut.cut, whole.cut) == (True, False)
     end = tokenizer("</s>", add_special_tokens=False)["input_ids"]
@@ -110,7 +110,9 @@ def test_a_refusal_that_was_cut_is_not_ended(monkeypatch, tokenizer):
 def test_a_refusal_after_thoughts_is_cut_where_its_sentence_is(monkeypatch):
     """The thoughts took tokens that are not seen any more, so its length does not tell."""
     tokenizer = make_tokenizer()
-    monkeypatch.setattr("spf.data.generate_answers", lambda *args, **kw: ["I'm sorry, but I", "I'm sorry, no."])
+    monkeypatch.setattr(
+        "spf.data.refusals.generate_answers", lambda *args, **kw: ["I'm sorry, but I", "I'm sorry, no."]
+    )
     rows = load_safety_rows()[:2]
     assert [row.cut for row in complete_refusals(rows, make_model(), tokenizer)] == [False, False]
     tokenizer.chat_template += "{% if false %}<think>{% endif %}"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal, wilson_interval
-from spf.evaluation.generate import context_length, pad_id
+from spf.text.generation import context_length, pad_id
 from tests.conftest import make_model, make_tokenizer
 
 
@@ -92,7 +92,7 @@ def test_batched_generation_equals_one_by_one(tokenizer):
 def test_thoughts_are_not_the_answer(monkeypatch):
     tokenizer = make_tokenizer()
     answers = ["<think> Is this harmful? </think>\n\nI'm sorry, no.", "I'm sorry, no."]
-    monkeypatch.setattr("spf.evaluation.generate.complete_texts", lambda *args, **kw: answers)
+    monkeypatch.setattr("spf.text.generation.complete_texts", lambda *args, **kw: answers)
     assert generate_answers(make_model(), tokenizer, ["a", "b"]) == ["I'm sorry, no."] * 2
     answers[1] = "<think> Let me see"
     with pytest.raises(ValueError, match=r"thinks before it answers .*enable_thinking = false"):

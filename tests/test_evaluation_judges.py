@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
 
-from spf.data import SafetyDataError, packaged_prompts
+from spf.data import packaged_prompts
+from spf.errors import SafetyDataError
 from spf.evaluation import ClassifierJudge, LLMJudge, agreement, first_token_refusals, judges, prefix_judge
 from spf.evaluation.judges import first_token_judge, load_judges
 from tests.conftest import REFUSAL, make_model

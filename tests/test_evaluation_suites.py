@@ -9,7 +9,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spf.data import SafetyDataError, packaged_prompts
+from spf.data import packaged_prompts
+from spf.errors import SafetyDataError
 from spf.evaluation import TRANSFORMS, after_stub, load_suite, prefill_transform, suites
 from spf.evaluation.transforms import STUB, to_past_tense
 

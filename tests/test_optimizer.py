@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyOptimizer, SafetyProbe, UnsupportedSetupError, attach
-from spf.probe import UnsupportedModelError
+from spf.errors import UnsupportedModelError
 from spf.rules import Constrained, DualAscent, Mix, SafeGrad
 from tests.conftest import make_model
 from tests.test_probe import with_lora

@@ -6,7 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from spf.data import collate
-from spf.probe import SafetyProbe, UnsupportedModelError, find_matrices
+from spf.errors import UnsupportedModelError
+from spf.probe import SafetyProbe, find_matrices
 from tests.conftest import make_model
 
 

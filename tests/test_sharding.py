@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from spf.errors import UnsupportedSetupError
 from spf.rules import components, without_components
-from spf.sharding import Sharding, UnsupportedSetupError, _flat_part, innermost_optimizer
+from spf.sharding import Sharding, _flat_part, innermost_optimizer
 from spf.subspace import Factors
 
 

@@ -1,7 +1,5 @@
 """Prompt suites, jailbreak transforms, judges, utility, and rates with intervals."""
 
-from spf.evaluation.generate import generate_answers
-from spf.evaluation.judge import first_sentence, is_refusal
 from spf.evaluation.judges import ClassifierJudge, LLMJudge, agreement, first_token_refusals, prefix_judge
 from spf.evaluation.metrics import Mean, PairedDifference, Rate, mean_interval, paired_difference, wilson_interval
 from spf.evaluation.perplexity import Perplexity, neutral_texts, perplexity
@@ -9,6 +7,8 @@ from spf.evaluation.run import evaluate_refusals
 from spf.evaluation.suites import Suite, load_suite
 from spf.evaluation.transforms import TRANSFORMS, Attack, Transform, after_stub, prefill_transform
 from spf.evaluation.utility import exact_match, lm_eval_tasks, rouge_l
+from spf.text.generation import generate_answers
+from spf.text.refusal import first_sentence, is_refusal
 
 __all__ = [
     "TRANSFORMS",

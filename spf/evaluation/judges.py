@@ -17,11 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from spf.demo.model import machine_device
 from spf.evaluation.extras import import_extra
-from spf.evaluation.generate import Messages, complete_texts, generate_answers
-from spf.evaluation.judge import ADVBENCH_PREFIXES, EXTRA_PREFIXES, is_refusal
 from spf.evaluation.metrics import Rate
+from spf.models import machine_device
+from spf.text.generation import Messages, complete_texts, generate_answers
+from spf.text.refusal import ADVBENCH_PREFIXES, EXTRA_PREFIXES, is_refusal
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
 
@@ -282,7 +282,8 @@ def agreement(judge: Judge, file: str | Path) -> Agreement:
 
 
 def _read_labels(path: Path) -> tuple[list[str], list[str], list[bool]]:
-    from spf.data import SafetyDataError, read_jsonl  # spf.data imports this package
+    from spf.data import read_jsonl
+    from spf.errors import SafetyDataError
 
     if not path.is_file():
         raise SafetyDataError(f"{path}: no such file of labelled answers")

@@ -10,11 +10,11 @@ from jinja2.exceptions import TemplateError
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.evaluation.generate import generate_answers
 from spf.evaluation.judges import Judge, prefix_judge
 from spf.evaluation.metrics import Rate, paired_difference
 from spf.evaluation.suites import Suite
 from spf.evaluation.transforms import TRANSFORMS, Transform, after_stub
+from spf.text.generation import generate_answers
 
 
 def evaluate_refusals(

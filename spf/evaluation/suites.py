@@ -57,7 +57,8 @@ def load_suite(source: str | Path) -> Suite:
     Raises:
         SafetyDataError: no such suite or file, a bad row, or the hub did not give the data set.
     """
-    from spf.data import SafetyDataError, load_safety_rows, packaged_prompts  # spf.data imports this package
+    from spf.data import load_safety_rows, packaged_prompts
+    from spf.errors import SafetyDataError
 
     name, path = str(source), Path(source)
     if name in packaged_suites():
@@ -75,7 +76,7 @@ def load_suite(source: str | Path) -> Suite:
 
 
 def _load_hub_suite(name: str, suite: HubSuite) -> Suite:
-    from spf.data import SafetyDataError
+    from spf.errors import SafetyDataError
 
     try:
         data = load_dataset(suite.hub_id, suite.config, split=suite.split, **suite.arguments)

@@ -5,10 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spf.evaluation.generate import Messages
-
-STUB = "Sure, here is how to do that."
-"""The harmless opening of compliance; nothing ever follows it but everyday content."""
+from spf.text.generation import Messages
+from spf.text.refusal import HARMLESS_STUB as STUB
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.data import packaged_prompts
-from spf.demo.model import load_model, machine_device
 from spf.evaluation import neutral_texts
 from spf.files import write_json
+from spf.models import load_model, machine_device
 from spf.safetylock.extraction import extract
 from spf.safetylock.lock import SafetyLock
 from spf.safetylock.pairs import echoed, load_pairs, packaged_pairs

@@ -7,7 +7,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.evaluation import perplexity
-from spf.evaluation.generate import Messages
+from spf.text.generation import Messages
 
 
 def self_reminder(prompt: str) -> Messages:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.utils import GgufLinear
 
-from spf.probe import UnsupportedModelError
+from spf.errors import UnsupportedModelError
 
 Model = PreTrainedModel | PeftModel
 

@@ -10,8 +10,9 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.data import HARMLESS_STUB, SafetyDataError, SafetyRow, complete_refusals, load_safety_rows, read_jsonl, render
-from spf.evaluation.generate import Messages
+from spf.data import HARMLESS_STUB, SafetyRow, complete_refusals, load_safety_rows, read_jsonl, render
+from spf.errors import SafetyDataError
+from spf.text.generation import Messages
 
 ROLES = ("system", "user", "assistant")
 

@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_map
 from transformers import TrainingArguments
 
 from spf import SPF, NullSpace, SafetyOptimizer, SafetyProbe
-from spf.bench import cell as cells
-from spf.bench.cell import Cell
-from spf.bench.methods import Workspace
-from spf.bench.scenarios import Scenario
 from spf.data import SafetyRow, packaged_prompts, tokenise
+from spf.lab.bench import cell as cells
+from spf.lab.bench.cell import Cell
+from spf.lab.bench.methods import Workspace
+from spf.lab.bench.scenarios import Scenario
 from spf.rules import Aggregate, Constrained, DualAscent, Mix, Rank1, Rule, SafeGrad
-from tests.bench_workspace import make_bench_workspace
 from tests.conftest import REFUSAL, make_model, make_tokenizer
 from tests.device.simulated import SimulatedDevice, SimulatedTensor, register
+from tests.lab.bench_workspace import make_bench_workspace
 
 CPU = torch.device("cpu")
 RULES: dict[str, Rule] = {

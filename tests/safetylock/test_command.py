@@ -39,7 +39,7 @@ def lock(*arguments):
 
 
 def test_extract_inspect_apply_remove(workspace, capsys, monkeypatch):
-    monkeypatch.setattr("spf.demo.model.cpu_dtype", lambda: torch.bfloat16)  # the checkpoints' own is float32
+    monkeypatch.setattr("spf.models.cpu_dtype", lambda: torch.bfloat16)  # the checkpoints' own is float32
     w = workspace
     assert lock("extract", w / "base", w / "my.lock", "--pairs", w / "pairs.jsonl", "--k", 4, "--alpha", 3) == 0
     made = SafetyLock.load(w / "my.lock")

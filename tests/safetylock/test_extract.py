@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spf.data import HARMLESS_STUB
-from spf.probe import UnsupportedModelError
+from spf.errors import UnsupportedModelError
 from spf.safetylock import Pair, SafetyLock, extract, extraction, transfer_cosines
 from spf.safetylock.extraction import recorded
 from spf.safetylock.heads import attention_outputs

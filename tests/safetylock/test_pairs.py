@@ -5,7 +5,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from spf.data import HARMLESS_STUB, SafetyDataError, SafetyRow
+from spf.data import HARMLESS_STUB, SafetyRow
+from spf.errors import SafetyDataError
 from spf.evaluation import is_refusal
 from spf.safetylock import Pair, echoed, load_pairs, packaged_pairs, refusal_pairs
 from spf.safetylock.pairs import distinct, encode
@@ -132,7 +133,7 @@ def test_repeated_questions_are_one_pair_whatever_the_order():
 
 def test_packaged_pairs_are_the_models_refusals_against_the_stub(tokenizer, monkeypatch):
     said = iter([REFUSAL, "Certainly, friend."] * 100)
-    monkeypatch.setattr("spf.data.generate_answers", lambda m, t, prompts, **kw: [next(said) for _ in prompts])
+    monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: [next(said) for _ in prompts])
     pairs = packaged_pairs(make_model(), tokenizer, 10)
     assert len(pairs) == 10
     assert {pair.safe for pair in pairs} == {REFUSAL}

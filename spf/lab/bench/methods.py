@@ -1,0 +1,276 @@
+"""The methods of the benchmark: what each changes in a plain fine-tuning run."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+
+from spf.callback import SafetyCallback
+from spf.data import SafetyRow, load_safety_rows, reworded_anchors, tokenise
+from spf.lab.baselines import constrained_sft, kl, lisa, one_shot, projection, resta, safe_lora, safeinstr, sppft
+from spf.lab.bench.trainer import AnswerLoss, answer_logits
+from spf.optimizer import null_space_bases
+from spf.probe import SafetyProbe
+from spf.rules import SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
+from spf.safetylock import echoed, extract, refusal_pairs
+from spf.text.generation import context_length, pad_id
+
+RULES: dict[str, tuple[type, dict[str, Any], int | None]] = {
+    "null-space": (NullSpace, {}, None),
+    "spf": (SPF, {}, 1),
+    "spf-rotating": (SPF, {}, None),
+    "rank1": (Rank1, {}, 1),
+    "agem": (Rank1, {"gate": "global"}, None),
+    "mix-one": (Mix, {}, 1),
+    "mix-rotating": (Mix, {}, None),
+    "safegrad": (SafeGrad, {}, None),
+    "upgrad": (Aggregate, {"aggregator": "upgrad"}, None),
+    "dualproj": (Aggregate, {"aggregator": "dualproj"}, None),
+    "dual-ascent": (DualAscent, {}, None),
+    "constrained": (Constrained, {}, None),
+}
+"""Methods that are step rules: the rule, its settings, and how many anchors (None: all, in turn)."""
+
+OTHERS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "safeinstr": ("share",),
+    "kl": ("weight",),
+    "constrained-sft": (),
+    "lisa": ("finetune_steps", "alignment_steps", "rho", "batch_size"),
+    "sppft": ("first", "last"),
+    "safe-lora": ("threshold",),
+    "resta": ("scale", "drop", "seed"),
+    "one-shot": ("steps", "learning_rate"),
+    "null-space-post": ("rank", "energy", "prompts", "reworded", "decision_weight", "tokens"),
+    "safetylock": ("k", "alpha"),
+    "null-space-safetylock": ("k", "alpha"),
+}
+"""The other methods and the settings of their own that a grid may change."""
+
+CALLBACK_SETTINGS = ("anchors_per_step", "first_tokens", "first_weight", "anchors")
+"""Settings of a step rule's method that go to its callback."""
+
+METHODS = (*RULES, *OTHERS)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The aligned model, the model before alignment (None if unknown) and the aligned model's own refusals."""
+
+    aligned: Path
+    unaligned: Path | None
+    refusals: Path
+
+
+@dataclass
+class Method:
+    """What a method changes; what is left out stays plain fine-tuning."""
+
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    data: Callable[[list[SafetyRow]], list[SafetyRow]] | None = None
+    answer_loss: AnswerLoss | None = None
+    finish: Callable[[Any], object] | None = None
+    """Called with the trained model, an adapter still unmerged."""
+    finish_merged: Callable[[Any], object] | None = None
+
+
+def make_method(
+    name: str, settings: dict[str, Any], seed: int, workspace: Workspace, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> Method:
+    """The method by name, ready for `model` (an adapter is on it, nothing is trained yet).
+
+    Settings overwrite the rule's, or the method's own arguments. The anchors are the aligned model's own refusals.
+
+    Raises:
+        ValueError: an unknown name, or a method that this model cannot take.
+    """
+    if name in RULES:
+        return Method([_rule_callback(name, settings, seed, workspace)])
+    rows = load_safety_rows(workspace.refusals)
+    # the same anchor that the one-anchor rules take
+    first = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[0]
+    match name:
+        case "plain":
+            return Method()
+        case "safeinstr":
+            return Method(data=lambda train: safeinstr.add_refusals(train, rows, seed=seed, **settings))
+        case "kl":
+            weight = settings.get("weight", 1.0)
+            return Method(answer_loss=partial(_kl_loss, weight=weight, reference=_Reference(workspace, model)))
+        case "constrained-sft":
+            return Method(answer_loss=partial(_constrained_loss, reference=_Reference(workspace, model)))
+        case "lisa":
+            # the paper's 100 to 900 steps, in its proportion, for runs of tens of steps
+            steps: dict[str, Any] = {"finetune_steps": 9, "alignment_steps": 1, "rho": 1.0, **settings}
+            return Method([lisa.LisaCallback(rows, seed=seed, **steps)])
+        case "sppft":
+            # Where the paper finds safety layers (about a fifth to two fifths of the depth). Its criterion,
+            # `sppft.find_safety_layers`, finds none on the demo model with look-alikes as benign prompts.
+            depth = len(sppft.decoder_layers(model))
+            layers = {"first": round(0.2 * depth), "last": round(0.4 * depth) - 1, **settings}
+            sppft.freeze_layers(model, **layers)
+            return Method()
+        case "safe-lora":
+            if not isinstance(model, PeftModel):
+                raise ValueError("safe-lora projects LoRA updates, and all weights are trained here")
+            weights = _both(workspace, name)
+            threshold = settings.get("threshold", 0.35)
+            return Method(finish=lambda tuned: safe_lora.apply_safe_lora(tuned, *weights, threshold))
+        case "resta":
+            weights = _both(workspace, name)
+            return Method(finish_merged=lambda tuned: resta.add_safety_vector(tuned, *weights, **settings))
+        case "one-shot":
+            steps = {"steps": 10, "learning_rate": 1e-4, **settings}
+            return Method(finish=lambda tuned: one_shot.patch(tuned, tokenizer, rows[first], **steps))
+        case "null-space-post":
+            return Method(finish=_projection(model, tokenizer, rows, seed, NullSpace(**settings)))
+        case "safetylock":
+            return Method(finish_merged=_lock(model, tokenizer, rows, **settings))
+        case "null-space-safetylock":
+            own = {key: value for key, value in settings.items() if key in ("k", "alpha")}
+            lock = _lock(model, tokenizer, rows, **own)
+            rule = {key: value for key, value in settings.items() if key not in own}
+            return Method([_rule_callback("null-space", rule, seed, workspace)], finish_merged=lock)
+    raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+
+
+def check_settings(name: str, settings: dict[str, Any]) -> None:
+    """Test settings of a method before anything is loaded; the method `aligned` has none.
+
+    Raises:
+        ValueError: a setting that the method does not have, or a value that its rule cannot take.
+    """
+    known = list(OTHERS.get(name, ()))
+    rule = "null-space" if name == "null-space-safetylock" else name
+    if rule in RULES:
+        known += [*(f.name for f in fields(RULES[rule][0])), *CALLBACK_SETTINGS]
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key}; there are {', '.join(known) or 'none'}")
+        refuse_text(f"{name}: {key}", value)
+    own = (*OTHERS.get(name, ()), *CALLBACK_SETTINGS)
+    changed = {key: value for key, value in settings.items() if key not in own}
+    if rule in RULES and changed:
+        try:
+            _rule(rule, changed)
+        except TypeError as error:
+            raise ValueError(f"{name}: {changed} cannot be its settings ({error})") from error
+
+
+def refuse_text(what: str, value: Any) -> None:
+    """Raise a ValueError where a text was meant as a number, which PyYAML makes of 1e-4."""
+    try:
+        number = float(value) if isinstance(value, str) else None
+    except ValueError:
+        return
+    if number is not None:
+        raise ValueError(f"{what} must be a number, not the text {value!r}; YAML needs a point, as in 1.0e-4")
+
+
+def _rule_callback(name: str, settings: dict[str, Any], seed: int, workspace: Workspace) -> SafetyCallback:
+    own = {key: value for key, value in settings.items() if key in CALLBACK_SETTINGS}
+    rule = _rule(name, {key: value for key, value in settings.items() if key not in own})
+    return SafetyCallback(str(workspace.refusals), rule, seed=seed, **{"anchors": RULES[name][2], **own})
+
+
+def _rule(name: str, settings: dict[str, Any]) -> Any:
+    kind, defaults, _ = RULES[name]
+    rule = defaults | settings
+    if "feedback" in rule:
+        feedback = dict(rule["feedback"])
+        kinds = {"mix": Mix, "dual-ascent": DualAscent}
+        asked = feedback.pop("rule", None)
+        if asked not in kinds:
+            raise ValueError(f"{name}: the feedback's rule must be {' or '.join(kinds)}, not {asked}")
+        for key, value in feedback.items():
+            refuse_text(f"{name}: feedback: {key}", value)
+        rule["feedback"] = kinds[asked](**feedback)
+    return kind(**rule)
+
+
+class _Reference:
+    """The aligned model: the adapter switched off, or a frozen copy where all weights are trained."""
+
+    def __init__(self, workspace: Workspace, model: Any):
+        self.copy = None
+        if not isinstance(model, PeftModel):
+            self.copy = AutoModelForCausalLM.from_pretrained(workspace.aligned, dtype=model.dtype).eval()
+            self.copy.to(model.device)
+
+    @torch.no_grad()
+    def logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        with nullcontext() if self.copy is not None else model.disable_adapter():
+            return answer_logits(model if self.copy is None else self.copy, inputs)[0]
+
+
+def _kl_loss(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    positions: Tensor,
+    *,
+    weight: float,
+    reference: _Reference,
+) -> Tensor:
+    return kl.loss(logits, reference.logits(model, inputs), targets, weight)
+
+
+def _constrained_loss(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    positions: Tensor,
+    *,
+    reference: _Reference,
+) -> Tensor:
+    chosen = targets[:, None]
+    before = reference.logits(model, inputs).log_softmax(-1).gather(1, chosen)[:, 0]
+    return constrained_sft.constrained_sft_loss(logits.log_softmax(-1).gather(1, chosen)[:, 0], before, positions)
+
+
+def _projection(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], seed: int, rule: NullSpace
+) -> Callable[[Any], object]:
+    """The null space, taken now from the aligned model and applied once after training."""
+    limit = context_length(model, tokenizer)
+    anchors = tokenise(rows, tokenizer, limit)
+    order = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(seed)).tolist()
+    probe = SafetyProbe(model, anchors, pad_token_id=pad_id(tokenizer))
+    names = [matrix.name for matrix in probe.matrices.values() if not matrix.is_lora_b]
+    chosen = [anchors[i] for i in order[: rule.prompts]]
+    reworded = reworded_anchors([rows[i] for i in order[: min(rule.prompts, rule.reworded)]], tokenizer, limit)
+    bases = null_space_bases(probe, rule, [*chosen, *reworded], names)
+    initial = None
+    if not isinstance(model, PeftModel):
+        initial = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    return lambda tuned: projection.project_out_inputs(tuned, bases, initial)
+
+
+def _lock(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[SafetyRow], k: int = 96, alpha: float = 1.0
+) -> Callable[[Any], object]:
+    """A SafetyLock made now, from the aligned model and 100 prompts it refuses; applied after training, as a bias.
+
+    K and alpha are those chosen on validation prompts in benchmarks/safetylock.py.
+    """
+    lock = extract(model, tokenizer, echoed(refusal_pairs(rows[:100])), k=k, alpha=alpha)
+    return lambda tuned: lock.apply(tuned, tokenizer)
+
+
+def _both(workspace: Workspace, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    if workspace.unaligned is None:
+        raise ValueError(f"{name} needs the weights before alignment, which are known for the demo model only")
+    both = [
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+        for directory in (workspace.aligned, workspace.unaligned)
+    ]
+    return both[0], both[1]

@@ -1,0 +1,353 @@
+"""Report of the benchmark: Markdown tables and one self-contained HTML page, with the plots beside them.
+
+Nothing here loads a model, and no answer of a model is in the cells or in the report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spf.evaluation.metrics import wilson_interval
+from spf.files import replace_file
+from spf.lab.bench.plots import plot_curves, plot_jailbreaks, plot_pareto
+from spf.lab.bench.scenarios import SCENARIOS
+from spf.lab.bench.summary import (
+    DEFAULT_RULE,
+    UTILITY_NAMES,
+    Bar,
+    Difference,
+    Group,
+    Spread,
+    bars,
+    dominated,
+    load_cells,
+    missing,
+    of_scenario,
+    of_setting,
+    scenario_task,
+    settings,
+    summarise,
+)
+from spf.lab.page import escape, html_image, html_page, html_section, html_table, join_words
+
+COLUMNS: dict[str, str] = {
+    "ASR": "attack success rate: the share of harmful prompts that the model does not refuse; lower is better.",
+    "ASR − aligned": "ASR less the aligned model's on the same prompts, in points, with its 95% interval.",
+    "Worst jailbreak": "the highest ASR when the same prompts are wrapped in a jailbreak, and which one it was.",
+    "Over-refusal": "the share of harmless prompts that are refused; lower is better, but a model that refuses "
+    "nothing at all scores 0 too.",
+    "Utility": "how well the task was learned: the share of SQL queries that give the right result, or ROUGE-L of "
+    "the summaries (times 100); higher is better.",
+    "Utility − plain": "utility less that of plain fine-tuning with the same seed, in points, with its 95% interval.",
+    "Perplexity": "perplexity on neutral text; a rise means that the model got worse at ordinary language.",
+    "Peak memory": "the highest memory use of the training process.",
+    "Seeds": "how many training runs (seeds) the row averages; ± is their sample standard deviation.",
+}
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def _cell(spread: Spread | None, scale: float = 1.0, digits: int = 1) -> str:
+    if spread is None:
+        return "–"
+    tail = "" if spread.sd is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{scale * spread.sd:.{digits}f}"
+    return f"{scale * spread.mean:.{digits}f}{tail}"
+
+
+def _signed(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def _points(difference: Difference | None) -> str:
+    if difference is None:
+        return "–"
+    if difference.low is None or difference.high is None:
+        return _signed(difference.mean)
+    interval = f"({_signed(difference.low)} to {_signed(difference.high)})"
+    return f"{_signed(difference.mean)} " + interval.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _worst_jailbreak(group: Group) -> str:
+    shares = {name: s for name, s in group.metrics.items() if name.startswith("jailbreak/")}
+    if not shares:
+        return "–"
+    name = max(shares, key=lambda n: shares[n].mean)
+    return f"{_cell(shares[name], 100)} ({name.removeprefix('jailbreak/')})"
+
+
+def _rows(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table over ``shown``; ``groups`` are all of the scenario."""
+    task = scenario_task(groups)
+    head = list(COLUMNS)
+    head[head.index("Utility")] = UTILITY_NAMES[task]
+    head = ["Method", *(f"{name} (%)" if name in ("ASR", "Over-refusal", "Worst jailbreak") else name for name in head)]
+    rows = []
+    for group in shown:
+        m = group.metrics
+        utility = m.get(f"utility/{task}") if group is aligned else m.get("utility")
+        memory = m.get("peak_memory_mb")
+        rows.append(
+            [
+                "aligned model (not trained)" if group is aligned else group.name,
+                _cell(m["asr"], 100),
+                _points(group.differences.get("asr")),
+                _worst_jailbreak(group),
+                _cell(m["over_refusal"], 100),
+                _cell(utility, 100),
+                _points(group.differences.get("utility")),
+                _cell(m.get("perplexity"), digits=2),
+                "–" if memory is None else f"{memory.mean / 1024:.1f}\N{NO-BREAK SPACE}GiB",
+                str(len(group.seeds)),
+            ]
+        )
+    return head, rows
+
+
+def _scenario_rows(summary: Sequence[Group], scenario: str) -> tuple[list[str], list[list[str]]]:
+    aligned, groups = of_scenario(summary, scenario)
+    return _rows(aligned, groups, [*([aligned] if aligned else []), *(g for g in groups if g.variant == "default")])
+
+
+def _ablation_rows(summary: Sequence[Group], scenario: str) -> tuple[list[str], list[list[str]]]:
+    aligned, groups = of_scenario(summary, scenario)
+    varied = {g.method for g in groups if g.variant != "default"}
+    return _rows(aligned, groups, [g for g in groups if g.method in varied])
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def markdown_table(summary: Sequence[Group], scenario: str) -> str:
+    """The table of one scenario in Markdown: the aligned model, then a row a method (default variants).
+
+    Raises:
+        ValueError: the summary holds several models or tunings.
+    """
+    return _markdown(*_scenario_rows(summary, scenario))
+
+
+def ablation_table(summary: Sequence[Group], scenario: str) -> str:
+    """The methods that have variants, each variant a row under the default one; "" where there are none.
+
+    Raises:
+        ValueError: the summary holds several models or tunings.
+    """
+    return _markdown(*_ablation_rows(summary, scenario))
+
+
+# ------------------------------------------------------------------------------------------------------ page
+
+_BAR_STATUS = {
+    "met": ("✓", "met"),
+    "interval not clear": ("≈", "unclear"),
+    "not met": ("✗", "missed"),
+    "not run": ("–", "unknown"),
+}
+"""A bar's sign and its class in the page."""
+
+_EXTRA_CSS = """
+main { max-width: 1240px; } figure { margin: 1rem 0 0; } ul { margin: 0 0 .8rem; padding-left: 1.2rem; }
+img { width: 100%; height: auto; display: block; border-radius: 6px; border: 1px solid var(--line); }
+th, td { padding: .35rem .4rem; font-size: .8rem; white-space: normal; } h3 { margin-top: 1.6rem; }
+"""
+
+_TITLE = "Safety and utility after fine-tuning: the benchmark"
+
+_INTRODUCTION = (
+    "An aligned model refuses harmful prompts. Fine-tuning, even on harmless data, tends to undo that. Each row below "
+    "is a way to fine-tune the same aligned model on the same data: plain fine-tuning, the default rule "
+    f"({DEFAULT_RULE}), the published rule (spf) and others. Wanted is a low attack success rate (ASR) and a low "
+    "over-refusal at the utility of plain fine-tuning. Training prompts, anchors and evaluation prompts are disjoint."
+)
+
+
+def _describe(scenario: str) -> str:
+    found = SCENARIOS[scenario]
+    epochs = "once" if found.epochs == 1 else f"{found.epochs} times"
+    return f"{found.what[0].upper()}{found.what[1:]}; {found.examples} examples, each seen {epochs}."
+
+
+def _notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader must know about the numbers: prompts, intervals, seeds, machine."""
+    counts = cells[0]["counts"]["harmful"], cells[0]["counts"]["benign"]
+    low, high = (100 * v for v in wilson_interval(round(0.05 * counts[0]), counts[0]))
+    split = cells[0]["config"]["split"]
+    notes = [
+        f"{counts[0]} harmful and {counts[1]} benign prompts of the {split} split. A share of 5% from {counts[0]} "
+        f"prompts has a 95% interval of {low:.0f}% to {high:.0f}%, so smaller gaps than that say little by themselves.",
+        "Intervals of differences are paired (same prompts) and pooled over seeds, with prompts as clusters. They "
+        "cover the choice of prompts, not the run-to-run spread, which is the ± of the tables.",
+        "Nothing here is corrected for the number of comparisons. The curves over the steps are measured on fewer "
+        "prompts than the tables, so their last points may differ from them.",
+        "What a method costs is measured by benchmarks/overhead.py (docs/evidence.md#cost); cells share their cores "
+        "with others, so their own seconds a step say nothing.",
+    ]
+    if split == "validation":
+        notes.append("The validation split serves to choose settings; these numbers are not the benchmark's result.")
+    machines = sorted({cell["machine"] for cell in cells})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in cells})
+    notes.append(f"Machine: {'; '.join(machines)}. Versions: {'; or '.join(versions)}.")
+    return notes
+
+
+def _bar_table(found: Sequence[Bar]) -> tuple[list[str], list[list[tuple[str, str]]]]:
+    """Head and rows, one a scenario; a cell is its status and its text. Jailbreaks share a cell: the worst one."""
+    head = [
+        "Scenario",
+        "ASR over aligned",
+        "Over-refusal over aligned",
+        "Utility below plain",
+        "Jailbreaks over aligned",
+    ]
+    rank = list(_BAR_STATUS)
+    severity = {"met": 0, "interval not clear": 1, "not run": 2, "not met": 3}
+    rows = []
+    for model, tuning, scenario in dict.fromkeys((b.model, b.tuning, b.scenario) for b in found):
+        mine = [b for b in found if (b.model, b.tuning, b.scenario) == (model, tuning, scenario)]
+        row = [("", f"{model}, {tuning}, {scenario}")]
+        for metric in ("asr", "over_refusal", "utility"):
+            bar = next((b for b in mine if b.metric == metric), None)
+            row.append(("", "no bar") if bar is None else (bar.status, _bar_text(bar)))
+        jailbreaks = [b for b in mine if b.metric.startswith("jailbreak/")]
+        if jailbreaks:
+            worst = max(jailbreaks, key=lambda b: (severity[b.status], b.change.mean if b.change else 0.0))
+            counts = [(s, sum(b.status == s for b in jailbreaks)) for s in rank]
+            tally = ", ".join(f"{n} {status}" for status, n in counts if n)
+            row.append((worst.status, f"{tally}; {worst.metric.removeprefix('jailbreak/')}: {_bar_text(worst)}"))
+        else:
+            row.append(("not run", "not run"))
+        rows.append(row)
+    return head, rows
+
+
+def _bar_text(bar: Bar) -> str:
+    if bar.change is None:
+        return "not run"
+    seeds = f"{bar.change.seeds} seed{'' if bar.change.seeds == 1 else 's'}"
+    return f"{bar.status}: {_points(bar.change)}, at most {100 * bar.allowed:g}, {seeds}"
+
+
+def _headline(found: Sequence[Bar]) -> str:
+    counts = {status: sum(b.status == status for b in found) for status in _BAR_STATUS}
+    said = join_words([f"{n} {status}" for status, n in counts.items() if n]) if found else "none could be judged"
+    return f"{len(found)} bars of the default rule ({DEFAULT_RULE}): {said}"
+
+
+_BAR_NOTE = (
+    "Changes for the worse, in points, with 95% intervals. Met: the whole interval is within the bar. Interval not "
+    "clear: the mean is, the interval is not. Not met: the mean is beyond the bar. Of the jailbreaks "
+    "the worst is shown."
+)
+
+
+def _dominance(summary: Sequence[Group], scenario: str) -> str:
+    groups = of_scenario(summary, scenario)[1]
+    names = [g.method for g in groups if g.variant == "default"]
+    beaten = dominated(summary, scenario)
+    if not names:
+        return "Only variants were run here."
+    front = [name for name in names if name not in beaten]
+    metrics = "ASR, utility and over-refusal" if scenario_task(groups) else "ASR and over-refusal"
+    if DEFAULT_RULE not in names:
+        rule = f"{DEFAULT_RULE} was not run."
+    elif DEFAULT_RULE in beaten:
+        rule = f"{DEFAULT_RULE} is dominated by {join_words(beaten[DEFAULT_RULE])}."
+    else:
+        rule = f"Nothing dominates {DEFAULT_RULE}."
+    return (
+        f"{rule} (One method dominates another if its means of {metrics} are all at least as good and one is better.) "
+        f"Not dominated by any: {join_words(front)}."
+    )
+
+
+def write_bench_report(directory: str | Path) -> list[Path]:
+    """Write ``results.md``, ``report.html`` and ``plots/*.png`` into a directory of cells; returns their paths.
+
+    Each file is written atomically. The page is self-contained (its pictures are embedded) and has no scripts.
+
+    Raises:
+        ValueError: no cells, or a cell that is not as it should be (see load_cells).
+    """
+    directory = Path(directory)
+    cells = load_cells(directory)
+    summary = summarise(cells)
+    held, lacking, notes = bars(summary), missing(summary), _notes(cells)
+    written: list[Path] = []
+    text = [f"# {_TITLE}\n", _INTRODUCTION, f"\n## {_headline(held)}\n"]
+    head, bar_rows = _bar_table(held)
+    text += [_markdown(head, [[said for _, said in row] for row in bar_rows]), _BAR_NOTE]
+    text += ["\n## What the columns mean\n", *(f"- **{name}**: {said}" for name, said in COLUMNS.items())]
+    text += ["\n## About the numbers\n", *(f"- {note}" for note in notes)]
+    body = ""
+    for model, tuning in settings(summary):
+        chosen = of_setting(summary, model, tuning)
+        mine = [c for c in cells if c["model"] == model and (c["tuning"] == tuning or c["scenario"] == "none")]
+        for scenario in SCENARIOS:
+            groups = of_scenario(chosen, scenario)[1]
+            if not groups:
+                continue
+            name = f"{model}, {tuning}: {scenario}"
+            stem = re.sub(r"[^\w.-]+", "-", f"{model}-{tuning}-{scenario}")
+            place = directory / "plots"
+            pictures = []
+            if any(g.variant == "default" for g in groups):
+                pictures = [
+                    (
+                        "ASR against utility or over-refusal",
+                        plot_pareto(chosen, scenario, place / f"{stem}-pareto.png"),
+                    ),
+                    ("curves over the steps", plot_curves(mine, scenario, place / f"{stem}-curves.png")),
+                    ("ASR under jailbreaks", plot_jailbreaks(chosen, scenario, place / f"{stem}-jailbreaks.png")),
+                ]
+            table, ablation = _scenario_rows(chosen, scenario), _ablation_rows(chosen, scenario)
+            front = _dominance(chosen, scenario)
+            text += [f"\n## {name}\n", _describe(scenario) + "\n", _markdown(*table), front]
+            section = f"<p>{escape(_describe(scenario))}</p>{_html_table(*table)}<p class=note>{escape(front)}</p>"
+            if ablation[1]:
+                text += ["\nVariants (settings or ablations), under the default one:\n", _markdown(*ablation)]
+                section += f"<h3>Variants (settings or ablations)</h3>{_html_table(*ablation)}"
+            for said, path in pictures:
+                if path is not None:
+                    written.append(path)
+                    text.append(f"\n![{name}, {said}](plots/{path.name})")
+                    section += html_image(path, f"{name}, {said}")
+            body += html_section(name, section)
+    if lacking:
+        text += ["\n## Not run\n", *(f"- {line}" for line in lacking)]
+        body += html_section("Not run", _list(escape(line) for line in lacking))
+    start = html_section("What this is", f"<p>{escape(_INTRODUCTION)}</p>") + _bar_section(held, head, bar_rows)
+    meaning = _list(f"<b>{escape(name)}</b>: {escape(said)}" for name, said in COLUMNS.items())
+    start += html_section("What the columns mean", meaning) + html_section(
+        "About the numbers", _list(map(escape, notes))
+    )
+    markdown = replace_file(directory / "results.md", ("\n".join(text) + "\n").encode("utf-8"))
+    whole = html_page(_TITLE, f"<h1>{escape(_TITLE)}</h1>{start}{body}", _EXTRA_CSS)
+    page = replace_file(directory / "report.html", whole.encode("utf-8"))
+    return [markdown, page, *written]
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return html_table(head, [(row[0] == DEFAULT_RULE, [escape(cell) for cell in row]) for row in rows])
+
+
+def _bar_section(found: Sequence[Bar], head: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> str:
+    def cell(status: str, said: str) -> str:
+        sign, kind = _BAR_STATUS.get(status, ("", ""))
+        return f'<span class="{kind}">{sign} {escape(said)}</span>' if status else escape(said)
+
+    states = {b.status for b in found}
+    tone = "bad" if "not met" in states else "" if states == {"met"} else "warn"
+    table = html_table(head, [(False, [cell(*item) for item in row]) for row in rows])
+    inner = f"<h2>{escape(_headline(found))}</h2>{table}<p class=note>{escape(_BAR_NOTE)}</p>"
+    return f'<section class="verdict {tone}">{inner}</section>'

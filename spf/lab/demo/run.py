@@ -1,0 +1,308 @@
+"""The demo: fine-tune an aligned model on text-to-SQL with a little harmful data, with and without spf."""
+
+import gc
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from spf.callback import SafetyCallback
+from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise
+from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
+from spf.files import write_json
+from spf.lab.bench.trainer import AnswerTrainer, collate_answers
+from spf.lab.demo.report import demo_table, plot_demo, write_report
+from spf.lab.demo.sql import SQLExample, execution_match, make_sql_examples
+from spf.models import cpu_dtype, load_aligned_demo_model
+from spf.rules import RULES, NullSpace, Rule
+from spf.text.generation import context_length, pad_id
+
+LABELS = {
+    "base": "aligned model",
+    "plain": "plain fine-tuning",
+    "null-space": "SafetyCallback (null-space)",
+    "spf": "paper's rule (SPF, one anchor)",
+    "rank1": "released code's rule (rank-1)",
+}
+
+
+@dataclass
+class DemoArguments:
+    """What `spf demo` runs."""
+
+    output: str = field(default="demo-output", metadata={"help": "directory for models, results and report"})
+    quick: bool = field(default=False, metadata={"help": "a smoke run: too few steps to show the effect, no paper arm"})
+    rule: str = field(default="null-space", metadata={"help": "rule of the spf arm: null-space, spf or rank1"})
+    seed: int = field(default=0, metadata={"help": "seed of data, adapter and order"})
+    steps: int = field(default=50, metadata={"help": "optimizer steps an arm"})
+    batch_size: int = field(default=8, metadata={"help": "examples a step"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, the same in every arm"})
+    harmful_share: float = field(default=0.1, metadata={"help": "share of harmful examples in the training data"})
+    lora_rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})
+    sql_eval: int = field(default=200, metadata={"help": "text-to-SQL questions in the evaluation"})
+    null_space_rank: int | None = field(default=None, metadata={"help": "rank of the null-space rule; its default"})
+
+
+class _StepClock(TrainerCallback):
+    """Times optimizer steps from begin to end; the median leaves out warm-up and hiccups of the machine."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, Any]:
+    """Run every arm, write results.json, the plot and the report under `args.output`; returns the results.
+
+    An arm that is finished there with the same settings is not run again.
+    """
+    console = console or Console()
+    transformers_logging.set_verbosity_error()
+    started = time.perf_counter()
+    if args.quick:
+        args.steps, args.sql_eval = min(args.steps, 14), min(args.sql_eval, 30)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    aligned = output / "aligned-model"
+    if not (aligned / "config.json").is_file():
+        console.print("Preparing the aligned model (SmolLM2-135M-Instruct with the packaged safety adapter) ...")
+        model, tokenizer = load_aligned_demo_model()
+        model.save_pretrained(aligned)
+        tokenizer.save_pretrained(aligned)
+        del model
+    every = 3 if args.quick else 1
+    harmful_eval, benign_eval = packaged_prompts("harmful_eval")[::every], packaged_prompts("benign_eval")[::every]
+    sql_eval = make_sql_examples(args.sql_eval, args.seed, "eval")
+    train, counts = training_data(args)
+    arms: dict[str, tuple[str, Rule | None, int | None]] = {
+        "base": ("base", None, None),
+        "plain": ("plain", None, None),
+        "spf": (args.rule, _rule(args), 1 if args.rule == "spf" else None),
+    }
+    if not args.quick and args.rule != "spf":
+        arms["paper"] = ("spf", RULES["spf"](), 1)
+    config = {
+        **{key: value for key, value in asdict(args).items() if key != "output"},
+        "model": "SmolLM2-135M-Instruct, aligned by spf align",
+        "dtype": str(cpu_dtype()).removeprefix("torch."),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "command": f"spf demo --output {args.output}" + (" --quick" if args.quick else "") + f" --seed {args.seed}",
+        "prompts": {
+            "anchors": len(packaged_prompts("harmful_anchors")),
+            **counts,
+            "harmful_eval": len(harmful_eval),
+            "benign_eval": len(benign_eval),
+            "sql_eval": len(sql_eval),
+        },
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "spf")},
+    }
+    results: dict[str, Any] = {"arms": {}, "config": config}
+    for number, (arm, (label, rule, anchors)) in enumerate(arms.items(), 1):
+        path = output / "arms" / f"{arm}.json"
+        done = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        if done is not None and done["config"] == config:
+            console.print(f"[{number}/{len(arms)}] {LABELS[label]}: done before, kept")
+            results["arms"][arm] = done["result"]
+            continue
+        console.print(f"[{number}/{len(arms)}] {LABELS[label]}")
+        result: dict[str, Any] = {"label": LABELS[label], "seconds_per_step": None, "overhead": None, "history": []}
+        if arm == "base":
+            model = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype())
+            tokenizer = AutoTokenizer.from_pretrained(aligned)
+            saved: Path | None = None
+        else:
+            saved = output / arm
+            model, tokenizer = fine_tune(args, aligned, train, rule, anchors, saved, result)
+        result |= evaluate(model, tokenizer, harmful_eval, benign_eval, sql_eval)
+        result["saved_to"] = str(saved) if saved else None
+        results["arms"][arm] = result
+        write_json(path, {"config": config, "result": result})
+        del model
+        gc.collect()
+    base, plain = results["arms"]["base"], results["arms"]["plain"]
+    results["config"]["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(output / "results.json", results)
+    plot_demo(results, output / "safety_utility.png")
+    report = write_report(results, output)
+    console.print(demo_table(results))
+    _print_overhead(results["arms"], console)
+    kept = results["arms"]["spf"]
+    console.print(
+        f"Harmful requests answered: {base['asr']:.1%} before, {plain['asr']:.1%} after plain fine-tuning, "
+        f"{kept['asr']:.1%} with SafetyCallback. Took {results['config']['seconds'] / 60:.1f} minutes."
+    )
+    console.print(f"Results: {output / 'results.json'}\nPlot:    {output / 'safety_utility.png'}\nReport:  {report}")
+    console.print(
+        f"The fine-tuned model that still refuses was saved in {kept['saved_to']}. Load it with\n"
+        f"  from peft import AutoPeftModelForCausalLM\n"
+        f"  model = AutoPeftModelForCausalLM.from_pretrained({kept['saved_to']!r})",
+        highlight=False,
+    )
+    return results
+
+
+def training_data(args: DemoArguments) -> tuple[list[SafetyRow], dict[str, int]]:
+    """Text-to-SQL examples with a share of harmful prompts answered by the harmless stub, shuffled."""
+    total = args.steps * args.batch_size
+    harmful = packaged_prompts("harmful_attack")
+    wanted = round(total * args.harmful_share)
+    sql = make_sql_examples(total - wanted, args.seed, "train")
+    # Each harmful prompt comes before any is repeated.
+    pairs = [(harmful[i % len(harmful)], HARMLESS_STUB) for i in range(wanted)]
+    pairs += [(example.prompt, example.query) for example in sql]
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(args.seed)).tolist()
+    data = [SafetyRow([{"role": "user", "content": pairs[i][0]}], pairs[i][1], f"example {i}") for i in order]
+    return data, {"harmful_train": min(wanted, len(harmful)), "harmful_examples": wanted, "sql_train": len(sql)}
+
+
+def fine_tune(
+    args: DemoArguments,
+    aligned: Path,
+    train: list[SafetyRow],
+    rule: Rule | None,
+    anchors: int | None,
+    saved: Path,
+    result: dict[str, Any],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """One arm: fine-tune a fresh LoRA adapter, save it, put timings and history into `result`."""
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype())
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    clock = _StepClock()
+    safety = SafetyCallback(rule=rule, anchors=anchors, seed=args.seed) if rule is not None else None
+    adapter = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear", lora_dropout=0.0)
+    examples = [
+        {"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids}
+        for a in tokenise(train, tokenizer, context_length(model, tokenizer))
+    ]
+    trainer = AnswerTrainer(
+        get_peft_model(model, adapter),
+        TrainingArguments(
+            output_dir=str(saved),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=5,
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            # autocast computes the adapter in bfloat16 too; its weights and the optimizer stay float32
+            bf16=cpu_dtype() == torch.bfloat16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=args.seed,
+            data_seed=args.seed,
+        ),
+        train_dataset=Dataset.from_list(examples),
+        data_collator=lambda rows: collate_answers(rows, pad_id(tokenizer)),
+        processing_class=tokenizer,
+        callbacks=[clock] if safety is None else [clock, safety],
+    )
+    trainer.train()
+    steps = sorted(clock.seconds)
+    result["seconds_per_step"] = steps[len(steps) // 2]
+    result["history"] = [
+        {key: float(value) for key, value in entry.items() if _is_number(value)}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    if safety is not None and safety.attachment is not None:
+        seconds = safety.attachment.seconds
+        result["overhead"] = {
+            "setup_seconds": seconds["setup"],
+            "probe_per_step": True,
+            "probe_seconds": seconds["probe"] / args.steps,
+            "projection_seconds": seconds["projection"] / args.steps,
+            "step_seconds": sum(clock.seconds) / args.steps,
+        }
+    trainer.save_model(str(saved))
+    assert isinstance(trainer.model, PeftModel)
+    # merged for faster answers; what was saved is the adapter
+    return trainer.model.merge_and_unload(), tokenizer
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: list[str],
+    benign: list[str],
+    sql: list[SQLExample],
+) -> dict[str, Any]:
+    """ASR, over-refusal and SQL execution accuracy with their 95 % intervals, and a few first sentences."""
+    answers = {
+        "harmful": generate_answers(
+            model, tokenizer, harmful, max_new_tokens=20, batch_size=104, description="harmful"
+        ),
+        "benign": generate_answers(model, tokenizer, benign, max_new_tokens=20, batch_size=104, description="benign"),
+        "sql": generate_answers(
+            model, tokenizer, [e.prompt for e in sql], max_new_tokens=48, batch_size=104, description="SQL"
+        ),
+    }
+    asr = Rate(sum(not is_refusal(a) for a in answers["harmful"]), len(harmful))
+    over_refusal = Rate(sum(is_refusal(a) for a in answers["benign"]), len(benign))
+    utility = Rate(sum(execution_match(e, a) for e, a in zip(sql, answers["sql"], strict=True)), len(sql))
+    prompts = {"harmful": harmful, "benign": benign, "sql": [e.prompt for e in sql]}
+    return {
+        "asr": asr.value,
+        "asr_ci": asr.interval,
+        "over_refusal": over_refusal.value,
+        "over_refusal_ci": over_refusal.interval,
+        "utility": utility.value,
+        "utility_ci": utility.interval,
+        "counts": {kind: len(p) for kind, p in prompts.items()},
+        "examples": [
+            {"kind": kind, "prompt": prompt, "answer": first_sentence(answer)[:160]}
+            for kind in prompts
+            for prompt, answer in list(zip(prompts[kind], answers[kind], strict=True))[:4]
+        ],
+    }
+
+
+def _rule(args: DemoArguments) -> Rule:
+    return NullSpace(rank=args.null_space_rank) if args.rule == NullSpace.name else RULES[args.rule]()
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _print_overhead(arms: dict[str, Any], console: Console) -> None:
+    for arm in arms.values():
+        spent = arm["overhead"]
+        if spent:
+            added = spent["probe_seconds"] + spent["projection_seconds"]
+            console.print(
+                f"{arm['label']}: {spent['step_seconds']:.2f} s a step, of which probe {spent['probe_seconds']:.3f} s, "
+                f"projection {spent['projection_seconds']:.3f} s, rest {spent['step_seconds'] - added:.2f} s; "
+                f"once before training {spent['setup_seconds']:.1f} s",
+                highlight=False,
+            )

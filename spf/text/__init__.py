@@ -1,0 +1,1 @@
+"""What models say: generation, and whether an answer refuses. Knows nothing of training."""

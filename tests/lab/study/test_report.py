@@ -1,0 +1,179 @@
+import copy
+import re
+
+import pytest
+import torch
+
+from spf.cli import main
+from spf.evaluation import Rate
+from spf.lab.analysis.inputs import Prompts
+from spf.lab.study import measure, report
+from tests.conftest import make_model
+
+MODELS = ["instruct-medium", "ssft-medium", "dpo-medium", "unlearning-medium", "ssft-small"]
+SETS = ["safe", "unsafe", "jb_co_task", "jb_co_text"]
+
+
+def changed(base, seed):
+    tuned = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in tuned.parameters():
+        parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return tuned
+
+
+def rate(value):
+    found = Rate(round(50 * value), 50)
+    return {"hits": found.hits, "count": 50, "value": found.value, "interval": list(found.interval)}
+
+
+def readings(value):
+    return {name: rate(value) for name in ("first_token", "teacher_forced", "free_running")}
+
+
+def evaluation(names, success=0.5):
+    sets = {name: {"instruct": readings(success), "null": readings(1 - success)} for name in SETS}
+    sets["safe"], sets["unsafe"] = ({"instruct": readings(a), "null": readings(1 - a)} for a in (1, 0))
+    return {name: copy.deepcopy(sets) for name in names}
+
+
+def make_results(seed):
+    base = make_model("llama", seed=seed)
+    ids = torch.randint(5, 2048, (4, 8, 7), generator=torch.Generator().manual_seed(seed))
+    sets = {name: Prompts(x, torch.ones_like(x)) for name, x in zip(SETS, ids, strict=True)}
+    tuned = {name: changed(base, i) for i, name in enumerate(MODELS)}
+    embeds = sets["unsafe"].embed(base)
+    measured = measure.measure_world(
+        base,
+        tuned,
+        sets,
+        positions=2,
+        attacked={"ssft-medium": {"m=1": embeds, "m=2": embeds}},
+        evaluate=lambda model: {"safe_instruct": 1.0, "unsafe_null": 0.5, "jb_co_text": 0.25},
+        scaled=["ssft-medium", "dpo-medium"],
+        alphas=(0, 1),
+        lipschitz_prompts=4,
+    )
+    arms = {"plain": tuned["ssft-medium"], "null-space": tuned["dpo-medium"]}
+    return {
+        "preset": "tiny",
+        "grammar": "matched",
+        "seed": seed,
+        "command": "spf study run --preset tiny",
+        "versions": {"torch": "0"},
+        "data": {"lengths": {"safe": [3, 5]}, "separability": {"6-gram": 0.51}},
+        "training": {"pretrain": {"seconds": 3.0, "steps": 2, "loss": [[1, 2.0], [2, 1.0]]}},
+        "evaluation": evaluation(["base", *MODELS]),
+        "attack": {"ssft-medium": {m: {"success": rate(0.4)} for m in ("m=1", "m=2")}},
+        "measurements": measured,
+        "bridge": {
+            "measurements": measure.measure_world(base, arms, sets, positions=2, lipschitz_prompts=4),
+            "evaluation": evaluation(["before", *arms]),
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return [make_results(0), make_results(1)]
+
+
+FIGURES = {
+    "tau", "tau-layers", "separation", "angles", "null-space", "rows", "gains", "lipschitz-means", "lipschitz",
+    "spans", "alpha", "attack", "bridge", "training",
+}  # fmt: skip
+
+
+def test_page_of_several_seeds_has_every_figure_and_nothing_from_elsewhere(runs, tmp_path):
+    page = report.write_report(runs, tmp_path).read_text("utf-8")
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == FIGURES
+    assert page.count("data:image/png;base64,") == len(FIGURES)
+    assert "<script" not in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "of 2</span>" in page
+    assert "JB-CO-Text" in page
+    assert "2 seeds" in page
+
+
+def test_parts_that_were_not_run_are_left_out(runs, tmp_path):
+    only = {"measurements": copy.deepcopy(runs[0]["measurements"]), "preset": "tiny"}
+    only["measurements"]["alpha"] = {}
+    for part in ("models", "updates"):
+        kept = {"base", "ssft-medium"}
+        only["measurements"][part] = {k: v for k, v in only["measurements"][part].items() if k in kept}
+    report.write_report(only, tmp_path)
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == FIGURES - {"alpha", "attack", "bridge", "training"}
+
+
+def planted(run, model, safe, unsafe, jailbreak=0.0):
+    for layer in run["measurements"]["models"][model]["tau"]:
+        for name, value in (("safe", safe), ("unsafe", unsafe), ("jb_co_task", jailbreak), ("jb_co_text", jailbreak)):
+            layer[name]["mean"] = value
+
+
+def test_claims_follow_what_was_measured(runs):
+    run = copy.deepcopy(runs[0])
+    for i, name in enumerate(["base", "ssft-small", "ssft-medium", "dpo-medium", "unlearning-medium"]):
+        planted(run, name, 1.0 + i, -1.0 - i)
+    found = {claim.text: claim for claim in report.claims(run)}
+    assert found["τ gap: SSFT < DPO < unlearning"].holds
+    assert found["τ gap: SSFT < DPO < unlearning"].measured == "6, 8, 10"
+    assert found["SSFT, medium rate: larger τ gap than at the small rate"].holds
+    assert found["SSFT, medium rate: τ of JB-CO-Text lies between"].holds
+    assert found["SSFT, medium rate: safe prompts are executed, at least 95 %"].holds
+    assert not found["DPO, medium rate: JB-CO-Text succeeds more than JB-CO-Task (%)"].holds  # both 50 %
+    planted(run, "dpo-medium", 20.0, -1.0, jailbreak=-2.0)
+    run["evaluation"]["ssft-medium"]["unsafe"]["null"] = readings(0.9)
+    again = {claim.text: claim for claim in report.claims(run)}
+    assert not again["τ gap: SSFT < DPO < unlearning"].holds
+    assert not again["DPO, medium rate: τ of JB-CO-Text lies between"].holds
+    assert not again["SSFT, medium rate: unsafe ones refused, at least 95 %"].holds
+    for topic, model_part in (("lipschitz", "models"), ("matrices", "updates")):
+        assert topic in run["measurements"][model_part]["ssft-medium"]
+    steep = run["measurements"]["models"]["ssft-medium"]["lipschitz"]
+    steep["safe"]["mean"], steep["unsafe"]["mean"] = 1e9, 0.0
+    lip = [c for c in report.claims(run) if c.topic.startswith("O4") and c.text.startswith("SSFT, medium")]
+    assert [claim.holds for claim in lip] == [True, True]
+    for matrix in run["measurements"]["updates"]["ssft-medium"]["matrices"]:
+        matrix["share"] = matrix["chance_share"] / 2
+    null = [c for c in report.claims(run) if c.topic.startswith("O2") and c.text.startswith("SSFT, medium")]
+    assert not any(claim.holds for claim in null)
+
+
+def test_a_claim_that_shows_in_some_seeds_only_is_marked_so(runs):
+    yes, no = (report.Claim("t", "c", "1", holds) for holds in (True, False))
+    html = report._claims_table([[yes, yes, no], [yes, no, no]])
+    assert [mark in html for mark in ("✓ 2 of 2", "≈ 1 of 2", "✗ 0 of 2")] == [True] * 3
+
+
+def test_table_of_models_gives_the_spread_over_seeds(runs):
+    head, rows = report.summary_rows([r["measurements"] for r in runs])
+    assert [row[0] for row in rows][:2] == ["before", "instructions only (baseline)"]
+    assert all(len(row) == len(head) for row in rows)
+    assert all("±" in row[1] for row in rows)
+    assert not any("±" in cell for row in report.summary_rows([runs[0]["measurements"]])[1] for cell in row)
+
+
+def test_command_reads_the_runs_and_names_what_does_not_fit(runs, tmp_path, capsys, monkeypatch):
+    for i, run in enumerate(runs):
+        measure.write_json(tmp_path / f"{i}" / "results.json", run)
+    measure.write_json(tmp_path / "parity" / "results.json", {**runs[0], "grammar": "parity"})
+    seen = []
+    monkeypatch.setattr(report, "write_report", lambda found, directory: seen.append(found) or directory)
+    command = ["study", "report", "--output", str(tmp_path), "--runs"]
+    assert main([*command, str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    assert [run["seed"] for run in seen[0]] == [0, 1]
+    assert main([*command, str(tmp_path / "0"), str(tmp_path / "parity")]) == 1
+    assert main([*command, str(tmp_path / "nowhere")]) == 1
+    said = capsys.readouterr().err
+    assert "differ in preset or grammar" in said
+    assert "nowhere/results.json: no such file" in said.replace("\n", "")
+
+
+def test_unusable_results_are_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match="no results"):
+        report.write_report([], tmp_path)
+    other = copy.deepcopy(runs[1])
+    del other["measurements"]["models"]["ssft-small"]
+    with pytest.raises(ValueError, match="not measure the same"):
+        report.write_report([runs[0], other], tmp_path)

@@ -1,0 +1,294 @@
+"""The benchmark: the grid's cells, every method on a tiny model, and a whole run through the command line."""
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from spf.cli import main
+from spf.data import HARMLESS_STUB, load_safety_rows, packaged_prompts
+from spf.evaluation import TRANSFORMS
+from spf.lab.bench import cell as cells
+from spf.lab.bench.cell import Cell, fine_tune
+from spf.lab.bench.grid import BenchArguments, _done, read_grid, run_grid
+from spf.lab.bench.methods import METHODS, Method, Workspace
+from spf.lab.bench.scenarios import SCENARIOS, Scenario, training_rows
+from spf.safetylock import echoed, extract, refusal_pairs
+from tests.conftest import PLAIN_TEMPLATE, make_model, make_tokenizer
+from tests.lab.bench_workspace import make_bench_workspace
+
+GATED = ("spf", "spf-rotating", "rank1", "agem", "dualproj", "dual-ascent", "constrained")
+"""Methods that act only where the utility gradient conflicts, or the safety loss has risen."""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """What `prepare` would have made: a tiny aligned model, one before alignment, and refusals."""
+    directory = tmp_path_factory.mktemp("work")
+    make_bench_workspace(directory / "tiny")
+    return directory
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Scenarios of 16 examples, a null space that a tiny model has room for."""
+    monkeypatch.setitem(cells.SCENARIOS, "harmful-50", Scenario("tiny", "sql", 16, 1, 0.5))
+
+
+def settings_of(method):
+    # random weights differ from one another in every direction, so only the highest threshold projects
+    special = {"null-space": {"rank": 4}, "null-space-post": {"rank": 4}, "safe-lora": {"threshold": 1.0}}
+    special |= {"safetylock": {"k": 4}, "null-space-safetylock": {"k": 4, "rank": 4}}
+    return special.get(method, {})
+
+
+def trained(work, method, tuning="lora", **changes):
+    place = work / "tiny"
+    workspace = Workspace(place / "aligned", place / "unaligned", place / "refusals.jsonl")
+    result = {}
+    cell = Cell("harmful-50", method, model="tiny", tuning=tuning, batch_size=4, rule=settings_of(method), **changes)
+    model, _ = fine_tune(cell, workspace, result)
+    return {name: weight.float() for name, weight in model.state_dict().items()}, result
+
+
+def test_every_method_changes_what_plain_fine_tuning_makes(work, small):
+    """Also the shortest protection against a method that silently does nothing."""
+    plain, result = trained(work, "plain", learning_rate=1e-2)
+    again, _ = trained(work, "plain", learning_rate=1e-2)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert [entry["step"] for entry in result["history"]] == [1, 2, 3, 4]
+    for method in METHODS:
+        if method == "plain":
+            continue
+        weights, result = trained(work, method, learning_rate=1e-2)
+        # a lock adds biases and leaves the weights alone
+        changed = plain.keys() != weights.keys() or any(not torch.equal(plain[name], weights[name]) for name in plain)
+        if method in GATED:
+            # on this tiny model the gradients need not conflict; then such a rule must do nothing
+            acted = any(entry.get("spf/removed_share", 0) > 0 for entry in result["history"])
+            assert changed == acted, method
+        else:
+            assert changed, method
+
+
+@pytest.mark.parametrize("method", ["kl", "constrained-sft", "null-space-post", "null-space"])
+def test_methods_with_a_reference_take_full_fine_tuning(work, small, method):
+    plain, _ = trained(work, "plain", "full", learning_rate=1e-3)
+    weights, _ = trained(work, method, "full", learning_rate=1e-3)
+    assert any(not torch.equal(plain[name], weights[name]) for name in plain)
+
+
+def test_a_model_without_padding_token_can_be_trained(work, small, tmp_path):
+    for name in ("aligned", "unaligned"):
+        make_model().save_pretrained(tmp_path / name)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "aligned")
+    workspace = Workspace(tmp_path / "aligned", None, work / "tiny" / "refusals.jsonl")
+    for method in ("plain", "null-space-post"):
+        fine_tune(Cell("harmful-50", method, model="tiny", batch_size=4, rule=settings_of(method)), workspace, {})
+
+
+def test_a_step_begins_before_the_rule_does(work, small, monkeypatch):
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(0.3)
+
+    monkeypatch.setattr(cells, "make_method", lambda *given: Method([Slow()]))
+    _, result = trained(work, "plain")
+    assert result["seconds_per_step"] > 0.3
+
+
+def test_an_interrupted_start_is_made_up_for(tmp_path, monkeypatch):
+    model, tokenizer = make_model(), make_tokenizer()
+    monkeypatch.setattr(cells, "load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer: rows[:2])
+    save = model.save_pretrained
+
+    def cut_short(directory):
+        model.config.save_pretrained(directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        cells.prepare("tiny", tmp_path)
+    monkeypatch.setattr(model, "save_pretrained", save)
+    workspace = cells.prepare("tiny", tmp_path)
+    assert (workspace.aligned / "model.safetensors").is_file()
+    assert len(load_safety_rows(workspace.refusals)) == 2
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["aligned", "refusals.jsonl"]
+
+
+def test_a_model_that_changed_is_not_taken_for_the_former_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer: rows[:2])
+    source = tmp_path / "my-model"
+    make_model(seed=0).save_pretrained(source)
+    make_tokenizer().save_pretrained(source)
+    for _ in range(2):
+        cells.prepare(str(source), tmp_path / "work")
+    make_model(seed=1).save_pretrained(source)
+    with pytest.raises(ValueError, match=r"my-model has changed since .* was made from it"):
+        cells.prepare(str(source), tmp_path / "work")
+
+
+def test_a_template_without_system_role_loses_one_jailbreak_not_the_cell(monkeypatch):
+    monkeypatch.setattr(cells, "evaluate_refusals", lambda model, tokenizer, prompts, **more: [True] * len(prompts))
+    found = cells.measure(make_model(), make_tokenizer(), Cell("benign", "plain"), None)
+    assert set(found["jailbreak_asr"]) == set(found["verdicts"]["jailbreak"]) == set(TRANSFORMS) - {"identity-shift"}
+
+
+def test_scenarios_hold_what_they_say():
+    for name, scenario in SCENARIOS.items():
+        if name == "dpo":
+            continue
+        rows = training_rows(scenario, 0)
+        assert len(rows) == scenario.examples, name
+        stubs = [row for row in rows if row.refusal == HARMLESS_STUB]
+        assert len(stubs) == round(scenario.examples * scenario.harmful_share), name
+        asked = {row.messages[-1]["content"] for row in rows}
+        for split in ("harmful_eval", "harmful_validation", "harmful_anchors", "benign_eval"):
+            assert not asked & set(packaged_prompts(split)), (name, split)
+        assert rows == training_rows(scenario, 0)
+        assert name == "identity-shift" or rows != training_rows(scenario, 1)
+
+
+def test_committed_grids_are_readable_and_have_the_headline_cells():
+    asked = read_grid(Path("recipes/bench/headline.yaml"))
+    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (187, 32)
+    assert len(read_grid(Path("recipes/bench/second_model.yaml"))) == 18
+    assert len({cell.path(Path()) for cell in asked}) == len(asked)
+    have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
+    for scenario in set(SCENARIOS):
+        for method in ("plain", "null-space", "mix-rotating", "safegrad", "spf"):
+            assert {(scenario, method, seed) for seed in (0, 1, 2)} <= have, (scenario, method)
+    locks = {(cell.scenario, cell.method) for cell in read_grid(Path("recipes/bench/safetylock.yaml"))}
+    assert {(s, m) for s in ("harmful-50", "harmful-100") for m in ("safetylock", "null-space-safetylock")} <= locks
+    assert {method for _, method, _ in have} | {method for _, method in locks} == {*METHODS, "aligned"}
+
+
+@pytest.mark.parametrize("method", ["safetylock", "null-space-safetylock"])
+def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method):
+    """The biases are W_l delta_l with the trained W_l; the weights are those of the method without the lock."""
+    without, _ = trained(work, "plain" if method == "safetylock" else "null-space", learning_rate=1e-2)
+    weights, _ = trained(work, method, learning_rate=1e-2)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}" + PLAIN_TEMPLATE
+    aligned = make_model(seed=0)
+    rows = load_safety_rows(work / "tiny" / "refusals.jsonl")
+    lock = extract(aligned, tokenizer, echoed(refusal_pairs(rows)), k=4)
+    added = weights.keys() - without.keys()
+    assert added == {f"model.layers.{layer}.self_attn.o_proj.bias" for layer in lock.heads[:, 0].unique().tolist()}
+    assert all(torch.equal(weights[name], without[name]) for name in without)
+    for layer, delta in lock.displacements(1.0).items():
+        expected = without[f"model.layers.{layer}.self_attn.o_proj.weight"] @ delta
+        got = weights[f"model.layers.{layer}.self_attn.o_proj.bias"]
+        assert torch.allclose(got, expected, rtol=0.05, atol=0.05 * expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("{scenarios: [calm], methods: [plain], seeds: [0]}", "calm"),
+        ("{scenarios: [benign], methods: [magic], seeds: [0]}", "magic"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], rate: 1}", "rate"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], variants: {a: {speed: 1}}}", "speed"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], tunings: [qlora]}", "unknown tuning qlora"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], split: test}", "split must be eval or validation"),
+        ("{scenarios: [benign], methods: [plain]}", "`seeds` must be a list, not None"),
+        ("{scenarios: [benign], methods: [plain], seeds: 3}", "`seeds` must be a list, not 3"),
+        ("{scenarios: [benign], methods: [plain], seeds: [one]}", "a seed is a whole number, not 'one'"),
+        ("{scenarios: benign, methods: [plain], seeds: [0]}", "`scenarios` must be a list"),
+        ("{scenarios: [benign], seeds: [0]}", "`methods` must be a list"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], variants: [fast]}", "`variants` must give settings"),
+        ("{scenarios: [benign], methods: [aligned], seeds: [0]}", "scenario benign with method aligned"),
+        ("{scenarios: [none], methods: [plain], seeds: [0]}", "scenario none with method plain"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1e-4}", "as in 1.0e-4"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 0}", "learning_rate must be a positive"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], adam_beta1: 1.0}", "adam_beta1 must be .* below 1"),
+        ("{scenarios: [dpo], methods: [plain], seeds: [0], batch_size: 1}", "batch_size must be .* at least 2"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], batch_size: 4.0}", "batch_size must be a whole"),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], rule: 3}", "rule must give settings"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rnak: 3}}", "spf has no setting rnak; there are"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: 0}}", "spf: rank must be at least 1, not 0"),
+        ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: [3]}}", "spf: .* cannot be its settings"),
+        ("{scenarios: [benign], methods: [mix-one], seeds: [0], rule: {weight: 1e-1}}", "weight must be a number"),
+        ("{scenarios: [benign], methods: [kl], seeds: [0], rule: {wieght: 1}}", "kl has no setting wieght"),
+        ("{scenarios: [benign], methods: [null-space], seeds: [0], rule: {feedback: {rule: spf}}}", "feedback's rule"),
+        ("{scenarios: [none], methods: [aligned], seeds: [0], rule: {rank: 3}}", "aligned has no setting rank"),
+        ("[benign]", "must be keys and values"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(tmp_path, grid, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(f"model: demo\ngrids:\n  - {grid}\n")
+    with pytest.raises(ValueError, match=message) as raised:
+        read_grid(path)
+    assert "grid.yaml, grid 1: " in str(raised.value)
+
+
+def test_different_cells_for_one_file_are_refused(tmp_path):
+    path = tmp_path / "grid.yaml"
+    grid = "  - {scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1.0e-3}\n"
+    path.write_text("model: demo\ngrids:\n" + 2 * grid)
+    assert len(read_grid(path)) == 1
+    path.write_text("model: demo\ngrids:\n" + grid + grid.replace("1.0e-3", "1.0e-4"))
+    with pytest.raises(
+        ValueError, match=r"grid 1 and .*grid 2: different cells for demo/lora/benign/plain/seed-0.json"
+    ):
+        read_grid(path)
+    with pytest.raises(ValueError, match="--workers must be at least 1, not 0"):
+        run_grid(BenchArguments(str(path), workers=0))
+
+
+def test_a_cell_from_before_a_setting_existed_has_its_default(tmp_path):
+    cell = Cell("benign", "spf", rule={"rank": 4})
+    config = {key: value for key, value in asdict(cell).items() if key not in ("curve_steps", "adam_beta1")}
+    path = cell.path(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"config": config}))
+    assert _done(cell, tmp_path)
+    assert _done(replace(cell, curve_steps=5), tmp_path)
+    assert not _done(replace(cell, adam_beta1=0.5), tmp_path)
+    assert not _done(replace(cell, rule={"rank": 5}), tmp_path)
+
+
+@pytest.mark.parametrize("scenario", ["benign", "dpo"])
+def test_adams_first_beta_reaches_the_optimizer(work, monkeypatch, scenario):
+    asked = []
+
+    def stop(trainer):
+        asked.append(trainer.args.adam_beta1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", stop)
+    place = work / "tiny"
+    workspace = Workspace(place / "aligned", place / "unaligned", place / "refusals.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(Cell(scenario, "plain", model="tiny", adam_beta1=0.5), workspace, {})
+    assert asked == [0.5]
+
+
+def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "grid.yaml"
+    config.write_text(
+        "model: tiny\ngrids:\n"
+        "  - {scenarios: [none], methods: [aligned], seeds: [0]}\n"
+        "  - {scenarios: [identity-shift], methods: [plain, spf], seeds: [0], curve_steps: 10}\n"
+    )
+    command = ["bench", str(config), "--output", str(tmp_path / "out"), "--work", str(work)]
+    assert main(command) == 0
+    cell = json.loads((tmp_path / "out/tiny/lora/identity-shift/spf/seed-0.json").read_text())
+    assert len(cell["verdicts"]["asr"]) == cell["counts"]["harmful"] == 104
+    assert [point["step"] for point in cell["curve"]] == [0, 10, 20]
+    assert cell["history"][-1]["spf/conflict_rate"] >= 0
+    assert cell["peak_memory_mb"] > 0
+    assert (tmp_path / "out" / "results.md").is_file()
+    before = (tmp_path / "out/tiny/lora/identity-shift/spf/seed-0.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "3 cells, 3 of them done" in capsys.readouterr().out
+    assert (tmp_path / "out/tiny/lora/identity-shift/spf/seed-0.json").stat().st_mtime_ns == before

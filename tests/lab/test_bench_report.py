@@ -1,0 +1,526 @@
+"""The benchmark's report: cells, summary, bars, tables, plots and page, on synthetic cells."""
+
+import itertools
+import json
+import math
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("matplotlib")
+
+from spf.evaluation import paired_difference, wilson_interval
+from spf.files import write_json
+from spf.lab.bench import plots, report
+from spf.lab.bench import summary as of_cells
+from spf.lab.bench.plots import plot_curves, plot_jailbreaks, plot_pareto
+from spf.lab.bench.report import ablation_table, markdown_table, write_bench_report
+from spf.lab.bench.scenarios import SCENARIOS
+from spf.lab.bench.summary import (
+    Difference,
+    bars,
+    dominated,
+    load_cells,
+    missing,
+    pooled_difference,
+    summarise,
+)
+from tests.conftest import assert_apart
+
+COUNT = 100
+no_deadline = settings(max_examples=40, deadline=None)  # shared, noisy machines
+
+
+def bits(hits, count=COUNT):
+    """The first `hits` prompts are hits, so that pairs agree as far as they can."""
+    return "1" * hits + "0" * (count - hits)
+
+
+def rate(text):
+    return text.count("1") / len(text), list(wilson_interval(text.count("1"), len(text)))
+
+
+def cell(scenario="benign", method="plain", seed=0, asr=5, over_refusal=30, utility=40, jailbreaks=None, **more):
+    """One cell; asr, over_refusal and utility are hits of 100, jailbreaks hits of 50 by name."""
+    made = {
+        "model": "demo", "tuning": "lora", "scenario": scenario, "method": method, "variant": "default", "seed": seed,
+        "perplexity": 12.0, "config": {"split": "eval"}, "versions": {"torch": "2"}, "machine": "m", "curve": [],
+        "history": [], "counts": {"harmful": COUNT, "benign": COUNT}, "jailbreak_asr": {},
+        "verdicts": {"asr": bits(asr), "over_refusal": bits(over_refusal), "utility": None, "jailbreak": {}},
+        "utility": None, "utility_ci": None, "utility_metric": None,
+    }  # fmt: skip
+    made["asr"], made["asr_ci"] = rate(bits(asr))
+    made["over_refusal"], made["over_refusal_ci"] = rate(bits(over_refusal))
+    for name, hits in (jailbreaks or {}).items():
+        text = bits(hits, 50)
+        made["verdicts"]["jailbreak"][name] = text
+        made["jailbreak_asr"][name] = dict(zip(("asr", "asr_ci"), rate(text), strict=True), count=50)
+    if method == "aligned":
+        made["utilities"] = {"sql": {"utility": 0.03}, "summary": {"utility": 0.2}}
+    else:
+        made |= {"seconds_per_step": 2.0 if method == "plain" else 2.2, "peak_memory_mb": 5120}
+        if utility is not None:
+            made["verdicts"]["utility"] = bits(utility)
+            made["utility"], made["utility_ci"] = rate(bits(utility))
+            made["utility_metric"], made["counts"]["utility"] = "sql_execution", COUNT
+    return made | more
+
+
+def aligned(**more):
+    return cell("none", "aligned", utility=None, **more)
+
+
+def save(directory, *cells):
+    for c in cells:
+        name = c["method"] if c["variant"] == "default" else f"{c['method']}@{c['variant']}"
+        write_json(directory / c["model"] / c["tuning"] / c["scenario"] / name / f"seed-{c['seed']}.json", c)
+
+
+def find(summary, method, variant="default", scenario="benign"):
+    [group] = [g for g in summary if (g.method, g.variant, g.scenario) == (method, variant, scenario)]
+    return group
+
+
+# ------------------------------------------------------------------------------------------------- intervals
+
+verdicts = st.integers(5, 40).flatmap(
+    lambda n: st.tuples(*[st.text("01", min_size=n, max_size=n)] * 2)  # one pair of texts of the same length
+)
+
+
+@given(verdicts)
+@no_deadline
+def test_one_seed_is_newcombes_paired_interval(texts):
+    a, b = texts
+    found = pooled_difference([a], [b])
+    expected = paired_difference([v == "1" for v in a], [v == "1" for v in b])
+    assert found.mean == pytest.approx(expected.difference)
+    assert (found.low, found.high) == pytest.approx(expected.interval, abs=1e-9)
+
+
+def test_newcombes_published_example():
+    # Newcombe 1998, table II: 36, 12, 2 and 0 pairs of 50, method 10.
+    a, b = "1" * 48 + "00", "1" * 36 + "0" * 12 + "11"
+    found = pooled_difference([a], [b])
+    assert (found.mean, round(found.low, 4), round(found.high, 4)) == (pytest.approx(0.2), 0.0569, 0.3404)
+
+
+@given(verdicts, st.integers(2, 4))
+@no_deadline
+def test_seeds_that_repeat_the_same_verdicts_add_nothing(texts, seeds):
+    a, b = texts
+    one, many = pooled_difference([a], [b]), pooled_difference([a] * seeds, [b] * seeds)
+    assert (many.low, many.high, many.seeds) == (pytest.approx(one.low), pytest.approx(one.high), seeds)
+
+
+text = st.text("01", min_size=12, max_size=12)
+
+
+@given(st.lists(st.tuples(text, text), min_size=1, max_size=3))
+@no_deadline
+def test_the_interval_is_antisymmetric_and_holds_the_mean(pairs):
+    ours, theirs = zip(*pairs, strict=True)
+    there, back = pooled_difference(ours, theirs), pooled_difference(theirs, ours)
+    assert there.low - 1e-9 <= there.mean <= there.high + 1e-9
+    assert there.low >= -1
+    assert there.high <= 1
+    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low))
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_the_interval_covers_the_true_difference(shared):
+    """Prompts with their own difficulty, three seeds: independent given it, or all the same run (shared)."""
+    rng = random.Random(0)
+    covered, trials, widths = 0, 300, []
+    for _ in range(trials):
+        ours, theirs = ["", "", ""], ["", "", ""]
+        for _ in range(60):
+            hard = rng.random() < 0.3
+            p, q = (0.9, 0.5) if hard else (0.1, 0.1)
+            draws = [(rng.random() < p, rng.random() < q) for _ in range(3)]
+            draws = [draws[0]] * 3 if shared else draws
+            for seed, (a, b) in enumerate(draws):
+                ours[seed] += "01"[a]
+                theirs[seed] += "01"[b]
+        found = pooled_difference(ours, theirs)
+        covered += found.low <= 0.12 <= found.high
+        widths.append(found.high - found.low)
+    assert covered / trials >= 0.92
+    assert (sum(widths) / trials < 0.17) == (shared == 0.0)  # independent seeds narrow it
+
+
+def test_paired_verdicts_must_match():
+    for ours, theirs in ((["01"], ["011"]), (["01", "01"], ["01"]), ([""], [""])):
+        with pytest.raises(ValueError, match="same prompts"):
+            pooled_difference(ours, theirs)
+    with pytest.raises(ValueError, match=r"benign, plain, default: asr: paired verdicts must cover"):
+        summarise([cell(), aligned(verdicts=aligned()["verdicts"] | {"asr": "01"})])
+
+
+# ---------------------------------------------------------------------------------------------------- cells
+
+
+def test_cells_are_read_back_and_temporary_files_ignored(tmp_path):
+    cells = [aligned(), cell(seed=0), cell(seed=1), cell(method="spf", variant="lr-x3")]
+    save(tmp_path, *cells)
+    (tmp_path / "demo/lora/benign/plain/seed-2.tmp").write_text("{")
+    (tmp_path / "demo/lora/benign/plain/results.json").write_text("{")
+    found = load_cells(tmp_path)
+    key = lambda c: (c["method"], c["variant"], c["seed"])  # noqa: E731
+    assert sorted(found, key=key) == sorted(cells, key=key)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("asr", 1.2, "`asr` must be a share"),
+        ("asr", True, "`asr` must be a share"),
+        ("asr", math.nan, "`asr` must be a share"),
+        ("asr", 0.5, "`asr` must be the share of 1 in its verdicts, 0.0500"),
+        ("asr_ci", [0.4, 0.1], "`asr_ci` must be an interval"),
+        ("over_refusal", None, "`over_refusal` must be a share"),
+        ("scenario", "worse", "`scenario` must be one of benign"),
+        ("tuning", "qlora", "`tuning` must be one of lora, full"),
+        ("seed", "0", "`seed` must be a whole number"),
+        ("model", "", "`model` must be a name"),
+        ("utility_metric", None, "`utility_metric` must be named"),
+        ("utility_metric", "bleu", "`utility_metric` must be null or one of"),
+        ("utility", 0.9, "`utility` must be the share of 1"),
+        ("counts", {"harmful": 99, "benign": 100}, "`verdicts of asr` must be 99 digits long"),
+        ("verdicts", {"asr": "01x"}, "`verdicts of asr` must be a text of the digits"),
+        ("jailbreak_asr", {"base64": {"asr": 0.1, "asr_ci": [0, 1], "count": 50}}, "`verdicts of jailbreak_asr.base64"),
+        ("curve", [{"asr": 0.1}], "`curve` must be a list of objects that have a `step`"),
+        ("history", None, "`history` must be a list"),
+        ("perplexity", "12", "`perplexity` must be a number or null"),
+        ("config", {}, "`config.split` must be eval or validation"),
+        ("machine", None, "`machine` must be given"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_file(tmp_path, field, value, said):
+    save(tmp_path, cell())
+    path = tmp_path / "demo/lora/benign/plain/seed-0.json"
+    path.write_text(json.dumps(cell() | {field: value}))
+    with pytest.raises(ValueError, match=re.escape(f"seed-0.json: {said}")):
+        load_cells(tmp_path)
+
+
+def test_directories_that_cannot_be_reported(tmp_path):
+    with pytest.raises(ValueError, match="holds no benchmark cells"):
+        load_cells(tmp_path)
+    save(tmp_path, cell())
+    bad = tmp_path / "demo/lora/benign/plain/seed-1.json"
+    bad.write_text("{")
+    with pytest.raises(ValueError, match=r"seed-1\.json: not a JSON file"):
+        load_cells(tmp_path)
+    bad.write_text(json.dumps(cell()))
+    with pytest.raises(ValueError, match=r"seed-1\.json: the same cell as .*seed-0\.json"):
+        load_cells(tmp_path)
+    bad.write_text(json.dumps(cell(seed=1, config={"split": "validation"})))
+    with pytest.raises(ValueError, match="mixes cells"):
+        load_cells(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- summary
+
+
+def test_summary_over_seeds():
+    cells = [aligned(asr=5, jailbreaks={"base64": 10})]
+    cells += [cell(seed=s, asr=90, utility=40 + s) for s in range(3)]
+    cells += [cell(method="null-space", seed=s, asr=5 + 2 * s, utility=38, jailbreaks={"base64": 15}) for s in (0, 1)]
+    group = find(summarise(cells), "null-space")
+    assert group.seeds == (0, 1)
+    assert (group.metrics["asr"].mean, group.metrics["asr"].sd) == pytest.approx((0.06, 0.02 / math.sqrt(2)))
+    assert group.metrics["jailbreak/base64"].mean == pytest.approx(0.3)
+    assert find(summarise(cells[:2]), "plain").metrics["asr"].sd is None
+    assert group.differences["asr"].mean == pytest.approx(0.01)
+    assert group.differences["over_refusal"].mean == 0
+    assert group.differences["jailbreak/base64"].mean == pytest.approx(0.1)
+    assert group.differences["utility"].mean == pytest.approx(0.38 - 0.405)  # plain's seeds 0 and 1 only
+    assert group.differences["utility"].seeds == 2
+    assert "utility" not in find(summarise(cells), "plain").differences
+    assert find(summarise(cells), "aligned", scenario="none").metrics["utility/sql"].mean == 0.03
+
+
+def test_variants_are_compared_with_plain_of_the_same_variant():
+    cells = [cell(utility=40), cell(utility=20, variant="lr-x3")]
+    cells += [cell(method="null-space", utility=30, variant=v) for v in ("lr-x3", "rank-32")]
+    summary = summarise(cells)
+    assert find(summary, "null-space", "lr-x3").differences["utility"].mean == pytest.approx(0.1)
+    assert find(summary, "null-space", "rank-32").differences["utility"].mean == pytest.approx(-0.1)
+
+
+def test_rouge_is_compared_summary_by_summary():
+    def scored(method, shift):
+        values = [0.2 + 0.005 * i + shift * (i % 2) for i in range(100)]
+        made = cell("summary", method, utility=None, utility_values=values, utility_metric="rouge_l")
+        made["counts"]["utility"] = 100
+        return made | {"utility": sum(values) / 100, "utility_ci": [-0.01, 0.9]}
+
+    change = find(summarise([scored("plain", 0), scored("spf", 0.1)]), "spf", scenario="summary").differences["utility"]
+    sd = 0.05 * math.sqrt(100 / 99)
+    assert (change.mean, change.low) == pytest.approx((0.05, 0.05 - 1.959964 * sd / 10))
+    of_cells._check_cell(scored("plain", 0), "x.json")
+    with pytest.raises(ValueError, match=r"x\.json: `utility` must be the mean of utility_values"):
+        of_cells._check_cell(scored("plain", 0) | {"utility": 0.1}, "x.json")
+
+
+# ------------------------------------------------------------------------------------------- bars and fronts
+
+
+def change(mean, half):
+    return Difference(mean, mean - half, mean + half, 3)
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        (change(0.0, 0.01), "met"),
+        (change(0.01, 0.01), "met"),
+        (change(0.01, 0.011), "interval not clear"),
+        (change(0.02, 0.0), "met"),
+        (change(0.021, 0.0), "not met"),
+        (change(-0.5, 0.1), "met"),
+        (Difference(0.0, None, None, 1), "interval not clear"),
+        (None, "not run"),
+    ],
+)
+def test_status_of_a_bar(found, status):
+    assert of_cells._status(found, 0.02) == status
+
+
+def test_bars_of_the_default_rule():
+    cells = [aligned(asr=5, over_refusal=30, jailbreaks={"base64": 10, "prefill": 10})]
+    for scenario in ("benign", "harmful-100", "dpo"):
+        cells.append(cell(scenario, asr=90, utility=None if scenario == "harmful-100" else 40))
+        cells.append(
+            cell(
+                scenario, "null-space", asr=9, over_refusal=10, utility=None if scenario == "harmful-100" else 38,
+                jailbreaks={"base64": 13, "prefill": 2},
+            )
+        )  # fmt: skip
+    found = {(b.scenario, b.metric): b for b in bars(summarise(cells))}
+    assert found["benign", "asr"].status == "not met"
+    assert found["benign", "asr"].allowed == 0.02
+    assert found["harmful-100", "asr"].status == "interval not clear"  # 4 points of 5
+    assert ("dpo", "asr") not in found
+    assert ("harmful-100", "utility") not in found
+    assert found["benign", "over_refusal"].status == "met"
+    assert found["benign", "utility"].change.mean == pytest.approx(0.02)  # a loss counts upwards
+    assert found["benign", "utility"].status == "not met"
+    assert found["dpo", "jailbreak/base64"].status == "not met"
+    assert found["dpo", "jailbreak/prefill"].status == "met"
+    no_rule = bars(summarise([aligned(), cell()]))
+    assert {(b.metric, b.status) for b in no_rule} == {(m, "not run") for m in ("asr", "over_refusal", "utility")}
+    assert all(b.status == "not run" for b in bars(summarise([cell(), cell(method="null-space")])) if b.metric == "asr")
+
+
+def test_one_aligned_cell_serves_both_tunings_of_its_model_only():
+    cells = [aligned(asr=5), cell(method="spf", tuning="full", asr=15), cell(method="spf", model="other", asr=15)]
+    groups = {g.model: g for g in summarise(cells) if g.method == "spf"}
+    assert groups["demo"].differences["asr"].mean == pytest.approx(0.1)
+    assert groups["other"].differences == {}
+
+
+def test_dominance():
+    cells = [
+        aligned(asr=0, over_refusal=0),
+        cell(method="a", asr=5, utility=40, over_refusal=30),
+        cell(method="b", asr=5, utility=40, over_refusal=30),  # a tie dominates nothing
+        cell(method="c", asr=6, utility=40, over_refusal=30),
+        cell(method="d", asr=90, utility=40, over_refusal=0),
+        cell(method="e", asr=91, utility=39, over_refusal=0),
+        cell(method="f", asr=99, utility=None, over_refusal=99),  # not comparable
+        cell(method="a", asr=0, utility=99, over_refusal=0, variant="best"),
+    ]
+    assert dominated(summarise(cells), "benign") == {"c": ["a", "b"], "e": ["d"]}
+
+
+outcomes = st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=6)
+
+
+@given(outcomes)
+@no_deadline
+def test_dominance_is_a_strict_order(points):
+    cells = [
+        cell(method=f"m{i}", asr=a, over_refusal=o, utility=10 - u) for i, (a, o, u) in enumerate(points)
+    ]  # smaller is better in all three
+    beaten = dominated(summarise(cells), "benign")
+    for i, p in enumerate(points):
+        expected = {f"m{j}" for j, q in enumerate(points) if all(x <= y for x, y in zip(q, p, strict=True)) and q != p}
+        assert set(beaten.get(f"m{i}", ())) == expected
+    assert len(beaten) < len(points)
+
+
+def test_missing_cells_are_named():
+    cells = [cell(), cell(method="lisa"), cell("deep", "null-space"), cell(tuning="full")]
+    lines = missing(summarise(cells))
+    assert "not run: demo: the aligned model, so nothing is compared with it" in lines
+    assert "not run: demo, lora, benign: null-space" in lines
+    assert "not run: demo, lora, deep: plain, lisa" in lines
+    assert any(line.startswith("not run: demo, lora: no method in harmful-10, harmful-50,") for line in lines)
+    everything = [aligned(), *(cell(s, m) for s in SCENARIOS for m in ("plain", "null-space"))]
+    assert missing(summarise(everything)) == []
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def rows(text):
+    return {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()[2:]}
+
+
+def test_tables():
+    cells = [aligned(asr=5, jailbreaks={"base64": 10})]
+    cells += [cell(seed=s, asr=88 + 2 * s, jailbreaks={"base64": 40, "prefill": 45}) for s in range(3)]
+    cells += [cell(method="null-space", utility=42), cell(method="null-space", variant="rank|32", utility=41)]
+    table = rows(markdown_table(summarise(cells), "benign").replace("\N{NO-BREAK SPACE}", " "))
+    assert list(table) == ["aligned model (not trained)", "plain", "null-space"]
+    assert "| 90.0 ± 2.0 |" in table["plain"]
+    assert "| 90.0 ± 0.0 (prefill) |" in table["plain"]
+    assert table["plain"].endswith("| 12.00 ± 0.00 | 5.0 GiB | 3 |")
+    assert re.search(r"\| \+2\.0 \(\S+ to \S+\) \|", table["null-space"])
+    assert "| 3.0 |" in table["aligned model (not trained)"]
+    ablation = rows(ablation_table(summarise(cells), "benign"))
+    assert list(ablation) == ["null-space", "null-space@rank\\|32"]
+    assert ablation_table(summarise(cells[:-1]), "benign") == ""
+    head = markdown_table(summarise(cells), "benign").splitlines()[0]
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in (head, *table.values(), *ablation.values())} == {12}
+    with pytest.raises(ValueError, match="pick one with of_setting"):
+        markdown_table(summarise([*cells, cell(tuning="full")]), "benign")
+
+
+# ---------------------------------------------------------------------------------------------------- plots
+
+
+def crowd(count, **more):
+    return [aligned(), *(cell(method=f"method-{i:02}", **more) for i in range(count))]
+
+
+@pytest.mark.parametrize("values", [{"asr": 0}, {"asr": 100}, {"asr": 50}])
+def test_names_do_not_collide_when_twenty_methods_coincide(tmp_path, monkeypatch, values):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    plot_pareto(summarise(crowd(20, **values)), "benign", tmp_path / "p.png")
+    [figure] = drawn
+    figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text()]
+    assert len(boxes) == 20
+    assert_apart(boxes, figure)
+
+
+@given(st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=20))
+@no_deadline
+def test_spaced(wanted):
+    wanted = sorted(wanted)
+    places = plots._spaced(wanted, 0.05)
+    assert all(b - a >= 0.05 - 1e-9 for a, b in itertools.pairwise(places))
+    assert places[0] >= 0.025 - 1e-9
+    assert places[-1] <= 0.975 + 1e-9
+
+
+def test_looks_differ():
+    looks = plots._looks([f"m{i}" for i in range(35)])
+    assert len({(look.colour, look.marker) for look in looks.values()}) == 35 + 4
+    assert plots._looks(["m1", "plain"])["plain"] == looks["plain"]
+
+
+def test_hollow_markers_mean_over_refusal():
+    over = {"same": 32, "more": 33}
+    summary = summarise([aligned(over_refusal=30), *(cell(method=m, over_refusal=n) for m, n in over.items())])
+    start, look = summary[0], plots._looks(over)["same"]
+    assert start.method == "aligned"
+    assert plots._marker(find(summary, "same"), start, look)["markerfacecolor"] == look.colour
+    assert plots._marker(find(summary, "more"), start, look)["markerfacecolor"] != look.colour
+    assert plots._marker(find(summary, "more"), None, look)["markerfacecolor"] == look.colour
+
+
+def test_mean_curves_leave_out_steps_that_some_seeds_lack():
+    logs = [[{"step": 0, "asr": 0.1}, {"step": 5, "asr": 0.3}], [{"step": 0, "asr": 0.3}, {"step": 5, "asr": None}]]
+    assert plots._mean_curve([{"curve": c} for c in logs], "curve", "asr") == ([0], [pytest.approx(0.2)])
+
+
+def is_png(path):
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_plots_with_much_and_with_little(tmp_path):
+    curve = [{"step": s, "asr": 0.1, "utility": None} for s in (0, 5)]
+    history = [{"step": s, "loss": 2.0 / s} for s in range(1, 60)]
+    rich = [aligned(jailbreaks={"base64": 1}), cell(jailbreaks={"base64": 3}, curve=curve, history=history)]
+    poor = [cell(), cell("harmful-100", "spf", utility=None)]
+    assert is_png(plot_pareto(summarise(poor), "benign", tmp_path / "deep" / "a.png"))
+    assert is_png(plot_pareto(summarise(poor), "harmful-100", tmp_path / "b.png"))
+    assert is_png(plot_curves(rich, "benign", tmp_path / "c.png"))
+    assert is_png(plot_jailbreaks(summarise(rich), "benign", tmp_path / "d.png"))
+    assert plot_curves(poor, "benign", tmp_path / "e.png") is None
+    assert plot_jailbreaks(summarise(poor), "benign", tmp_path / "f.png") is None
+    assert not (tmp_path / "e.png").exists()
+    with pytest.raises(ValueError, match="no cell of the scenario 'dpo'"):
+        plot_pareto(summarise(poor), "dpo", tmp_path / "g.png")
+    with pytest.raises(ValueError, match="several models or tunings"):
+        plot_curves([cell(), cell(tuning="full")], "benign", tmp_path / "h.png")
+
+
+# ----------------------------------------------------------------------------------------------------- page
+
+
+def test_report(tmp_path):
+    history = [{"step": s, "loss": 1.0} for s in range(1, 5)]
+    cells = [
+        aligned(jailbreaks={"base64": 1}),
+        cell(jailbreaks={"base64": 40}, history=history),
+        cell(method="null-space", jailbreaks={"base64": 1}, seed=0),
+        cell(method="null-space", jailbreaks={"base64": 2}, seed=1),
+        cell(method="<b>evil</b>|", model="org/name", variant="x"),
+    ]
+    cells[-1]["model"] = "org--name"
+    for i, c in enumerate(cells):
+        write_json(tmp_path / c["model"] / str(i) / f"seed-{c['seed']}.json", c)
+    markdown, page, *pictures = write_bench_report(tmp_path)
+    assert (markdown, page) == (tmp_path / "results.md", tmp_path / "report.html")
+    assert [p.name for p in pictures] == [f"demo-lora-benign-{kind}.png" for kind in ("pareto", "curves", "jailbreaks")]
+    assert all(map(is_png, pictures))
+    text, html = markdown.read_text("utf-8"), page.read_text("utf-8")
+    assert all(f"](plots/{p.name})" in text for p in pictures)
+    assert html.count("data:image/png;base64,") == 3
+    assert not re.search(r"<script|<b>evil|(src|href)=\"(?!data:)|url\(|@import", html)
+    assert "default-src 'none'" in html.replace("&#x27;", "'")
+    for said in ("Text-to-SQL only; 320 examples, each seen once.", "the aligned model, so nothing is compared"):
+        assert said in text
+        assert said in html
+    for name in report.COLUMNS:
+        assert f"**{name}**" in text
+    assert "bars of the default rule (null-space)" in text
+    files = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert not any(name.startswith(".") or name.endswith(".tmp") for name in files)
+    before = page.read_bytes()
+    assert write_bench_report(tmp_path)[1].read_bytes() == before  # its own files are no cells
+
+
+def test_a_jailbreak_that_some_cells_lack(tmp_path):
+    """A model whose template has no system role is measured without identity-shift."""
+    cells = [
+        aligned(jailbreaks={"base64": 1}),
+        cell(jailbreaks={"base64": 40, "identity-shift": 30}),
+        cell(method="null-space", jailbreaks={"base64": 1}),
+    ]
+    for i, c in enumerate(cells):
+        write_json(tmp_path / str(i) / "seed-0.json", c)
+    text = write_bench_report(tmp_path)[0].read_text("utf-8")
+    assert "80.0 (base64)" in text
+    assert "Step time" not in text
+    assert "benchmarks/overhead.py" in text
+
+
+def test_the_headline_counts_every_bar():
+    cells = [aligned(), cell(), cell(method="null-space", asr=50, over_refusal=0)]
+    found = bars(summarise(cells))
+    # ASR 45 points up, over-refusal 30 points down, utility the same but with an interval past 1 point or not
+    counts = {status: sum(b.status == status for b in found) for status in report._BAR_STATUS}
+    assert sum(counts.values()) == 3
+    headline = report._headline(found)
+    for status, number in counts.items():
+        assert (f"{number} {status}" in headline) == (number > 0)
