@@ -1,13 +1,13 @@
-"""Rates, means and paired differences, with 95 % confidence intervals."""
+"""Rates, means and differences with 95 % intervals: the only home of Wilson's and Newcombe's interval."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 
-from spf.evaluation.extras import import_extra
+from scipy.special import ndtri, stdtrit
 
-Z95 = 1.959963984540054
+Z95 = float(ndtri(0.975))
 """The 97.5 % quantile of the standard normal distribution."""
 
 
@@ -28,8 +28,10 @@ class Rate:
         return wilson_interval(self.hits, self.count)
 
 
-def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+def wilson_interval(hits: float, count: float) -> tuple[float, float]:
     """The 95 % score interval of a binomial rate (Wilson 1927), as (low, high) in [0, 1].
+
+    `scipy.stats.binomtest` has it for whole numbers only; here both may be fractions, an effective number of prompts.
 
     Raises:
         ValueError: `count` is not positive or `hits` is outside 0 ... `count`.
@@ -59,16 +61,46 @@ def mean_interval(scores: Sequence[float]) -> Mean:
 
     Raises:
         ValueError: there are no scores.
-        ModuleNotFoundError: the extra `eval` (scipy) is not installed.
     """
     if not scores:
         raise ValueError("mean_interval: no scores")
     count, value = len(scores), fmean(scores)
     if count == 1:
         return Mean(value, (value, value), 1)
-    quantile = float(import_extra("scipy.stats").t.ppf(0.975, count - 1))
-    margin = quantile * stdev(scores) / sqrt(count)
+    margin = float(stdtrit(count - 1, 0.975)) * stdev(scores) / sqrt(count)
     return Mean(value, (value - margin, value + margin), count)
+
+
+def newcombe_interval(
+    a: float, interval_a: Sequence[float], b: float, interval_b: Sequence[float], correlation: float = 0.0
+) -> tuple[float, float]:
+    """The 95 % interval of the difference a - b of two rates in [0, 1], as (low, high) in [-1, 1].
+
+    Newcombe's square-and-add of the two Wilson intervals (Statistics in Medicine 17, 1998): of independent samples
+    without a correlation (page 873, method 10), of paired ones with it (page 2635, method 10).
+    """
+
+    def reach(x: float, y: float) -> float:
+        return sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
+
+    low = a - b - reach(a - interval_a[0], interval_b[1] - b)
+    return max(-1.0, low), min(1.0, a - b + reach(interval_a[1] - a, b - interval_b[0]))
+
+
+def paired_interval(both: float, only_a: float, only_b: float, neither: float) -> tuple[float, float]:
+    """The 95 % interval of the difference of two rates on the same prompts, from the counts of pairs.
+
+    The correlation is continuity-corrected where it is positive. The counts may be fractions.
+    """
+    count = both + only_a + only_b + neither
+    hits_a, hits_b = min(both + only_a, count), min(both + only_b, count)
+    margins = hits_a * (count - hits_a) * hits_b * (count - hits_b)
+    determinant = both * neither - only_a * only_b
+    if determinant > 0:
+        determinant = max(determinant - count / 2, 0.0)
+    phi = determinant / sqrt(margins) if margins > 1e-12 * count**4 else 0.0
+    of_a, of_b = wilson_interval(hits_a, count), wilson_interval(hits_b, count)
+    return newcombe_interval(hits_a / count, of_a, hits_b / count, of_b, phi)
 
 
 @dataclass(frozen=True)
@@ -90,39 +122,21 @@ class PairedDifference:
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> PairedDifference:
     """Compare two rates measured on the same prompts, in the same order.
 
-    The interval is Newcombe's square-and-add of the two Wilson intervals, with the continuity-corrected correlation
-    (Statistics in Medicine 17, 1998, 2635-2650, method 10). The test is McNemar's, exact: under no difference
-    `only_a` is binomial(only_a + only_b, 1/2).
+    The interval is Newcombe's for paired rates (see paired_interval). The test is McNemar's, exact: under no
+    difference `only_a` is binomial(only_a + only_b, 1/2).
 
     Raises:
         ValueError: the lengths differ, or there are no prompts.
-        ModuleNotFoundError: the extra `eval` (scipy) is not installed.
     """
+    from scipy.stats import binomtest  # most of a second, so only where it is used
+
     if len(a) != len(b) or not a:
         raise ValueError(f"paired_difference: needs the same prompts on both sides, got {len(a)} and {len(b)}")
     count = len(a)
     both = sum(x and y for x, y in zip(a, b, strict=True))
     only_a = sum(a) - both
     only_b = sum(b) - both
-    neither = count - both - only_a - only_b
-    difference = (only_a - only_b) / count
-    rate_a, rate_b = sum(a) / count, sum(b) / count
-    low_a, high_a = wilson_interval(sum(a), count)
-    low_b, high_b = wilson_interval(sum(b), count)
-
-    margins = sum(a) * (count - sum(a)) * sum(b) * (count - sum(b))
-    determinant: float = both * neither - only_a * only_b
-    if determinant > 0:
-        determinant = max(determinant - count / 2, 0)
-    phi = determinant / sqrt(margins) if margins else 0.0
-
-    def spread(x: float, y: float) -> float:
-        return sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
-
-    interval = (
-        difference - spread(rate_a - low_a, high_b - rate_b),
-        difference + spread(high_a - rate_a, rate_b - low_b),
-    )
+    interval = paired_interval(both, only_a, only_b, count - both - only_a - only_b)
     discordant = only_a + only_b
-    p_value = float(import_extra("scipy.stats").binomtest(only_a, discordant).pvalue) if discordant else 1.0
-    return PairedDifference(difference, interval, p_value, only_a, only_b, count)
+    p_value = float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
+    return PairedDifference((only_a - only_b) / count, interval, p_value, only_a, only_b, count)

@@ -1,12 +1,13 @@
 """The benchmark's report: cells, summary, bars, tables, plots and page, on synthetic cells."""
 
-import itertools
 import json
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,9 +26,9 @@ from spf.lab.bench.summary import (
     dominated,
     load_cells,
     missing,
-    pooled_difference,
     summarise,
 )
+from spf.lab.report.stats import pooled_difference
 from tests.conftest import assert_apart
 
 COUNT = 100
@@ -406,19 +407,25 @@ def test_names_do_not_collide_when_twenty_methods_coincide(tmp_path, monkeypatch
     plot_pareto(summarise(crowd(20, **values)), "benign", tmp_path / "p.png")
     [figure] = drawn
     figure.canvas.draw()
-    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text()]
-    assert len(boxes) == 20
-    assert_apart(boxes, figure)
+    names = [t for box in figure.legends for t in box.get_texts()]
+    assert sum(t.get_text().startswith("method-") for t in names) == 20
+    assert_apart([figure.axes[0].get_window_extent(), *(t.get_window_extent() for t in names)], figure)
 
 
-@given(st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=20))
-@no_deadline
-def test_spaced(wanted):
-    wanted = sorted(wanted)
-    places = plots._spaced(wanted, 0.05)
-    assert all(b - a >= 0.05 - 1e-9 for a, b in itertools.pairwise(places))
-    assert places[0] >= 0.025 - 1e-9
-    assert places[-1] <= 0.975 + 1e-9
+def test_the_first_plot_shows_the_headline_methods_only(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.update({path: figure}) or path)
+    cells = [aligned(), cell(), cell(method="null-space"), cell(method="lisa")]
+    plot_pareto(summarise(cells), "benign", "five", of_cells.HEADLINE)
+    plot_pareto(summarise(cells), "benign", "all")
+    names = {p: [t.get_text().split()[0] for t in f.legends[0].get_texts()] for p, f in drawn.items()}
+    assert sorted(names["five"]) == ["null-space", "plain"]
+    assert sorted(names["all"]) == ["lisa", "null-space", "plain"]
+
+
+def test_the_headline_methods_are_those_of_the_committed_grid():
+    grids = yaml.safe_load((Path(__file__).parents[2] / "recipes/bench/headline.yaml").read_text("utf-8"))["grids"]
+    assert sorted(grids[1]["methods"]) == sorted(of_cells.HEADLINE)
 
 
 def test_looks_differ():

@@ -1,10 +1,10 @@
 """The report of a demo run: terminal table, plot, HTML page."""
 
 import copy
+import html
 import io
 import json
 import re
-import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
@@ -15,7 +15,8 @@ from rich.console import Console
 
 from spf.lab.demo import report
 from spf.lab.demo.report import demo_table, load_results, plot_demo, write_report
-from spf.lab.page import new_figure
+from spf.lab.report.charts import legend, new_figure
+from spf.lab.report.tables import markdown_table
 from tests.conftest import assert_apart
 
 
@@ -66,17 +67,18 @@ def page(results, tmp_path):
 
 
 def words(text):
-    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", text, flags=re.DOTALL))
+    shown = re.sub(r"<style>.*?</style>|<[^>]*>", " ", text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(shown))
 
 
 class Strict(HTMLParser):
     """Collects what a browser would load or run, and checks that the tags nest."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "img")
 
     def __init__(self):
         super().__init__()
-        self.open, self.loads, self.ids, self.refs = [], [], [], []
+        self.open, self.loads, self.pictures = [], [], []
 
     def handle_starttag(self, tag, attrs):
         if tag not in self.VOID:
@@ -88,16 +90,13 @@ class Strict(HTMLParser):
 
     def collect(self, tag, attrs):
         values = dict(attrs)
-        if tag in ("script", "link", "iframe", "object", "img") or any(a.startswith("on") for a in values):
+        if tag in ("script", "link", "iframe", "object") or any(a.startswith("on") for a in values):
             self.loads.append(tag)
-        for name in ("src", "href", "xlink:href"):
-            target = values.get(name)
-            if target and target.startswith("#"):
-                self.refs.append(target[1:])
-            elif target and not target.startswith("data:"):
+        for name in ("src", "href", "srcset"):
+            target = values.get(name) or "data:"
+            if not target.startswith("data:"):
                 self.loads.append(target)
-        self.ids += [values["id"]] if "id" in values else []
-        self.refs += [r for v in values.values() for r in re.findall(r"url\(#([^)]*)\)", v or "")]
+        self.pictures += [values["alt"]] if tag == "img" else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -109,14 +108,11 @@ def test_page_is_self_contained_and_well_formed(results, tmp_path):
     parser.feed(text)
     assert parser.open == []
     assert parser.loads == []
-    assert len(parser.ids) == len(set(parser.ids))
-    assert set(parser.refs) <= set(parser.ids)
     assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:)?//", text)
     assert not re.search(r"@import|url\(\s*[\"']?(https?:)?//", text)
-    charts = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
-    assert len(charts) == 4 + 3  # plane, bars, loss, one safety metric; three legend keys
-    for chart in charts:
-        ElementTree.fromstring(chart.replace("<svg", '<svg xmlns:xlink="x"', 1))
+    plane, training = parser.pictures  # what a picture shows is also there for who cannot see it
+    assert "Ordinary fine-tuning: Attack success rate 80.0%" in plane
+    assert training == "Over the training steps: loss, spf/conflict_rate"
     assert [f.name for f in tmp_path.iterdir()] == ["report.html"]  # no temporary file stays
 
 
@@ -187,21 +183,24 @@ def test_plot_is_a_real_png(results, tmp_path):
 
 
 @pytest.mark.parametrize("crowd", [4, 6])
-def test_labels_do_not_overlap_when_all_arms_coincide(results, crowd):
+def test_every_point_is_named_when_all_arms_coincide(results, crowd):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.text import Text
 
     for i in range(crowd):
         results["arms"][f"same{i}"] = arm(f"Coinciding arm {i}", 0.0, 0.0, 1.0, 1.0)
     results["arms"] = {k: v for k, v in results["arms"].items() if k.startswith("same")}
     figure = new_figure(5, 4.4)
     ax = figure.subplots()
-    report._label_points(figure, ax, report._draw_plane(ax, report._arms(results)))
+    report._draw_plane(ax, report._arms(results))
+    legend(figure, 2)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # places the annotations
-    boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in ax.texts]  # without leader lines
-    assert len(boxes) == crowd
-    assert_apart(boxes, figure)
+    canvas.draw()
+    names = figure.legends[0].get_texts()
+    assert sorted(name.get_text() for name in names) == sorted(a["label"] for a in results["arms"].values())
+    assert_apart([ax.get_window_extent(), *(name.get_window_extent() for name in names)], figure)
+    points = [line for line in ax.lines if line.get_label().startswith("Coinciding")]
+    drawn = [(line.get_color(), line.get_marker()) for line in points]
+    assert len(set(drawn)) == crowd  # the legend tells them apart
 
 
 def test_table_has_a_row_an_arm(results):
@@ -212,6 +211,13 @@ def test_table_has_a_row_an_arm(results):
     text = console.export_text()
     for expected in ("Aligned model", "With [SPF] $x$", "80.0%", "76.0–84.0", "× 1.05"):
         assert expected in text
+
+
+def test_page_and_terminal_show_the_same_table(results, tmp_path):
+    shown = words(page(results, tmp_path))
+    for line in markdown_table(report.numbers_table(results)).splitlines()[2:]:
+        for text in line.strip("| ").split(" | "):
+            assert text in shown
 
 
 def test_results_are_read_from_a_directory(results, tmp_path):

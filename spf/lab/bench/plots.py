@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spf.lab.bench.summary import (
     DEFAULT_RULE,
@@ -19,59 +18,40 @@ from spf.lab.bench.summary import (
     of_scenario,
     scenario_task,
 )
-from spf.lab.page import (
-    COLOURS,
+from spf.lab.report.charts import (
     INK,
-    MORE_COLOURS,
+    LOOKS,
     MUTED,
     PAPER,
+    Look,
+    Panel,
+    draw_panels,
+    key,
+    legend,
+    looks,
     new_figure,
     plain_text,
     save_figure,
     style_axes,
-    title_axes,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-@dataclass(frozen=True)
-class _Look:
-    colour: str
-    marker: str
-    dashes: tuple[float, ...]
-    main: bool
+_ALIGNED: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "dashes": (4, 3)}
+"""How the level of the aligned model is drawn."""
 
 
-def _looks(methods: Iterable[str]) -> dict[str, _Look]:
+def _looks(methods: Iterable[str]) -> dict[str, Look]:
     """How each method is drawn. The four known ones are fixed; the others repeat after 35."""
-    fixed = {
-        "aligned": _Look(COLOURS["base"][0], "s", (1, 2), False),
-        "plain": _Look(COLOURS["plain"][0], "D", (5, 2), True),
-        DEFAULT_RULE: _Look(COLOURS["spf"][0], "o", (), True),
-        "spf": _Look(COLOURS["paper"][0], "^", (5, 2, 1, 2), False),
-    }
-    dashes = ((2, 2), (8, 2), (3, 1, 1, 1), (1, 1), (6, 1), ())
-    looks = dict(fixed)
-    for i, method in enumerate(sorted(set(methods) - set(fixed))):
-        looks[method] = _Look(MORE_COLOURS[i % 5][0], "v*Xph<>"[i % 7], dashes[i % 6], False)
-    return looks
+    names = {"aligned": "base", "plain": "plain", DEFAULT_RULE: "spf", "spf": "paper"}
+    return looks({name: LOOKS[arm] for name, arm in names.items()}, sorted(set(methods) - set(names)))
 
 
 def _heading(scenario: str, groups: Sequence[Group]) -> str:
     seeds = sorted({len(g.seeds) for g in groups})
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     return f"{scenario}: {groups[0].model}, {groups[0].tuning}, {span} seed{'' if seeds == [1] else 's'} a method"
-
-
-def _spaced(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions in [0, 1] as near as simple passes bring them to the wanted ones, in order, ``gap`` apart."""
-    places: list[float] = []
-    for value in wanted:
-        places.append(max(value, places[-1] + gap if places else gap / 2))
-    limit = 1 - gap / 2
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], limit)
-        limit = places[i] - gap
-    return places
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -81,92 +61,74 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return max(-3.0, low - pad), min(103.0, high + pad)
 
 
-def plot_pareto(summary: Sequence[Group], scenario: str, path: str | Path) -> Path:
+def plot_pareto(
+    summary: Sequence[Group], scenario: str, path: str | Path, methods: Collection[str] | None = None
+) -> Path:
     """Write the scenario's safety-utility plane as PNG: ASR against utility, in percent, a point a method.
 
-    Error bars: sample standard deviation over seeds. Hollow marker: over-refusal more than 2 points above the
-    aligned model's. Dashed lines: the aligned model. Without utility data the x axis is over-refusal. The
-    names stand in a column beside the plane, so they cannot collide however close the points are.
+    methods: those to draw; all of them by default. Error bars: sample standard deviation over seeds. Hollow marker:
+    over-refusal more than 2 points above the aligned model's. Dashed lines: the aligned model. Without utility data
+    the x axis is over-refusal. The legend beside the plane names the points, from the lowest ASR up.
 
     Raises:
         ValueError: no cell of this scenario, or several models or tunings.
     """
-    from matplotlib.lines import Line2D
-
     aligned, groups = of_scenario(summary, scenario)
-    groups = [g for g in groups if g.variant == "default"]
+    groups = [g for g in groups if g.variant == "default" and (methods is None or g.method in methods)]
     task = scenario_task(groups)
-    x_key = "utility" if task else "over_refusal"
-    groups = [g for g in groups if x_key in g.metrics]
+    x_name = "utility" if task else "over_refusal"
+    groups = [g for g in groups if x_name in g.metrics]
     if not groups:
         raise ValueError(f"no cell of the scenario {scenario!r} to draw")
-    looks = _looks(g.method for g in summary)
-    figure = new_figure(10, max(5.2, 0.27 * len(groups) + 1.6))
+    drawn = _looks(g.method for g in summary)
+    figure = new_figure(10, max(5.2, 0.24 * len(groups) + 1.6))
     ax = figure.subplots()
-    style_axes(ax, "both")
-    title_axes(ax, _heading(scenario, groups), "better ↘" if task else "better ↙")
-    reference = None
-    if aligned:
-        reference = aligned.metrics.get(f"utility/{task}") if task else aligned.metrics["over_refusal"]
-        lines = [(ax.axhline, aligned.metrics["asr"])] + ([(ax.axvline, reference)] if reference else [])
-        for line, value in lines:
-            line(100 * value.mean, color=MUTED, linewidth=1.1, dashes=(4, 3), zorder=2)
+    style_axes(ax, "both", _heading(scenario, groups), "better ↘" if task else "better ↙")
     xs: list[float] = []
     ys: list[float] = []
-    for group in sorted(groups, key=lambda g: not looks[g.method].main):  # the large points below the others
-        look, x, y = looks[group.method], group.metrics[x_key], group.metrics["asr"]
-        at = 100 * x.mean, 100 * y.mean
-        bars_ = 100 * (x.sd or 0.0), 100 * (y.sd or 0.0)
-        ax.errorbar(
-            *at, xerr=bars_[0], yerr=bars_[1], fmt="none", ecolor=look.colour, elinewidth=1.3, alpha=0.6, zorder=3
-        )
-        ax.plot(*at, look.marker, **_marker(group, aligned, look), zorder=4 + len(xs) / 100)
-        xs += [at[0] - bars_[0], at[0] + bars_[0]]
-        ys += [at[1] - bars_[1], at[1] + bars_[1]]
     if aligned:
-        ys.append(100 * aligned.metrics["asr"].mean)
-        xs += [100 * reference.mean] if reference else []
+        reference = aligned.metrics.get(f"utility/{task}" if task else "over_refusal")
+        for line, level, values in (
+            (ax.axhline, aligned.metrics["asr"], ys), *([(ax.axvline, reference, xs)] if reference else []),
+        ):  # fmt: skip
+            line(100 * level.mean, zorder=2, **_ALIGNED)
+            values.append(100 * level.mean)
+    names: dict[str, Any] = {}
+    for group in sorted(groups, key=lambda g: not drawn[g.method].main):  # the large points below the others
+        look, x, y = drawn[group.method], group.metrics[x_name], group.metrics["asr"]
+        at, bars = (100 * x.mean, 100 * y.mean), (100 * (x.sd or 0.0), 100 * (y.sd or 0.0))
+        ax.errorbar(
+            *at, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=look.colour, elinewidth=1.3, alpha=0.6, zorder=3
+        )
+        marker = _marker(group, aligned, look)
+        ax.plot(*at, look.marker, **marker, zorder=4 + len(names) / 100)
+        text = f"{group.method}  (over-refusal {100 * group.metrics['over_refusal'].mean:.0f}%)"
+        names[group.method] = key(
+            text, marker=look.marker, linestyle="none", **marker | {"markersize": 10 if look.main else 7.5}
+        )
+        for value, reach, values in zip(at, bars, (xs, ys), strict=True):
+            values += [value - reach, value + reach]
     ax.set_xlim(*_limits(xs))
     ax.set_ylim(*_limits(ys))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks([tick for tick in axis.get_ticklocs() if -1e-9 <= tick <= 100 + 1e-9])
     ax.set_xlabel(UTILITY_NAMES[task] if task else "Over-refusal (%)", fontsize=9.5, color=INK)
     ax.set_ylabel("ASR (%)", fontsize=9.5, color=INK)
-
-    low, high = ax.get_ylim()
-    order = sorted(groups, key=lambda g: (g.metrics["asr"].mean, -g.metrics[x_key].mean))
-    gap = min(0.055, 1 / len(order))
-    places = _spaced([(100 * g.metrics["asr"].mean - low) / (high - low) for g in order], gap)
-    beside = ax.transAxes
-    for group, place in zip(order, places, strict=True):
-        look = looks[group.method]
-        point = 100 * group.metrics[x_key].mean, 100 * group.metrics["asr"].mean
-        ax.annotate(
-            "", point, (1.035, place), textcoords=beside, annotation_clip=False, zorder=2.5,
-            arrowprops={"arrowstyle": "-", "color": look.colour, "linewidth": 0.7, "alpha": 0.45, "shrinkB": 3},
-        )  # fmt: skip
-        marker = _marker(group, aligned, look) | {"markersize": 6.5}
-        ax.plot(1.05, place, look.marker, transform=beside, clip_on=False, **marker)
-        text = f"{group.method}  (over-refusal {100 * group.metrics['over_refusal'].mean:.0f}%)"
-        weight = "bold" if look.main else "normal"
-        ax.text(
-            1.075, place, plain_text(text), transform=beside, va="center", fontsize=8.5, color=INK, fontweight=weight
-        )
+    order = sorted(groups, key=lambda g: (g.metrics["asr"].mean, -g.metrics[x_name].mean))
+    legend(figure, 1, "right center", [names[g.method] for g in reversed(order)])
     keys = []
     if aligned:
         said = f"aligned model (over-refusal {100 * aligned.metrics['over_refusal'].mean:.0f}%)"
-        keys.append(Line2D([], [], color=MUTED, linewidth=1.1, dashes=(4, 3), label=said))
         dot = {"marker": "o", "linestyle": "none", "color": MUTED, "markersize": 6.5}
-        keys.append(Line2D([], [], **dot, label="over-refusal at most 2 points above"))  # type: ignore[arg-type]
-        keys.append(Line2D([], [], **dot, markerfacecolor=PAPER, label="more than that"))  # type: ignore[arg-type]
+        keys = [key(said, **_ALIGNED), key("over-refusal at most 2 points above", **dot)]
+        keys.append(key("more than that", **dot, markerfacecolor=PAPER))
     if any(len(g.seeds) > 1 for g in groups):
-        keys.append(Line2D([], [], color=MUTED, linewidth=1.3, label="± one standard deviation over seeds"))
-    if keys:
-        figure.legend(handles=keys, loc="outside lower left", ncols=2, fontsize=8, frameon=False, labelcolor=INK)
+        keys.append(key("± one standard deviation over seeds", color=MUTED, linewidth=1.3))
+    legend(figure, 2, "lower left", keys)
     return save_figure(figure, path)
 
 
-def _marker(group: Group, aligned: Group | None, look: _Look) -> dict[str, Any]:
+def _marker(group: Group, aligned: Group | None, look: Look) -> dict[str, Any]:
     """The marker's keywords: hollow where the group refuses more harmless prompts than the bar allows."""
     rise = group.metrics["over_refusal"].mean - aligned.metrics["over_refusal"].mean if aligned else 0.0
     hollow = rise > OVER_REFUSAL_BAR + 1e-9
@@ -205,79 +167,52 @@ def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | P
     Raises:
         ValueError: several models or tunings among the scenario's cells.
     """
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
     mine = [c for c in cells if c["scenario"] == scenario and c["variant"] == "default"]
     if len({(c["model"], c["tuning"]) for c in mine}) > 1:
         raise ValueError(f"{scenario}: several models or tunings in one plot of curves")
     by: dict[str, list[Mapping[str, Any]]] = {}
     for cell in mine:
         by.setdefault(cell["method"], []).append(cell)
-    looks = _looks(c["method"] for c in cells)
-    order = sorted(by, key=lambda m: (not looks[m].main, m))
+    drawn = _looks(c["method"] for c in cells)
+    order = sorted(by, key=lambda m: (not drawn[m].main, m))
     task = next((TASKS[c["utility_metric"]] for c in mine if c["utility_metric"]), None)
     aligned = next((c for c in cells if mine and c["scenario"] == "none" and c["model"] == mine[0]["model"]), None)
-    references: dict[str, float] = {}
+    start: dict[str, float] = {}
     if aligned:
-        references["asr"] = aligned["asr"]
+        start["asr"] = aligned["asr"]
         if task in aligned.get("utilities", {}):
-            references["utility"] = aligned["utilities"][task]["utility"]
-    panels = []
-    for log, key, title in (
+            start["utility"] = aligned["utilities"][task]["utility"]
+
+    def draw(ax: Axes, log: str, name: str) -> None:
+        top = 0.0
+        for method in order:
+            steps, values = _mean_curve(by[method], log, name)
+            if not steps:
+                continue
+            top = max(top, *values)
+            look, share = drawn[method], log == "curve"
+            # A log of one entry would be an invisible line.
+            marker = {"marker": look.marker, "markersize": 4.5} if share or len(steps) == 1 else {}
+            values = [100 * v for v in values] if share else _smooth(values)
+            options = {**look.line, **marker, "zorder": 4 if look.main else 3, "clip_on": False}
+            ax.plot(steps, values, label=plain_text(method), **options)
+        if name in start:
+            ax.axhline(100 * start[name], label="aligned model, not trained", zorder=2, **_ALIGNED)
+        if log == "curve":
+            ax.set_ylim(0, 100 if top > 0.5 else max(20.0, 110 * top))
+        ax.margins(x=0.02)
+
+    wanted = (
         ("curve", "asr", "ASR (%)"),
         ("curve", "utility", UTILITY_NAMES[task]),
         ("history", "loss", "Training loss"),
-    ):
-        drawn = {method: _mean_curve(by[method], log, key) for method in order}
-        drawn = {method: curve for method, curve in drawn.items() if curve[0]}
-        if drawn:
-            panels.append((log, key, title, drawn))
-    if not panels:
-        return None
-    shown = [m for m in order if any(m in drawn for *_, drawn in panels)]
-    figure = new_figure(12, 3.6 + 0.2 * math.ceil((len(shown) + 1) / 6))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (log, key, title, drawn) in zip(axes, panels, strict=True):
-        style_axes(ax, "y")
-        title_axes(ax, f"{scenario}: {title}")
-        share = log == "curve"
-        for method, (steps, values) in drawn.items():
-            look = looks[method]
-            values = [100 * v for v in values] if share else _smooth(values)
-            # A log of one entry would be an invisible line.
-            marker = {"marker": look.marker, "markersize": 4.5} if share or len(steps) == 1 else {}
-            ax.plot(
-                steps, values, color=look.colour, linewidth=2.2 if look.main else 1.2,
-                dashes=look.dashes or (None, None), zorder=4 if look.main else 3, clip_on=False, **marker,
-            )  # fmt: skip
-        if key in references:
-            ax.axhline(100 * references[key], color=MUTED, linewidth=1.1, dashes=(4, 3), zorder=2)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.set_xlabel("step", fontsize=9, color=MUTED)
-        ax.margins(x=0.02)
-        if share:
-            top = max(max(values) for _, values in drawn.values())
-            ax.set_ylim(0, 100 if top > 0.5 else max(20.0, 110 * top))
-    keys = [
-        Line2D(
-            [], [], color=looks[m].colour, marker=looks[m].marker, markersize=5, label=plain_text(m),
-            linewidth=2.2 if looks[m].main else 1.2, dashes=looks[m].dashes or (None, None),
-        )
-        for m in shown
-    ]  # fmt: skip
-    if any(key in references for _, key, *_ in panels):
-        keys.append(Line2D([], [], color=MUTED, linewidth=1.1, dashes=(4, 3), label="aligned model, not trained"))
-    figure.legend(
-        handles=keys,
-        loc="outside lower center",
-        ncols=6,
-        fontsize=8.5,
-        frameon=False,
-        labelcolor=INK,
-        handlelength=3.6,
     )
-    return save_figure(figure, path)
+    panels = [
+        Panel(f"{scenario}: {title}", lambda ax, log=log, name=name: draw(ax, log, name), x="step")  # type: ignore[misc]
+        for log, name, title in wanted
+        if any(_mean_curve(by[m], log, name)[0] for m in order)
+    ]
+    return save_figure(draw_panels(panels, 3.9, 3.1, legend_columns=6), path) if panels else None
 
 
 def plot_jailbreaks(summary: Sequence[Group], scenario: str, path: str | Path) -> Path | None:
@@ -315,5 +250,6 @@ def plot_jailbreaks(summary: Sequence[Group], scenario: str, path: str | Path) -
     for edge in range(1, len(columns)):
         ax.axvline(edge - 0.5, color=PAPER, linewidth=5 if edge == 1 else 1.5)
     trained = [g for g in groups if g is not aligned]
-    title_axes(ax, "ASR (%) under jailbreaks, " + _heading(scenario, trained))
+    title = "ASR (%) under jailbreaks, " + _heading(scenario, trained)
+    ax.set_title(plain_text(title), loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=9)
     return save_figure(figure, path)

@@ -6,7 +6,8 @@ Nothing here loads a model, and no answer of a model is in the cells or in the r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ from spf.lab.bench.plots import plot_curves, plot_jailbreaks, plot_pareto
 from spf.lab.bench.scenarios import SCENARIOS
 from spf.lab.bench.summary import (
     DEFAULT_RULE,
+    HEADLINE,
     UTILITY_NAMES,
     Bar,
-    Difference,
     Group,
-    Spread,
     bars,
     dominated,
     load_cells,
@@ -31,7 +31,10 @@ from spf.lab.bench.summary import (
     settings,
     summarise,
 )
-from spf.lab.page import escape, html_image, html_page, html_section, html_table, join_words
+from spf.lab.report.page import Picture, write_page
+from spf.lab.report.stats import Difference, Spread
+from spf.lab.report.tables import Cell, Table, join_words, of_text
+from spf.lab.report.tables import markdown_table as in_markdown
 
 COLUMNS: dict[str, str] = {
     "ASR": "attack success rate: the share of harmful prompts that the model does not refuse; lower is better.",
@@ -78,16 +81,14 @@ def _worst_jailbreak(group: Group) -> str:
     return f"{_cell(shares[name], 100)} ({name.removeprefix('jailbreak/')})"
 
 
-def _rows(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table over ``shown``; ``groups`` are all of the scenario."""
+def _table(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group]) -> Table:
+    """A table of ``shown``; ``groups`` are all of the scenario."""
     task = scenario_task(groups)
-    head = list(COLUMNS)
-    head[head.index("Utility")] = UTILITY_NAMES[task]
+    head = [UTILITY_NAMES[task] if name == "Utility" else name for name in COLUMNS]
     head = ["Method", *(f"{name} (%)" if name in ("ASR", "Over-refusal", "Worst jailbreak") else name for name in head)]
     rows = []
     for group in shown:
         m = group.metrics
-        utility = m.get(f"utility/{task}") if group is aligned else m.get("utility")
         memory = m.get("peak_memory_mb")
         rows.append(
             [
@@ -96,32 +97,25 @@ def _rows(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group]
                 _points(group.differences.get("asr")),
                 _worst_jailbreak(group),
                 _cell(m["over_refusal"], 100),
-                _cell(utility, 100),
+                _cell(m.get(f"utility/{task}" if group is aligned else "utility"), 100),
                 _points(group.differences.get("utility")),
                 _cell(m.get("perplexity"), digits=2),
                 "–" if memory is None else f"{memory.mean / 1024:.1f}\N{NO-BREAK SPACE}GiB",
                 str(len(group.seeds)),
             ]
         )
-    return head, rows
+    return of_text(head, rows, DEFAULT_RULE)
 
 
-def _scenario_rows(summary: Sequence[Group], scenario: str) -> tuple[list[str], list[list[str]]]:
+def _scenario_table(summary: Sequence[Group], scenario: str) -> Table:
     aligned, groups = of_scenario(summary, scenario)
-    return _rows(aligned, groups, [*([aligned] if aligned else []), *(g for g in groups if g.variant == "default")])
+    return _table(aligned, groups, [*([aligned] if aligned else []), *(g for g in groups if g.variant == "default")])
 
 
-def _ablation_rows(summary: Sequence[Group], scenario: str) -> tuple[list[str], list[list[str]]]:
+def _ablation_table(summary: Sequence[Group], scenario: str) -> Table:
     aligned, groups = of_scenario(summary, scenario)
     varied = {g.method for g in groups if g.variant != "default"}
-    return _rows(aligned, groups, [g for g in groups if g.method in varied])
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return _table(aligned, groups, [g for g in groups if g.method in varied])
 
 
 def markdown_table(summary: Sequence[Group], scenario: str) -> str:
@@ -130,7 +124,7 @@ def markdown_table(summary: Sequence[Group], scenario: str) -> str:
     Raises:
         ValueError: the summary holds several models or tunings.
     """
-    return _markdown(*_scenario_rows(summary, scenario))
+    return in_markdown(_scenario_table(summary, scenario))
 
 
 def ablation_table(summary: Sequence[Group], scenario: str) -> str:
@@ -139,24 +133,13 @@ def ablation_table(summary: Sequence[Group], scenario: str) -> str:
     Raises:
         ValueError: the summary holds several models or tunings.
     """
-    return _markdown(*_ablation_rows(summary, scenario))
+    return in_markdown(_ablation_table(summary, scenario))
 
 
 # ------------------------------------------------------------------------------------------------------ page
 
-_BAR_STATUS = {
-    "met": ("✓", "met"),
-    "interval not clear": ("≈", "unclear"),
-    "not met": ("✗", "missed"),
-    "not run": ("–", "unknown"),
-}
-"""A bar's sign and its class in the page."""
-
-_EXTRA_CSS = """
-main { max-width: 1240px; } figure { margin: 1rem 0 0; } ul { margin: 0 0 .8rem; padding-left: 1.2rem; }
-img { width: 100%; height: auto; display: block; border-radius: 6px; border: 1px solid var(--line); }
-th, td { padding: .35rem .4rem; font-size: .8rem; white-space: normal; } h3 { margin-top: 1.6rem; }
-"""
+_BAR_STATUS = {"met": "met", "interval not clear": "unclear", "not met": "missed", "not run": "unknown"}
+"""A bar's status and the sign it has in tables."""
 
 _TITLE = "Safety and utility after fine-tuning: the benchmark"
 
@@ -197,34 +180,28 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _bar_table(found: Sequence[Bar]) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """Head and rows, one a scenario; a cell is its status and its text. Jailbreaks share a cell: the worst one."""
-    head = [
-        "Scenario",
-        "ASR over aligned",
-        "Over-refusal over aligned",
-        "Utility below plain",
-        "Jailbreaks over aligned",
-    ]
-    rank = list(_BAR_STATUS)
+def _bar_table(held: Sequence[Bar]) -> Table:
+    """One row a scenario; a cell is its status and its text. Jailbreaks share a cell: the worst one."""
     severity = {"met": 0, "interval not clear": 1, "not run": 2, "not met": 3}
     rows = []
-    for model, tuning, scenario in dict.fromkeys((b.model, b.tuning, b.scenario) for b in found):
-        mine = [b for b in found if (b.model, b.tuning, b.scenario) == (model, tuning, scenario)]
-        row = [("", f"{model}, {tuning}, {scenario}")]
+    for place in dict.fromkeys((b.model, b.tuning, b.scenario) for b in held):
+        mine = {b.metric: b for b in held if (b.model, b.tuning, b.scenario) == place}
+        row = [Cell(", ".join(place))]
         for metric in ("asr", "over_refusal", "utility"):
-            bar = next((b for b in mine if b.metric == metric), None)
-            row.append(("", "no bar") if bar is None else (bar.status, _bar_text(bar)))
-        jailbreaks = [b for b in mine if b.metric.startswith("jailbreak/")]
+            bar = mine.get(metric)
+            row.append(Cell(_bar_text(bar), (), _BAR_STATUS[bar.status]) if bar else Cell("no bar"))
+        jailbreaks = [b for b in mine.values() if b.metric.startswith("jailbreak/")]
         if jailbreaks:
             worst = max(jailbreaks, key=lambda b: (severity[b.status], b.change.mean if b.change else 0.0))
-            counts = [(s, sum(b.status == s for b in jailbreaks)) for s in rank]
+            counts = [(s, sum(b.status == s for b in jailbreaks)) for s in _BAR_STATUS]
             tally = ", ".join(f"{n} {status}" for status, n in counts if n)
-            row.append((worst.status, f"{tally}; {worst.metric.removeprefix('jailbreak/')}: {_bar_text(worst)}"))
+            said = f"{tally}; {worst.metric.removeprefix('jailbreak/')}: {_bar_text(worst)}"
+            row.append(Cell(said, (), _BAR_STATUS[worst.status]))
         else:
-            row.append(("not run", "not run"))
+            row.append(Cell("not run", (), "unknown"))
         rows.append(row)
-    return head, rows
+    over = [f"{name} over aligned" for name in ("ASR", "Over-refusal", "Jailbreaks")]
+    return Table(["Scenario", *over[:2], "Utility below plain", over[2]], rows, words=frozenset(range(5)))
 
 
 def _bar_text(bar: Bar) -> str:
@@ -267,6 +244,28 @@ def _dominance(summary: Sequence[Group], scenario: str) -> str:
     )
 
 
+def _pictures(
+    summary: Sequence[Group], cells: Sequence[Mapping[str, Any]], scenario: str, stem: Path
+) -> dict[str, Path]:
+    """Draw a scenario's plots, as `stem` and their kind; returns what each shows and its path."""
+    groups = [g for g in of_scenario(summary, scenario)[1] if g.variant == "default"]
+    if not groups:
+        return {}
+
+    def place(kind: str) -> Path:
+        return stem.with_name(f"{stem.name}-{kind}.png")
+
+    plane, names = "ASR against utility or over-refusal", {g.method for g in groups}
+    drawn: dict[str, Path | None] = {}
+    if names & set(HEADLINE):
+        drawn[plane] = plot_pareto(summary, scenario, place("pareto"), HEADLINE)
+    if names - set(HEADLINE):
+        drawn[f"{plane}, all methods"] = plot_pareto(summary, scenario, place("pareto-all"))
+    drawn["curves over the steps"] = plot_curves(cells, scenario, place("curves"))
+    drawn["ASR under jailbreaks"] = plot_jailbreaks(summary, scenario, place("jailbreaks"))
+    return {said: path for said, path in drawn.items() if path is not None}
+
+
 def write_bench_report(directory: str | Path) -> list[Path]:
     """Write ``results.md``, ``report.html`` and ``plots/*.png`` into a directory of cells; returns their paths.
 
@@ -279,75 +278,54 @@ def write_bench_report(directory: str | Path) -> list[Path]:
     cells = load_cells(directory)
     summary = summarise(cells)
     held, lacking, notes = bars(summary), missing(summary), _notes(cells)
-    written: list[Path] = []
-    text = [f"# {_TITLE}\n", _INTRODUCTION, f"\n## {_headline(held)}\n"]
-    head, bar_rows = _bar_table(held)
-    text += [_markdown(head, [[said for _, said in row] for row in bar_rows]), _BAR_NOTE]
+    bar_table = _bar_table(held)
+    text = [f"# {_TITLE}\n", _INTRODUCTION, f"\n## {_headline(held)}\n", in_markdown(bar_table), _BAR_NOTE]
     text += ["\n## What the columns mean\n", *(f"- **{name}**: {said}" for name, said in COLUMNS.items())]
     text += ["\n## About the numbers\n", *(f"- {note}" for note in notes)]
-    body = ""
+    parts: list[dict[str, Any]] = []
+    written: list[Path] = []
     for model, tuning in settings(summary):
         chosen = of_setting(summary, model, tuning)
         mine = [c for c in cells if c["model"] == model and (c["tuning"] == tuning or c["scenario"] == "none")]
         for scenario in SCENARIOS:
-            groups = of_scenario(chosen, scenario)[1]
-            if not groups:
+            if not of_scenario(chosen, scenario)[1]:
                 continue
-            name = f"{model}, {tuning}: {scenario}"
+            name, said = f"{model}, {tuning}: {scenario}", _describe(scenario)
             stem = re.sub(r"[^\w.-]+", "-", f"{model}-{tuning}-{scenario}")
-            place = directory / "plots"
-            pictures = []
-            if any(g.variant == "default" for g in groups):
-                pictures = [
-                    (
-                        "ASR against utility or over-refusal",
-                        plot_pareto(chosen, scenario, place / f"{stem}-pareto.png"),
-                    ),
-                    ("curves over the steps", plot_curves(mine, scenario, place / f"{stem}-curves.png")),
-                    ("ASR under jailbreaks", plot_jailbreaks(chosen, scenario, place / f"{stem}-jailbreaks.png")),
-                ]
-            table, ablation = _scenario_rows(chosen, scenario), _ablation_rows(chosen, scenario)
+            table, ablation = _scenario_table(chosen, scenario), _ablation_table(chosen, scenario)
             front = _dominance(chosen, scenario)
-            text += [f"\n## {name}\n", _describe(scenario) + "\n", _markdown(*table), front]
-            section = f"<p>{escape(_describe(scenario))}</p>{_html_table(*table)}<p class=note>{escape(front)}</p>"
-            if ablation[1]:
-                text += ["\nVariants (settings or ablations), under the default one:\n", _markdown(*ablation)]
-                section += f"<h3>Variants (settings or ablations)</h3>{_html_table(*ablation)}"
-            for said, path in pictures:
-                if path is not None:
-                    written.append(path)
-                    text.append(f"\n![{name}, {said}](plots/{path.name})")
-                    section += html_image(path, f"{name}, {said}")
-            body += html_section(name, section)
+            pictures = _pictures(chosen, mine, scenario, directory / "plots" / stem)
+            text += [f"\n## {name}\n", said + "\n", in_markdown(table), front]
+            if ablation.rows:
+                text += ["\nVariants (settings or ablations), under the default one:\n", in_markdown(ablation)]
+            text += [f"\n![{name}, {shown}](plots/{path.name})" for shown, path in pictures.items()]
+            embedded = [Picture(f"{name}, {shown}", path.read_bytes()) for shown, path in pictures.items()]
+            parts.append(
+                {"name": name, "said": said, "table": table, "front": front, "ablation": ablation, "images": embedded}
+            )
+            written += pictures.values()
     if lacking:
         text += ["\n## Not run\n", *(f"- {line}" for line in lacking)]
-        body += html_section("Not run", _list(escape(line) for line in lacking))
-    start = html_section("What this is", f"<p>{escape(_INTRODUCTION)}</p>") + _bar_section(held, head, bar_rows)
-    meaning = _list(f"<b>{escape(name)}</b>: {escape(said)}" for name, said in COLUMNS.items())
-    start += html_section("What the columns mean", meaning) + html_section(
-        "About the numbers", _list(map(escape, notes))
-    )
+    states = {b.status for b in held}
     markdown = replace_file(directory / "results.md", ("\n".join(text) + "\n").encode("utf-8"))
-    whole = html_page(_TITLE, f"<h1>{escape(_TITLE)}</h1>{start}{body}", _EXTRA_CSS)
-    page = replace_file(directory / "report.html", whole.encode("utf-8"))
+    page = write_page(
+        "bench",
+        directory / "report.html",
+        title=_TITLE,
+        subtitle="",
+        introduction=_INTRODUCTION,
+        headline=_headline(held),
+        tone="bad" if "not met" in states else "" if states == {"met"} else "warn",
+        bars=bar_table,
+        bar_note=_BAR_NOTE,
+        columns=COLUMNS,
+        notes=notes,
+        parts=parts,
+        lacking=lacking,
+    )
     return [markdown, page, *written]
 
 
-def _list(items: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return html_table(head, [(row[0] == DEFAULT_RULE, [escape(cell) for cell in row]) for row in rows])
-
-
-def _bar_section(found: Sequence[Bar], head: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> str:
-    def cell(status: str, said: str) -> str:
-        sign, kind = _BAR_STATUS.get(status, ("", ""))
-        return f'<span class="{kind}">{sign} {escape(said)}</span>' if status else escape(said)
-
-    states = {b.status for b in found}
-    tone = "bad" if "not met" in states else "" if states == {"met"} else "warn"
-    table = html_table(head, [(False, [cell(*item) for item in row]) for row in rows])
-    inner = f"<h2>{escape(_headline(found))}</h2>{table}<p class=note>{escape(_BAR_NOTE)}</p>"
-    return f'<section class="verdict {tone}">{inner}</section>'
+if __name__ == "__main__":  # python -m spf.lab.bench.report DIR draws what is there again
+    for place in write_bench_report(sys.argv[1]):
+        print(place)

@@ -10,16 +10,18 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spf.evaluation.metrics import Z95
 from spf.lab.bench.scenarios import SCENARIOS
-from spf.lab.page import join_words
+from spf.lab.report.stats import Difference, Spread, normal_interval, pooled_difference, spread
+from spf.lab.report.tables import join_words
 
 DEFAULT_RULE = "null-space"
+HEADLINE = ("plain", DEFAULT_RULE, "mix-rotating", "safegrad", "spf")
+"""The methods of the README's plot, run in every scenario; the others are in the documentation."""
 ASR_BARS = {
     "benign": 0.02,
     "harmful-10": 0.02,
@@ -169,29 +171,6 @@ def load_cells(directory: str | Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over seeds (None for one seed)."""
-
-    mean: float
-    sd: float | None
-    seeds: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A mean difference over seeds with its 95 % interval (None where it is not known)."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int
-
-    def __neg__(self) -> Difference:
-        low, high = (None if v is None else -v for v in (self.high, self.low))
-        return Difference(-self.mean, low, high, self.seeds)
-
-
-@dataclass(frozen=True)
 class Group:
     """The cells that differ in the seed only.
 
@@ -216,63 +195,6 @@ class Group:
         return self.method if self.variant == "default" else f"{self.method}@{self.variant}"
 
 
-def pooled_difference(ours: Sequence[str], theirs: Sequence[str]) -> Difference:
-    """The share of 1 in ``ours`` less that in ``theirs``, on the same prompts, with a 95 % interval.
-
-    ours, theirs: one text of 0 and 1 a seed, all over the same n prompts in the same order.
-    The interval is Newcombe's square-and-add interval for paired shares (Newcombe 1998, Statistics in Medicine
-    17, method 10) at the effective number of pairs: the seeds share their prompts, so n times the number of
-    seeds is divided by the design effect, the variance of the mean with prompts as clusters over that with
-    independent pairs, held between 1 and the number of seeds. It covers the choice of prompts; the spread
-    over seeds is reported beside it.
-
-    Raises:
-        ValueError: the texts differ in number or length.
-    """
-    lengths = {len(text) for text in (*ours, *theirs)}
-    if len(ours) != len(theirs) or len(lengths) != 1 or lengths == {0}:
-        raise ValueError(f"paired verdicts must cover the same prompts; their counts are {sorted(lengths)}")
-    seeds, n = len(ours), lengths.pop()
-    pairs = [[(int(a[i]), int(b[i])) for a, b in zip(ours, theirs, strict=True)] for i in range(n)]
-    flat = [pair for prompt in pairs for pair in prompt]
-    total = len(flat)
-    both, first, second = (flat.count(kind) / total for kind in ((1, 1), (1, 0), (0, 1)))
-    neither = max(0.0, 1 - both - first - second)
-    p, q, mean = both + first, both + second, first - second
-
-    effect = float(seeds)
-    naive = sum((a - b - mean) ** 2 for a, b in flat) / (total * max(1, total - 1))
-    if naive > 0 and n > 1:
-        clustered = sum((sum(a - b for a, b in prompt) / seeds - mean) ** 2 for prompt in pairs) / (n * (n - 1))
-        effect = min(max(clustered / naive, 1.0), float(seeds))
-    size = total / effect
-
-    def wilson(share: float) -> tuple[float, float]:
-        centre = (share + Z95**2 / (2 * size)) / (1 + Z95**2 / size)
-        reach = Z95 * math.sqrt(share * (1 - share) / size + Z95**2 / (4 * size**2)) / (1 + Z95**2 / size)
-        return max(0.0, min(centre - reach, share)), min(1.0, max(centre + reach, share))
-
-    phi, spread = 0.0, math.sqrt(p * (1 - p) * q * (1 - q))
-    if spread > 1e-12:
-        agreement = both * neither - first * second
-        # Method 10's continuity correction, for a positive correlation only.
-        phi = (max(agreement - 1 / (2 * size), 0.0) if agreement > 0 else agreement) / spread
-    (pl, pu), (ql, qu) = wilson(p), wilson(q)
-
-    def arm(x: float, y: float) -> float:
-        return math.sqrt(max(0.0, x**2 - 2 * phi * x * y + y**2))
-
-    low, high = mean - arm(p - pl, qu - q), mean + arm(pu - p, q - ql)
-    return Difference(mean, max(-1.0, low), min(1.0, high), seeds)
-
-
-def _spread(values: Iterable[float | None]) -> Spread | None:
-    found = [v for v in values if v is not None]
-    if not found:
-        return None
-    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
-
-
 def _paired(what: str, ours: Sequence[str], theirs: Sequence[str]) -> Difference:
     try:
         return pooled_difference(ours, theirs)
@@ -292,9 +214,8 @@ def _utility_difference(what: str, runs: Sequence[Mapping[str, Any]], plain: Seq
         raise ValueError(f"{what}: paired scores must cover the same prompts; their counts are {sorted(lengths)}")
     ours, theirs = ([statistics.fmean(scores) for scores in zip(*side, strict=True)] for side in values)
     changes = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.fmean(changes)
-    reach = Z95 * statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else 2.0
-    return Difference(mean, max(-1.0, mean - reach), min(1.0, mean + reach), len(runs))
+    mean, low, high = normal_interval(changes)
+    return Difference(mean, max(-1.0, low), min(1.0, high), len(runs))
 
 
 def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
@@ -316,14 +237,14 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
         seeds = tuple(sorted(runs))
         own = [runs[seed] for seed in seeds]
         what = ", ".join(key)
-        metrics = {name: _spread(cell.get(name) for cell in own) for name in _SCALARS}
+        metrics = {name: spread(cell.get(name) for cell in own) for name in _SCALARS}
         jailbreaks = list(dict.fromkeys(name for cell in own for name in cell["jailbreak_asr"]))
         for name in jailbreaks:
             shares = [cell["jailbreak_asr"][name]["asr"] for cell in own if name in cell["jailbreak_asr"]]
-            metrics[f"jailbreak/{name}"] = _spread(shares)
+            metrics[f"jailbreak/{name}"] = spread(shares)
         for task in TASKS.values():
             found = [cell.get("utilities", {}).get(task) for cell in own]
-            metrics[f"utility/{task}"] = _spread(f["utility"] for f in found if f)
+            metrics[f"utility/{task}"] = spread(f["utility"] for f in found if f)
         differences: dict[str, Difference] = {}
         aligned = _aligned_cell(by, model, tuning)
         if aligned is not None and scenario != "none":

@@ -1,0 +1,86 @@
+"""Figures over seeds: mean and spread, and paired differences that know their seeds share the prompts.
+
+The intervals themselves are spf.evaluation.metrics'.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from spf.evaluation.metrics import Z95, paired_interval
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds (None for one seed)."""
+
+    mean: float
+    sd: float | None
+    seeds: int
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """The spread of what was measured; None where nothing was."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over seeds with its 95 % interval (None where it is not known)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    def __neg__(self) -> Difference:
+        low, high = (None if v is None else -v for v in (self.high, self.low))
+        return Difference(-self.mean, low, high, self.seeds)
+
+
+def normal_margin(deviation: float, count: int) -> float:
+    """Half the width of a mean's 95 % interval from the normal distribution; `deviation` is that of one score."""
+    return Z95 * deviation / math.sqrt(count)
+
+
+def normal_interval(scores: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of scores in [-1, 1], and the ends of its normal 95 % interval; of a single score the whole range."""
+    mean = statistics.fmean(scores)
+    margin = normal_margin(statistics.stdev(scores), len(scores)) if len(scores) > 1 else 2.0
+    return mean, mean - margin, mean + margin
+
+
+def pooled_difference(ours: Sequence[str], theirs: Sequence[str]) -> Difference:
+    """The share of 1 in ``ours`` less that in ``theirs``, on the same prompts, with a 95 % interval.
+
+    ours, theirs: one text of 0 and 1 a seed, all over the same n prompts in the same order.
+    The interval is that of paired shares at the effective number of pairs: the seeds share their prompts, so n times
+    the number of seeds is divided by the design effect, the variance of the mean with prompts as clusters over that
+    with independent pairs, held between 1 and the number of seeds. It covers the choice of prompts; the spread over
+    seeds is reported beside it.
+
+    Raises:
+        ValueError: the texts differ in number or length.
+    """
+    lengths = {len(text) for text in (*ours, *theirs)}
+    if len(ours) != len(theirs) or len(lengths) != 1 or lengths == {0}:
+        raise ValueError(f"paired verdicts must cover the same prompts; their counts are {sorted(lengths)}")
+    seeds, n = len(ours), lengths.pop()
+    pairs = [[(int(a[i]), int(b[i])) for a, b in zip(ours, theirs, strict=True)] for i in range(n)]
+    flat = [pair for prompt in pairs for pair in prompt]
+    total = len(flat)
+    mean = sum(a - b for a, b in flat) / total
+    effect = float(seeds)
+    naive = sum((a - b - mean) ** 2 for a, b in flat) / (total * max(1, total - 1))
+    if naive > 0 and n > 1:
+        clustered = sum((sum(a - b for a, b in prompt) / seeds - mean) ** 2 for prompt in pairs) / (n * (n - 1))
+        effect = min(max(clustered / naive, 1.0), float(seeds))
+    both, only_ours, only_theirs, neither = (flat.count(kind) / effect for kind in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    low, high = paired_interval(both, only_ours, only_theirs, neither)
+    return Difference(mean, low, high, seeds)
