@@ -1,9 +1,13 @@
 """The `spf` command."""
 
 import json
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,16 @@ USAGE = """spf keeps an aligned language model's refusals while you fine-tune it
                       report (several seeds together)
   spf report RUN      redraw the plot and the HTML report of a run of spf demo from its results.json
 
-  spf COMMAND --help  its options"""
+  spf COMMAND --help  its options
+  spf --version       of spf and what it stands on
+  --traceback         with any command: the whole traceback of an error"""
+
+
+FIRST = """spf keeps an aligned language model's refusals while you fine-tune it. Start with one of
+
+  spf demo            see it work on a small model
+  spf train --help    fine-tune your own
+  spf --help          all commands"""
 
 
 STUDY_USAGE = """spf study looks at what fine-tuning changes inside a model.
@@ -64,6 +77,9 @@ class EvalArguments:
     reference: str | None = field(
         default=None, metadata={"help": "--output of another model on the same prompts, to compare with"}
     )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "variables of the chat template as JSON, such as '{\"enable_thinking\": true}'"}
+    )
     output: str | None = field(default=None, metadata={"help": "also write figures and verdicts to this JSON file"})
     max_new_tokens: int = field(default=32, metadata={"help": "length of each answer"})
     batch_size: int = field(default=32, metadata={"help": "prompts a batch"})
@@ -89,32 +105,61 @@ def main(arguments: list[str] | None = None) -> int:
         "study": _study,
         "report": _report,
     }
+    show_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+        print(USAGE if arguments else FIRST)
+        return 0
+    if arguments[0] == "--version":
+        print(", ".join(f"{name} {version(name)}" for name in ("spf", "torch", "transformers", "trl", "peft")))
         return 0
     if arguments[0] not in commands:
         print(f"spf: no command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 2
-    from spf import CorrectionError, SafetyDataError, UnsupportedModelError, UnsupportedSetupError
-
+    former = _raise_on_sigterm()
     try:
         commands[arguments[0]](arguments[1:])
-    except KeyboardInterrupt:
-        print("spf: interrupted; finished parts were written and are kept", file=sys.stderr)
-        return 130
-    except (
-        SafetyDataError,
-        UnsupportedModelError,
-        UnsupportedSetupError,
-        CorrectionError,
-        ModuleNotFoundError,
-        OSError,
-        ValueError,
-        YAMLError,
-    ) as error:
-        print(f"spf: {error}", file=sys.stderr)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if show_traceback:
+            traceback.print_exc()
+        code, sentence = _verdict(error)
+        print(f"spf: {sentence}", file=sys.stderr)
+        return code
+    finally:
+        if former is not None:
+            signal.signal(signal.SIGTERM, former)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: unwinds like Ctrl-C, so that temporary files and locks are cleaned up."""
+
+
+def _raise_on_sigterm() -> Any:
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    # Python sets handlers in the main thread only.
+    return signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code and sentence: 2 for input, 1 for a run that failed, 130 and 143 for an interrupt."""
+    if isinstance(error, KeyboardInterrupt):
+        # What was kept is said by the command that knows it, as a note on the exception.
+        kept = " ".join(getattr(error, "__notes__", ()))
+        return (143 if isinstance(error, _Terminated) else 130), f"interrupted{kept and '; ' + kept}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    sentence = lines[0] if lines else type(error).__name__
+    if isinstance(error, YAMLError):
+        sentence = " ".join(lines)  # its first line does not say where
+    from spf.errors import CorrectionError, RunFailedError, UnsupportedSetupError
+
+    if isinstance(error, CorrectionError | RunFailedError):
+        return 1, sentence
+    if isinstance(error, ModuleNotFoundError | OSError | ValueError | YAMLError | UnsupportedSetupError):
+        return 2, sentence
+    return 1, f"{type(error).__name__}: {sentence} (--traceback shows where)"
 
 
 def _parse(kind: Any, command: str, arguments: list[str], positional: str | None = None) -> Any:
@@ -140,14 +185,13 @@ def _train(arguments: list[str]) -> None:
 
 def _eval(arguments: list[str]) -> None:
     args = _parse(EvalArguments, "eval", arguments, "model")
-    from importlib.metadata import version
-
     from spf.evaluation import TRANSFORMS, load_suite, neutral_texts, perplexity
     from spf.evaluation import run as evaluation
     from spf.evaluation.judges import agreement, load_judges, prefix_judge
     from spf.evaluation.utility import lm_eval_tasks
     from spf.files import write_json
     from spf.models import load_model, machine_device
+    from spf.text.chat import chat_options
 
     if args.model is None and args.validate_judge is None:
         raise ValueError("spf eval needs a model, or --validate_judge FILE")
@@ -162,6 +206,7 @@ def _eval(arguments: list[str]) -> None:
     if args.output and Path(args.output).is_dir():
         raise ValueError(f"--output {args.output}: a directory; name the JSON file to write")
     transforms = evaluation.parse_transforms(args.transforms)
+    options = evaluation.parse_options(args.chat_template_kwargs)
     harmful, benign = load_suite(args.harmful), load_suite(args.benign)
     settings = evaluation.settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens)
     reference = evaluation.read_reference(Path(args.reference), settings) if args.reference else None
@@ -173,7 +218,8 @@ def _eval(arguments: list[str]) -> None:
         results["agreement"] = found.as_dict()
     if args.model is not None:
         model, tokenizer = load_model(args.model)
-        if refused := [name for name in transforms if not evaluation.renders(tokenizer, TRANSFORMS[name])]:
+        chat_options(tokenizer, options)  # an unknown one is named before anything is asked
+        if refused := [name for name in transforms if not evaluation.renders(tokenizer, TRANSFORMS[name], options)]:
             sentence = f"the model's chat template has no place for the messages of {', '.join(refused)}"
             if args.transforms != "all":
                 raise ValueError(f"--transforms: {sentence}")
@@ -182,7 +228,7 @@ def _eval(arguments: list[str]) -> None:
         model = model.to(machine_device())  # type: ignore[arg-type]
         sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         results |= evaluation.evaluate_suites(
-            model, tokenizer, harmful, benign, transforms=transforms, judges=judges, **sizes
+            model, tokenizer, harmful, benign, transforms=transforms, judges=judges, options=options, **sizes
         )
         # A judge of harm leaves the benign prompts to the prefix judge.
         results["over_refusal_judge"] = "prefix" if judges[1] is prefix_judge else args.judge
@@ -204,7 +250,7 @@ def _align(arguments: list[str]) -> None:
     from spf.lab.align import AlignArguments, align
 
     directory = align(_parse(AlignArguments, "align", arguments, "model"))
-    Console().print(f"The safety adapter was saved in {directory}. Measure it: spf eval {directory}")
+    print(f"The safety adapter was saved in {directory}. Measure it: spf eval {directory}")
 
 
 def _bench(arguments: list[str]) -> None:
@@ -212,7 +258,9 @@ def _bench(arguments: list[str]) -> None:
 
     failed = run_grid(_parse(BenchArguments, "bench", arguments, "config"))
     if failed:
-        raise ValueError(f"{failed} cells failed; the same command runs them again")
+        from spf.errors import RunFailedError
+
+        raise RunFailedError(f"{failed} cells failed; the same command runs them again")
 
 
 def _lock(arguments: list[str]) -> None:
@@ -234,7 +282,7 @@ def _study(arguments: list[str]) -> None:
     elif arguments[0] == "report":
         from spf.lab.study.report import SeedsArguments, report_runs
 
-        Console().print(f"Report: {report_runs(_parse(SeedsArguments, 'study report', arguments[1:]))}")
+        print(f"Report: {report_runs(_parse(SeedsArguments, 'study report', arguments[1:]))}")
     else:
         from spf.lab.study.measure import MeasureArguments, measure_checkpoints
 
@@ -250,8 +298,8 @@ def _report(arguments: list[str]) -> None:
         raise FileNotFoundError(f"{path}: no such file; name the directory of a run")
     results = json.loads(path.read_text("utf-8"))
     Console().print(demo_table(results))
-    Console().print(f"Plot:   {plot_demo(results, Path(args.run) / 'safety_utility.png')}")
-    Console().print(f"Report: {write_report(results, Path(args.run))}")
+    print(f"Plot:   {plot_demo(results, Path(args.run) / 'safety_utility.png')}")
+    print(f"Report: {write_report(results, Path(args.run))}")
 
 
 if __name__ == "__main__":

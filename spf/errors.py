@@ -5,6 +5,10 @@ class SafetyDataError(ValueError):
     """Safety data that cannot be used; the message names the file and the row."""
 
 
+class ChatError(ValueError):
+    """Messages that a chat template or a tokenizer cannot render as they are."""
+
+
 class UnsupportedModelError(ValueError):
     """A trainable parameter the safety rules cannot treat; the message names it."""
 
@@ -15,3 +19,7 @@ class UnsupportedSetupError(RuntimeError):
 
 class CorrectionError(RuntimeError):
     """The rule did not reach the parameters it should have, or it did nothing; what was trained is not protected."""
+
+
+class RunFailedError(RuntimeError):
+    """A command whose input was good and whose work did not succeed."""

@@ -1,6 +1,8 @@
 """Whole runs through the command line on tiny models."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +69,7 @@ def test_train_then_eval(workspace, capsys):
     from spf import SafetySubspace
 
     weights = load_file(workspace / "out" / "adapter_model.safetensors")
-    subspace = SafetySubspace.load(workspace / "out" / "checkpoint-3" / "spf_subspace.safetensors")
+    subspace = SafetySubspace.load(next((workspace / "out").glob("spf_subspace-*.safetensors")))
     assert len(subspace.right) == 14
     for name, V in subspace.right.items():
         A = weights[name.replace(".default", "")]
@@ -106,7 +108,7 @@ def test_flags_override_the_file_and_the_rule_can_be_off(workspace):
 def test_mistakes_end_in_one_sentence(workspace, capsys, change, message):
     config = workspace / "config.yaml"
     config.write_text(config.read_text().replace(*change))
-    assert cli.main(["train", str(config)]) == 1
+    assert cli.main(["train", str(config)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("spf: ")
     assert message in error
@@ -123,7 +125,7 @@ def test_packed_weights_and_the_evaluation_split_are_not_ignored(workspace, monk
 
     monkeypatch.setattr("spf.train.SFTTrainer", trainer)
     flags = [f"--load_in_{bits}bit", "true", "--eval_strategy", "steps", "--dataset_test_split", "train"]
-    assert cli.main(["train", str(workspace / "config.yaml"), *flags]) == 1
+    assert cli.main(["train", str(workspace / "config.yaml"), *flags]) == 2
     assert len(given["eval_dataset"]) == 12
     kinds = {type(module).__name__ for module in given["model"].modules()}
     assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
@@ -155,7 +157,7 @@ def test_align_saves_the_tokenizer_and_an_adapters_own_is_preferred(workspace, m
 )
 def test_wrong_names_and_files_end_in_a_sentence(tmp_path, capsys, arguments, message):
     (tmp_path / "broken.yaml").write_text("model: [")
-    assert cli.main([argument.format(tmp_path) for argument in arguments]) == 1
+    assert cli.main([argument.format(tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert "spf: " in error
     assert message.format(tmp_path) in error
@@ -169,10 +171,12 @@ def test_study_shows_its_commands(capsys, arguments):
 
 def test_usage_and_unknown_command(capsys):
     assert cli.main([]) == 0
+    assert "spf train --help" in capsys.readouterr().out
+    assert cli.main(["--help"]) == 0
     assert "spf demo" in capsys.readouterr().out
     assert cli.main(["dance"]) == 2
     assert "no command 'dance'" in capsys.readouterr().err
-    assert cli.main(["report", "nowhere"]) == 1
+    assert cli.main(["report", "nowhere"]) == 2
     assert "nowhere/results.json: no such file" in capsys.readouterr().err
 
 
@@ -224,7 +228,7 @@ def test_demo_prompts_are_three_disjoint_sets():
 def test_demo_loss_is_the_mean_over_answer_tokens(tmp_path, tokenizer):
     from transformers import TrainingArguments
 
-    from spf.lab.bench.trainer import AnswerTrainer, collate_answers
+    from spf.lab.trainer import AnswerTrainer, collate_answers
 
     rows = [
         {"prompt_ids": [3, 10, 11, 12, 4], "answer_ids": [20, 21, 2]},
@@ -250,3 +254,47 @@ def test_installed_command_prints_its_usage():
     )
     assert done.returncode == 0
     assert "spf train CONFIG" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (ValueError("first\nsecond"), 2, "spf: first\n"),
+        (RuntimeError("shape"), 1, "spf: RuntimeError: shape (--traceback shows where)\n"),
+        (KeyboardInterrupt(), 130, "spf: interrupted\n"),
+    ],
+)
+def test_every_error_is_one_sentence_and_a_code(monkeypatch, capsys, error, code, sentence):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_report", fail)
+    assert cli.main(["report"]) == code
+    assert capsys.readouterr().err == sentence
+    assert cli.main(["report", "--traceback"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_sigterm_ends_like_an_interrupt(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_report", lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["report"]) == 143
+    assert capsys.readouterr().err == "spf: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_help_and_version_import_no_torch():
+    code = (
+        "import sys, spf.cli; spf.cli.main(['--help']); spf.cli.main(['--version']); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "trl " in done.stdout
+
+
+def test_lazy_names_are_all_there():
+    import spf
+
+    assert set(spf.__all__) <= set(dir(spf))
+    assert all(getattr(spf, name).__name__ == name for name in spf.__all__)
+    assert set(spf._MODULES) == set(spf.__all__)

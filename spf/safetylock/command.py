@@ -150,7 +150,7 @@ def _extract(arguments: list[str]) -> None:
         base_model=args.model,
     )
     _show(lock)
-    Console().print(f"Lock: {lock.save(args.lock)}")
+    print(f"Lock: {lock.save(args.lock)}")
 
 
 def _load(name: str, dtype: Literal["auto"] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -166,7 +166,7 @@ def _apply(arguments: list[str]) -> None:
     before = next_token_log_probs(model, tokenizer, text)
     lock.apply(model, tokenizer, alpha=args.alpha, stack=args.stack)
     assert_acts(model, tokenizer, text, before, lock.info.alpha if args.alpha is None else args.alpha)
-    Console().print(f"The locked model was saved in {save_locked(model, tokenizer, args.output)}")
+    print(f"The locked model was saved in {save_locked(model, tokenizer, args.output)}")
 
 
 def _remove(arguments: list[str]) -> None:
@@ -174,7 +174,7 @@ def _remove(arguments: list[str]) -> None:
     model, tokenizer = unlock_saved(args.locked)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    Console().print(f"The unlocked model was saved in {args.output}")
+    print(f"The unlocked model was saved in {args.output}")
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -242,11 +242,11 @@ def _tune(arguments: list[str]) -> None:
             "chosen" if p == best else "",
         )
     Console().print(table)
-    Console().print(f"Curves: {plot_sweep(points, output / 'sweep.png', f'SafetyLock on {args.model}')}")
+    print(f"Curves: {plot_sweep(points, output / 'sweep.png', f'SafetyLock on {args.model}')}")
     if best is None or best.alpha == 0:
         warnings.warn("no setting lowers ASR within the bounds; no tuned lock was written", stacklevel=2)
     else:
-        Console().print(f"Tuned lock: {lock.top(best.k).with_alpha(best.alpha).save(output / 'lock.safetensors')}")
+        print(f"Tuned lock: {lock.top(best.k).with_alpha(best.alpha).save(output / 'lock.safetensors')}")
 
 
 def _numbers(name: str, text: str, kind: type[Number]) -> list[Number]:

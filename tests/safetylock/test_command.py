@@ -47,7 +47,7 @@ def test_extract_inspect_apply_remove(workspace, capsys, monkeypatch):
     assert made.info.base_model == str(w / "base")
     assert lock("inspect", w / "my.lock", "--model", w / "tuned") == 0
     assert "It fits" in capsys.readouterr().out
-    assert lock("inspect", w / "my.lock", "--model", w / "mistral") == 1
+    assert lock("inspect", w / "my.lock", "--model", w / "mistral") == 2
     assert "spf: the lock is for 2 layers of 4 heads of 8" in capsys.readouterr().err
     assert lock("extract", w / "base", w / "echo.lock", "--pairs", w / "pairs.jsonl", "--k", 4, "--echo", "true") == 0
     echo = SafetyLock.load(w / "echo.lock")
@@ -58,7 +58,7 @@ def test_extract_inspect_apply_remove(workspace, capsys, monkeypatch):
     plain = logits(expected)
     made.apply(expected)
     assert torch.allclose(logits(locked), logits(expected), atol=1e-5)
-    assert lock("apply", w / "locked", w / "my.lock", w / "twice") == 1
+    assert lock("apply", w / "locked", w / "my.lock", w / "twice") == 2
     assert "on the model already" in capsys.readouterr().err
     assert lock("remove", w / "locked", w / "free") == 0
     free = AutoModelForCausalLM.from_pretrained(w / "free", attn_implementation="eager")
@@ -106,7 +106,7 @@ def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it
             (("--alphas", "1,,2"), "--alphas 1,,2: numbers separated by commas"),
             (("--ks", "2", "--max_over_refusal", 30), "--max_over_refusal 30: a share from 0 to 1"),
         ):
-            assert lock("tune", w / "tuned", w / "my.lock", w / "out", *mistake) == 1
+            assert lock("tune", w / "tuned", w / "my.lock", w / "out", *mistake) == 2
             assert sentence in capsys.readouterr().err
 
     def answers(model, tokenizer, prompts, *, description, **kw):
@@ -122,15 +122,15 @@ def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it
 
 def test_mistakes_end_in_one_sentence(workspace, capsys):
     w = workspace
-    assert lock("dance") == 1
+    assert lock("dance") == 2
     assert "no command 'lock dance'" in capsys.readouterr().err
     assert lock() == 0
     assert "spf lock extract MODEL LOCK" in capsys.readouterr().out
-    assert lock("inspect", w / "gone.lock") == 1
+    assert lock("inspect", w / "gone.lock") == 2
     assert "gone.lock: no such lock file" in capsys.readouterr().err
-    assert lock("extract", w / "base", w / "l", "--pairs", w / "pairs.jsonl", "--score", "best") == 1
+    assert lock("extract", w / "base", w / "l", "--pairs", w / "pairs.jsonl", "--score", "best") == 2
     assert "--score best: val or val+train" in capsys.readouterr().err
-    assert lock("remove", w / "base", w / "out") == 1
+    assert lock("remove", w / "base", w / "out") == 2
     assert "holds no model that was saved with its lock" in capsys.readouterr().err
 
 

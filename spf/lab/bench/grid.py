@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +17,7 @@ import yaml
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from spf.files import write_json
+from spf.files import directory_lock, write_json
 from spf.lab.bench.cell import Cell, Split, Tuning, prepare, run_cell
 from spf.lab.bench.methods import METHODS, check_settings, refuse_text
 from spf.lab.bench.report import write_bench_report
@@ -131,9 +133,13 @@ def run_grid(args: BenchArguments, console: Console | None = None) -> int:
     """
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, not {args.workers}")
-    console = console or Console()
-    output = Path(args.output)
     cells = read_grid(Path(args.config), args.model)
+    with directory_lock(Path(args.output)):
+        return _run(args, cells, console or Console())
+
+
+def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
+    output = Path(args.output)
     pending = [cell for cell in cells if not _done(cell, output)]
     console.print(f"{len(cells)} cells, {len(cells) - len(pending)} of them done.", highlight=False)
     if args.report_only:
@@ -164,19 +170,31 @@ def run_grid(args: BenchArguments, console: Console | None = None) -> int:
                     write_json(cell.path(output), result)
                     minutes = (time.perf_counter() - started) / 60
                     console.print(f"[{done}/{len(pending)}] {_line(result)}  ({minutes:.0f} min)", highlight=False)
-            except KeyboardInterrupt:
-                for future in futures:
-                    future.cancel()
+            except KeyboardInterrupt as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                finished = sum(_done(cell, output) for cell in cells)
+                error.add_note(f"{finished} of {len(cells)} cells are finished and kept in {output}")
                 raise
     for place in write_bench_report(output):
-        console.print(str(place), highlight=False)
+        console.print(str(place), highlight=False, soft_wrap=True)
     return failed
 
 
 def _set_up(threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """Also where the parent was killed and could not end its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _done(cell: Cell, output: Path) -> bool:

@@ -30,9 +30,9 @@ from spf.callback import SafetyCallback
 from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
 from spf.files import write_json
-from spf.lab.bench.trainer import AnswerTrainer, collate_answers
 from spf.lab.demo.report import demo_table, plot_demo, write_report
 from spf.lab.demo.sql import SQLExample, execution_match, make_sql_examples
+from spf.lab.trainer import AnswerTrainer, collate_answers
 from spf.models import cpu_dtype, load_aligned_demo_model
 from spf.rules import RULES, NullSpace, Rule
 from spf.text.generation import context_length, pad_id
@@ -156,12 +156,16 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
         f"Harmful requests answered: {base['asr']:.1%} before, {plain['asr']:.1%} after plain fine-tuning, "
         f"{kept['asr']:.1%} with SafetyCallback. Took {results['config']['seconds'] / 60:.1f} minutes."
     )
-    console.print(f"Results: {output / 'results.json'}\nPlot:    {output / 'safety_utility.png'}\nReport:  {report}")
+    console.print(
+        f"Results: {output / 'results.json'}\nPlot:    {output / 'safety_utility.png'}\nReport:  {report}",
+        soft_wrap=True,
+    )
     console.print(
         f"The fine-tuned model that still refuses was saved in {kept['saved_to']}. Load it with\n"
         f"  from peft import AutoPeftModelForCausalLM\n"
         f"  model = AutoPeftModelForCausalLM.from_pretrained({kept['saved_to']!r})",
         highlight=False,
+        soft_wrap=True,  # a line break inside the path would break what is pasted
     )
     return results
 
