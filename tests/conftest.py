@@ -33,7 +33,9 @@ REFUSAL = "I'm sorry, but I can't help with that request."
 def make_tokenizer() -> PreTrainedTokenizerFast:
     words: dict[str, int] = {"<unk>": 0, "<pad>": 1, "</s>": 2, "<user>": 3, "<assistant>": 4}
     splitter = pre_tokenizers.Whitespace()
-    texts = [REFUSAL, *packaged_prompts("harmful_anchors"), *packaged_prompts("benign_anchors")]
+    # the last for the demo's tasks, so that something is left of their answers, too
+    task = "SELECT name FROM table WHERE AND COUNT ( * ) = Sure , here is how to do that . The a of and in"
+    texts = [REFUSAL, *packaged_prompts("harmful_anchors"), *packaged_prompts("benign_anchors"), task]
     for text in texts:
         for word, _ in splitter.pre_tokenize_str(text):
             words.setdefault(word, len(words))

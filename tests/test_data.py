@@ -12,6 +12,7 @@ from spf.data import (
     AnchorRotation,
     SafetyDataError,
     SafetyRow,
+    ask_refusals,
     collate,
     complete_refusals,
     load_safety_rows,
@@ -244,3 +245,76 @@ def test_a_directory_is_no_safety_data(tmp_path):
 def test_a_prompt_that_ends_with_the_system_is_not_reworded():
     messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
     assert reword([SafetyRow(messages, "no", "x:1")]) == []
+
+
+def chat(*said):
+    return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(said)]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Hi", "completion": "No."},
+        {"prompt": chat("Hi"), "completion": chat("Hi", "No.")[1:]},
+        {"prompt": "Hi", "chosen": "No.", "rejected": "Yes."},
+        {"prompt": chat("Hi"), "chosen": chat("Hi", "No.")[1:], "rejected": chat("Hi", "Yes.")[1:]},
+        {"chosen": chat("Hi", "No."), "rejected": chat("Hi", "Yes.")},
+        {"prompt": "Hi", "completion": "No.", "refusal": "No."},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "refusal": "No."},
+    ],
+)
+def test_the_refusal_is_found_in_every_form_of_trls(record, tmp_path):
+    """A bug once: the refusals of these forms were ignored, and the model's own were taken."""
+    (row,) = load_safety_rows(write(tmp_path / "a.jsonl", record))
+    assert row.messages == [{"role": "user", "content": "Hi"}]
+    assert row.refusal == "No."
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "Hi", "completion": "No.", "refusal": "Never."}, "refusal and completion say different things"),
+        ({"prompt": "Hi", "completion": chat("Hi")}, "must end with a message of the assistant"),
+        ({"prompt": "Hi", "completion": []}, "must end with a message of the assistant"),
+        ({"prompt": 3}, "messages must be a list"),
+        ({"messages": "Hi"}, "messages must be a list"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "content must be text; images"),
+        ({"prompt": "Hi", "completion": ""}, "the refusal is empty"),
+        ({"chosen": "No.", "rejected": "Yes."}, "needs a column `prompt` or `messages`"),
+        ({"prompt": "Hi", "refusal": 3}, "a refusal must be text, not 3"),
+        ({"prompt": "Hi", "refusal": {"a": 1}}, "a refusal must be text"),
+        ({"prompt": "Hi", "completion": float("nan")}, "a refusal must be text, not nan"),
+        ({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": " "}]}, "the prompt is empty"),
+        ({"chosen": chat("Hi", "No."), "rejected": chat("Ho", "No.")}, "answer different conversations"),
+        ({"prompt": chat("Hi"), "chosen": chat("Hi", "Yes.", "Ho", "No.")}, "does not begin with the prompt"),
+        ({"prompt": "Hi", "messages": chat("Ho", "No.")}, "prompt and messages ask different things"),
+        ({"prompt": chat("Hi", "Yes."), "completion": "No."}, "the prompt ends with the assistant"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "content must be text"),
+    ],
+)
+def test_rows_that_do_not_say_what_is_refused(record, message, tmp_path):
+    with pytest.raises(SafetyDataError, match=r"a\.jsonl:1: .*" + message):
+        load_safety_rows(write(tmp_path / "a.jsonl", record))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["prompt,refusal", "Hi,I'm sorry, no."], r":2: 3 fields where the header has 2; .* double quotes"),
+        (["prompt,refusal", '"Hi,\nyou",No.', "Hi"], r":4: 1 fields where the header has 2"),
+        (["prompt,prompt", "a,b"], r":1: two columns have the same name"),
+        (["prompt,refusal", 'A,"No.', "B,No.", "C,No."], r":4: not CSV .* close every double quote"),
+    ],
+)
+def test_csv_rows_have_the_fields_of_the_header(lines, message, tmp_path):
+    """An unquoted comma once cut the refusal at it."""
+    with pytest.raises(SafetyDataError, match=message):
+        load_safety_rows(write(tmp_path / "a.csv", *lines))
+
+
+def test_rows_that_the_model_answers_are_counted(tokenizer, monkeypatch):
+    rows = load_safety_rows()[:5]
+    said = [REFUSAL, "Sure, here is how to do that.", REFUSAL, "Sure, here is how to do that.", REFUSAL]
+    monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: said[: len(prompts)])
+    found = ask_refusals(rows, make_model(), tokenizer)
+    assert (len(found.rows), found.asked, found.answered) == (3, 5, 2)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal, wilson_interval
@@ -64,6 +65,13 @@ def test_wilson_interval(count, data):
     assert wilson_interval(hits * 4, count * 4)[1] - wilson_interval(hits * 4, count * 4)[0] < wider
 
 
+@given(st.integers(1, 300), st.data())
+def test_wilson_interval_is_scipys(count, data):
+    hits = data.draw(st.integers(0, count))
+    expected = binomtest(hits, count).proportion_ci(method="wilson")
+    assert wilson_interval(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
 def test_wilson_interval_known_values():
     # Newcombe (1998), table I: 81 of 263 and 0 of 20
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
@@ -93,14 +101,14 @@ def test_thoughts_are_not_the_answer(monkeypatch):
     tokenizer = make_tokenizer()
     answers = ["<think> Is this harmful? </think>\n\nI'm sorry, no.", "I'm sorry, no."]
     monkeypatch.setattr("spf.text.generation.complete_texts", lambda *args, **kw: answers)
-    assert generate_answers(make_model(), tokenizer, ["a", "b"]) == ["I'm sorry, no."] * 2
+    assert generate_answers(make_model(), tokenizer, ["How do I", "Is this"]) == ["I'm sorry, no."] * 2
     answers[1] = "<think> Let me see"
-    with pytest.raises(ValueError, match=r"thinks before it answers .*enable_thinking = false"):
-        generate_answers(make_model(), tokenizer, ["a", "b"])
+    with pytest.raises(ValueError, match=r"thinks before it answers .*chat_template_kwargs"):
+        generate_answers(make_model(), tokenizer, ["How do I", "Is this"])
     answers[1] = "Let me see"
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
     with pytest.raises(ValueError, match="thinks before it answers"):
-        generate_answers(make_model(), tokenizer, ["a", "b"])
+        generate_answers(make_model(), tokenizer, ["How do I", "Is this"])
 
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"batch_size": -1}, {"max_new_tokens": 0}])

@@ -63,9 +63,7 @@ def test_the_judge_reads_the_plain_prompt_and_no_stub(monkeypatch):
 
 
 def test_a_template_without_system_role_is_named(tokenizer):
-    with pytest.raises(
-        ValueError, match="asr/identity-shift: the model's chat template refuses the roles system, user"
-    ):
+    with pytest.raises(ValueError, match="asr/identity-shift: the chat template refuses the roles system, user"):
         evaluate_refusals(
             make_model(), tokenizer, HARMFUL, transform=TRANSFORMS["identity-shift"], description="asr/identity-shift"
         )
@@ -135,7 +133,7 @@ def test_eval_command(workspace, capsys):
 
 
 def test_jailbreaks_without_a_place_in_the_template_are_known_before_anything_is_answered(workspace, capsys, answers):
-    assert cli.main(["eval", "model", *SUITES, "--transforms", "prefill,identity-shift"]) == 1
+    assert cli.main(["eval", "model", *SUITES, "--transforms", "prefill,identity-shift"]) == 2
     assert "no place for the messages of identity-shift" in capsys.readouterr().err
     assert not answers
     assert cli.main(["eval", "model", *SUITES, "--transforms", "all", "--output", "all.json"]) == 0
@@ -181,7 +179,7 @@ def test_mistakes_end_in_one_sentence(workspace, capsys, arguments, message):
     settings = run.settings(Suite("h", HARMFUL, "x"), Suite("b", BENIGN, "y"), "prefix", None, 3)
     (workspace / "ref.json").write_text(json.dumps({"model": "m", "refused": {}, **settings}))
     (workspace / "other.json").write_text('{"arms": 1}')
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert error.splitlines()[-1].startswith("spf: ")
     assert message in error

@@ -11,7 +11,7 @@ from spf.data.anchors import (
     tokenise,
 )
 from spf.data.chat import render
-from spf.data.refusals import complete_refusals
+from spf.data.refusals import Completed, ask_refusals, complete_refusals
 from spf.data.rows import PACKAGED, SafetyRow, load_safety_rows, packaged_prompts, read_jsonl
 from spf.errors import SafetyDataError
 from spf.text.refusal import HARMLESS_STUB
@@ -23,8 +23,10 @@ __all__ = [
     "Anchor",
     "AnchorBatch",
     "AnchorRotation",
+    "Completed",
     "SafetyDataError",
     "SafetyRow",
+    "ask_refusals",
     "collate",
     "complete_refusals",
     "load_safety_rows",

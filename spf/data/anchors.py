@@ -3,15 +3,17 @@
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from spf.data.chat import render
+from spf.data.chat import render, said
 from spf.data.rows import SafetyRow
-from spf.errors import SafetyDataError
+from spf.errors import ChatError, SafetyDataError
+from spf.text.chat import check_tokens
 from spf.text.generation import THOUGHTS, THOUGHTS_END
 
 WORDINGS = (
@@ -62,10 +64,15 @@ def reword(rows: Sequence[SafetyRow]) -> list[SafetyRow]:
     return reworded
 
 
-def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Anchor]:
+def tokenise(
+    rows: Sequence[SafetyRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    options: Mapping[str, Any] | None = None,
+) -> list[Anchor]:
     """Tokenised anchors, the refusal ended by what the template ends an assistant turn with, unless it is cut.
 
-    Prompt and refusal are tokenised apart, as they are when the model generates.
+    Prompt and refusal are tokenised apart, as they are when the model generates. options: variables of the template.
 
     Raises:
         SafetyDataError: a sample is longer than `max_length` tokens (nothing is cut off silently), or the template has
@@ -73,14 +80,14 @@ def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_
     """
     anchors = []
     for row in rows:
-        prompt = render(row, tokenizer)
+        prompt = render(row, tokenizer, options=options)
         if prompt.rstrip().endswith(THOUGHTS):
             raise SafetyDataError(
                 f"{row.where}: the chat template has the model think before it answers ({THOUGHTS}), which spf does "
-                "not hold; use a template that does not"
+                "not hold; turn it off by chat_template_kwargs, or use a template that does not"
             )
         assert row.refusal is not None
-        answered = render(row, tokenizer, answered=True)
+        answered = render(row, tokenizer, answered=True, options=options)
         if row.cut:
             refusal = row.refusal
         # Templates that change earlier turns once they are answered leave no common prefix; the refusal
@@ -94,6 +101,10 @@ def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_
             prompt, refusal = prompt + thoughts.group(), refusal[thoughts.end() :]
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         refusal_ids = tokenizer(refusal, add_special_tokens=False)["input_ids"]
+        try:
+            check_tokens(tokenizer, said(row, bool(row.refusal)), [*prompt_ids, *refusal_ids])
+        except ChatError as error:
+            raise SafetyDataError(f"{row.where}: {error}") from error
         length = len(prompt_ids) + len(refusal_ids)
         if length > max_length:
             raise SafetyDataError(f"{row.where}: {length} tokens, longer than the context of {max_length}")
@@ -101,9 +112,14 @@ def tokenise(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_
     return anchors
 
 
-def reworded_anchors(rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Anchor]:
+def reworded_anchors(
+    rows: Sequence[SafetyRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    options: Mapping[str, Any] | None = None,
+) -> list[Anchor]:
     """The rows in other words (`reword`), tokenised; what no longer fits `max_length` tokens so is left out."""
-    anchors = tokenise(reword(rows), tokenizer, sys.maxsize)
+    anchors = tokenise(reword(rows), tokenizer, sys.maxsize, options)
     return [anchor for anchor in anchors if len(anchor.prompt_ids) + len(anchor.refusal_ids) <= max_length]
 
 

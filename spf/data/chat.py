@@ -1,29 +1,38 @@
 """Rows in the model's own chat template."""
 
-from jinja2.exceptions import TemplateError
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from spf.data.rows import SafetyRow
-from spf.errors import SafetyDataError
+from spf.errors import ChatError, SafetyDataError
+from spf.text.chat import Messages, render_chat
 
 
-def render(row: SafetyRow, tokenizer: PreTrainedTokenizerBase, *, answered: bool = False) -> str:
+def render(
+    row: SafetyRow,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    answered: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> str:
     """The row's prompt, or with `answered` prompt and refusal, as text in the model's own chat template.
 
+    options: variables of the template (`chat_template_kwargs`).
+
     Raises:
-        SafetyDataError: the tokenizer has no chat template, or the template refuses the messages.
+        SafetyDataError: the tokenizer has no chat template, or the template refuses the messages or leaves them out.
     """
-    if tokenizer.chat_template is None:
-        raise SafetyDataError(
-            f"{row.where}: the tokenizer {tokenizer.name_or_path or ''} has no chat template, so it cannot be "
-            "rendered; set tokenizer.chat_template"
-        )
-    messages = row.messages
-    if answered:
-        assert row.refusal is not None
-        messages = [*messages, {"role": "assistant", "content": row.refusal}]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered))
-    except (TemplateError, KeyError, TypeError) as error:
-        roles = ", ".join(m["role"] for m in messages)
-        raise SafetyDataError(f"{row.where}: the chat template refuses the roles {roles} ({error})") from error
+        return render_chat(tokenizer, said(row, answered), generation_prompt=not answered, options=options)
+    except ChatError as error:
+        raise SafetyDataError(f"{row.where}: {error}") from error
+
+
+def said(row: SafetyRow, answered: bool) -> Messages:
+    """The row's messages, with `answered` its refusal too."""
+    if not answered:
+        return row.messages
+    assert row.refusal is not None
+    return [*row.messages, {"role": "assistant", "content": row.refusal}]

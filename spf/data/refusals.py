@@ -1,15 +1,27 @@
 """Rows without a refusal are given the model's own."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.data.chat import render
 from spf.data.rows import SafetyRow
 from spf.errors import SafetyDataError
+from spf.sharding import object_of_rank_0
 from spf.text.generation import THOUGHTS, generate_answers
 from spf.text.refusal import is_refusal
+
+
+@dataclass(frozen=True)
+class Completed:
+    """rows: those with a refusal. asked: how many the model was asked. answered: how many of these it answered instead
+    of refusing, which are left out."""
+
+    rows: list[SafetyRow]
+    asked: int
+    answered: int
 
 
 def complete_refusals(
@@ -20,25 +32,43 @@ def complete_refusals(
     wanted: int | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
+    options: Mapping[str, Any] | None = None,
 ) -> list[SafetyRow]:
-    """The first `wanted` rows (all by default) with refusals.
+    """The rows of `ask_refusals`."""
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return ask_refusals(rows, model, tokenizer, wanted=wanted, options=options, **sizes).rows
 
-    A row without one gets the model's own answer, its first `max_new_tokens`, and is kept if the judge accepts it.
+
+def ask_refusals(
+    rows: Sequence[SafetyRow],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    wanted: int | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    options: Mapping[str, Any] | None = None,
+) -> Completed:
+    """The first `wanted` rows (all by default) with refusals, and how many were asked for one.
+
+    A row without one gets the model's own answer, its first `max_new_tokens`, and is kept if the judge accepts it. All
+    processes ask in step, and what rank 0 heard counts. options: variables of the template.
 
     Raises:
         SafetyDataError: a row cannot be rendered, or none is left.
     """
     for row in rows:
-        render(row, tokenizer)
+        render(row, tokenizer, options=options)
     wanted = len(rows) if wanted is None else min(wanted, len(rows))
     thinks = THOUGHTS in str(tokenizer.chat_template)
     kept: list[SafetyRow] = []
-    start = 0
+    start = asked = answered = 0
     while len(kept) < wanted and start < len(rows):
         chunk = rows[start : start + min(batch_size, wanted - len(kept))]
         start += len(chunk)
         missing = [row.messages for row in chunk if row.refusal is None]
-        answers = iter(
+        asked += len(missing)
+        heard = (
             generate_answers(
                 model,
                 tokenizer,
@@ -46,22 +76,29 @@ def complete_refusals(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 description=f"own refusals, {len(kept)} of {wanted}",
+                options=options,
             )
             if missing
             else []
         )
+        # rounding must not have ranks judge differently: the number of rounds depends on it
+        answers = iter(object_of_rank_0([(answer, is_refusal(answer)) for answer in heard]))
         for row in chunk:
             if row.refusal is not None:
                 kept.append(row)
-            elif is_refusal(refusal := next(answers)):
+                continue
+            refusal, refused = next(answers)
+            answered += not refused
+            if refused:
                 # an answer that ended has its end token among the new ones; spaces may have been stripped, and thoughts
                 # of unknown length
                 length = len(tokenizer(refusal, add_special_tokens=False)["input_ids"])
                 unfinished = thinks and not refusal.endswith((".", "!", "?", "。"))
-                kept.append(replace(row, refusal=refusal, cut=length >= max_new_tokens - 2 or unfinished))
+                cut = length >= max_new_tokens - 2 or unfinished
+                kept.append(replace(row, refusal=refusal, cut=cut, own=True))
     if not kept:
         raise SafetyDataError(
             f"{rows[0].where} and {len(rows) - 1} more rows: the model refused none of the prompts, so there is "
             "no refusal to keep; give a column `refusal`, or align the model first (spf align)"
         )
-    return kept
+    return Completed(kept, asked, answered)

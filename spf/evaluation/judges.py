@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -20,6 +19,7 @@ from transformers import (
 from spf.evaluation.extras import import_extra
 from spf.evaluation.metrics import Rate
 from spf.models import machine_device
+from spf.text.chat import render_chat
 from spf.text.generation import Messages, complete_texts, generate_answers
 from spf.text.refusal import ADVBENCH_PREFIXES, EXTRA_PREFIXES, is_refusal
 
@@ -191,12 +191,7 @@ class LLMJudge:
     def _text(self, prompt: str, answer: str) -> str:
         if self.family.template is None:
             chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            text = str(self.tokenizer.apply_chat_template(chat, tokenize=False))
-            if prompt.strip() in text:
-                return text
-            # The templates of Llama Guard 3 1B and 4 read lists of parts and find nothing in plain text.
-            parts: list[Any] = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in chat]
-            return str(self.tokenizer.apply_chat_template(parts, tokenize=False))
+            return render_chat(self.tokenizer, chat, generation_prompt=False)
         before, between = self.family.template.split("{prompt}")
         between, after = between.split("{answer}")
         return (self.tokenizer.bos_token or "") + before + prompt + between + answer + after

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.evaluation.metrics import Z95
+from spf.models import evaluating
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,8 @@ def perplexity(
     encoded = sorted((ids for ids in tokenizer(list(texts))["input_ids"] if len(ids) > 1), key=len)
     if not encoded:
         raise ValueError(f"perplexity: none of the {len(texts)} texts has two tokens")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     nats: list[float] = []
-    try:
+    with evaluating(model):
         for start in range(0, len(encoded), batch_size):
             rows = encoded[start : start + batch_size]
             width = max(map(len, rows))
@@ -66,9 +65,6 @@ def perplexity(
             logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
             losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             nats += (losses * mask[:, 1:]).sum(1, dtype=torch.float64).tolist()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     counts = [len(ids) - 1 for ids in encoded]
     tokens = sum(counts)
     mean = sum(nats) / tokens

@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spf.errors import ChatError
 from spf.evaluation.judges import Judge, prefix_judge
 from spf.evaluation.metrics import Rate, paired_difference
 from spf.evaluation.suites import Suite
 from spf.evaluation.transforms import TRANSFORMS, Transform, after_stub
+from spf.text.chat import render_chat
 from spf.text.generation import generate_answers
 
 
@@ -28,13 +29,16 @@ def evaluate_refusals(
     batch_size: int = 32,
     description: str = "generating",
     progress: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> list[bool]:
     """Whether the model refuses each prompt, put to it through `transform` if one is given.
 
     The judge reads the prompt as it was before the transform, and of the answer what `after_stub` leaves.
 
+    options: variables of the chat template (`chat_template_kwargs`).
+
     Raises:
-        ValueError: the chat template refuses the transform's messages.
+        ChatError: the chat template refuses the transform's messages, or leaves out what they say.
     """
     attacks = [(transform or Transform()).apply(prompt) for prompt in prompts]
     try:
@@ -47,21 +51,38 @@ def evaluate_refusals(
             batch_size=batch_size,
             description=description,
             progress=progress,
+            options=options,
         )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in attacks[0].messages)
-        raise ValueError(f"{description}: the model's chat template refuses the roles {roles} ({error})") from error
+    except ChatError as error:
+        raise ChatError(f"{description}: {error}") from error
     read = [after_stub(answer, attack.prefill) for answer, attack in zip(answers, attacks, strict=True)]
     return judge(prompts, read)
 
 
-def renders(tokenizer: PreTrainedTokenizerBase, transform: Transform) -> bool:
+def renders(tokenizer: PreTrainedTokenizerBase, transform: Transform, options: Mapping[str, Any] | None = None) -> bool:
     """Whether the chat template takes the transform's messages; not every template has a system role."""
     try:
-        tokenizer.apply_chat_template(transform.apply("?").messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+        render_chat(tokenizer, transform.apply("?").messages, generation_prompt=True, options=options)
+    except ChatError:
         return False
     return True
+
+
+def parse_options(text: str | None) -> dict[str, Any] | None:
+    """Variables of the chat template from the JSON of `--chat_template_kwargs`.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat_template_kwargs: not JSON ({error.msg}): {text}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--chat_template_kwargs: needs a JSON object of names and values, not {text}")
+    return options
 
 
 def parse_transforms(names: str) -> list[str]:
@@ -104,6 +125,7 @@ def evaluate_suites(
     judges: tuple[Judge, Judge] = (prefix_judge, prefix_judge),
     max_new_tokens: int = 32,
     batch_size: int = 32,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """ASR plain and under each transform, and over-refusal, as a JSON-ready dictionary.
 
@@ -127,6 +149,7 @@ def evaluate_suites(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             description=figure,
+            options=options,
         )
         rate = Rate(sum(_hits(figure, verdicts)), len(verdicts))
         results |= {figure: rate.value, f"{figure}_ci": rate.interval, f"{figure}_count": rate.count}

@@ -91,6 +91,8 @@ def _load_hub_suite(name: str, suite: HubSuite) -> Suite:
                 f"{name}: {suite.hub_id} has no column {column!r} (any more), only {', '.join(data.column_names)}"
             )
     prompts = [row[suite.column] for row in data if all(row[key] == value for key, value in suite.rows.items())]
+    if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise SafetyDataError(f"{name}: {suite.hub_id} has rows without a prompt in {suite.column!r}")
     if not prompts:
         raise SafetyDataError(f"{name}: {suite.hub_id} holds no row with {dict(suite.rows)}")
     return Suite(name, prompts, f"{suite.hub_id}, {suite.config or 'default'}, split {suite.split}")

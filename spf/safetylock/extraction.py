@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from spf.safetylock.heads import AttentionOutput, Geometry, Model, attention_outputs, evaluating
+from spf.models import evaluating
+from spf.safetylock.heads import AttentionOutput, Geometry, Model, attention_outputs
 from spf.safetylock.lock import LockInfo, SafetyLock, locks_on, sketch, template_hash, tokenizer_hash, weights_hash
 from spf.safetylock.pairs import Pair, digest, distinct, encode, mean_words
 from spf.safetylock.probes import fit_logistic, judge_probes, mass_mean, rank_heads, validation_pairs

@@ -1,8 +1,6 @@
 """Where attention heads are read and moved: the input of each layer's o_proj, seen as (heads, head_dim)."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.gguf.utils import GgufLinear
 
 from spf.errors import UnsupportedModelError
+from spf.models import evaluating
 
 Model = PreTrainedModel | PeftModel
 
@@ -89,15 +88,3 @@ def response(output: AttentionOutput, inputs: Tensor, dtype: torch.dtype) -> Ten
     with evaluating(output.module):
         moved = output.module(inputs.to(weight.device, weight.dtype if weight.is_floating_point() else dtype)).float()
     return moved[:-1] - moved[-1]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), and every submodule's own mode put back afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

@@ -145,9 +145,7 @@ def _frame(messages: Messages, where: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _rendered(messages: Messages, answer: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    render(SafetyRow(messages, None, where), tokenizer)  # its errors name the row
-    chat = [*messages, {"role": "assistant", "content": answer.strip()}]
-    return str(tokenizer.apply_chat_template(chat, tokenize=False))
+    return render(SafetyRow(messages, answer.strip(), where), tokenizer, answered=True)
 
 
 def _pairs(records: Iterable[tuple[int, dict]], name: str) -> list[Pair]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.evaluation import Rate, generate_answers, is_refusal, perplexity
-from spf.safetylock.heads import evaluating
+from spf.models import evaluating
 from spf.safetylock.lock import SafetyLock
 
 PERPLEXITY_RISE = 1.1

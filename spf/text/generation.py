@@ -1,12 +1,17 @@
 """Greedy answers of a chat model, in batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
+from spf.models import evaluating
+from spf.sharding import shares_parameters
+from spf.text.chat import Messages, check_tokens, render_chat
+
+__all__ = ["Messages", "complete_texts", "context_length", "generate_answers", "pad_id"]
 
 THOUGHTS, THOUGHTS_END = "<think>", "</think>"
 """Between these a model thinks aloud, in the families that do (Qwen 3, SmolLM3, DeepSeek-R1)."""
@@ -38,20 +43,24 @@ def generate_answers(
     batch_size: int = 32,
     description: str = "generating",
     progress: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """The model's greedy answer to each prompt, in order, special tokens removed.
 
     A prompt is a user message or a list of messages; the model's chat template renders it. `prefills` holds one
     text a prompt that the answer is made to begin with ("" for none); what is returned comes after it, and after
     the thoughts of a model that thinks aloud. Prompts are batched by length and left-padded. The model's training mode
-    is restored afterwards.
+    is restored afterwards. options: variables of the template (`chat_template_kwargs`).
 
     Raises:
+        ChatError: the template or the tokenizer loses what a message says.
         ValueError: there is not one prefill for each prompt, max_new_tokens or batch_size is below 1, or an answer ends
             in the middle of a thought.
     """
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    texts = [str(tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)) for c in chats]
+    texts = [render_chat(tokenizer, chat, generation_prompt=True, options=options) for chat in chats]
+    for chat, text in zip(chats, texts, strict=True):
+        check_tokens(tokenizer, chat, tokenizer(text, add_special_tokens=False)["input_ids"])
     if prefills is not None:
         if len(prefills) != len(texts):
             raise ValueError(f"generate_answers: {len(prefills)} prefills for {len(texts)} prompts")
@@ -75,7 +84,7 @@ def _after_thoughts(prompt: str, answer: str) -> str:
     if answer.startswith(THOUGHTS) or prompt.rstrip().endswith(THOUGHTS):
         raise ValueError(
             f"the model thinks before it answers ({THOUGHTS}) and had not come to an end; give it more tokens, or turn "
-            "that off by beginning its chat template with {% set enable_thinking = false %}, if the template knows it"
+            "that off by chat_template_kwargs, if its chat template knows a switch"
         )
     return answer
 
@@ -102,32 +111,28 @@ def complete_texts(
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     pad = pad_id(tokenizer)
     answers = [""] * len(encoded)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with tqdm(total=len(encoded), desc=description, disable=not progress, leave=False) as bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                width = max(len(encoded[i]) for i in rows)
-                ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows])
-                mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows])
-                output = model.generate(  # type: ignore[operator]
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    # Sampling settings a checkpoint ships with would only cause warnings here.
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    use_cache=True,
-                    pad_token_id=pad,
-                )
-                texts_out = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-                for i, text in zip(rows, texts_out, strict=True):
-                    answers[i] = text.strip()
-                bar.update(len(rows))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), tqdm(total=len(encoded), desc=description, disable=not progress, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = max(len(encoded[i]) for i in rows)
+            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows])
+            mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows])
+            output = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                # Sampling settings a checkpoint ships with would only cause warnings here.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                use_cache=True,
+                # processes that gather each other's parameters have to make the same number of passes
+                synced_gpus=shares_parameters(model),
+                pad_token_id=pad,
+            )
+            texts_out = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            for i, text in zip(rows, texts_out, strict=True):
+                answers[i] = text.strip()
+            bar.update(len(rows))
     return answers

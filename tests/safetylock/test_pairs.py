@@ -54,9 +54,9 @@ def test_answer_end_in_every_template(template, answer):
 def test_template_that_hides_or_changes_the_answer_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {% endfor %}"
-    with pytest.raises(SafetyDataError, match="row 7: the chat template does not show the answer exactly once"):
+    with pytest.raises(SafetyDataError, match="row 7: the chat template leaves out what the user message says"):
         encode(USER, "No.", "row 7", tokenizer)
-    tokenizer.chat_template = "{{ messages[-1]['content'] | length }} {{ messages[-1]['content'] }} </s>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | length }} {{ m['content'] }} {% endfor %}</s>"
     with pytest.raises(SafetyDataError, match="row 7: the chat template changes what stands around"):
         encode(USER, "No.", "row 7", tokenizer)
 
