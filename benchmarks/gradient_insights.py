@@ -38,9 +38,9 @@ from spf.data import Anchor, SafetyRow, complete_refusals, load_safety_rows, pac
 from spf.evaluation import generate_answers, is_refusal
 from spf.files import write_json
 from spf.lab.analysis.gradients import captured_energy, chance_overlap, group_cosine, sample_gram
-from spf.lab.bench.trainer import collate_answers
 from spf.lab.demo.run import HARMLESS_STUB, DemoArguments, training_data
 from spf.lab.demo.sql import make_sql_examples
+from spf.lab.trainer import collate_answers
 from spf.models import DEMO_MODEL, load_aligned_demo_model, load_model
 from spf.probe import SafetyProbe
 from spf.subspace import Factors, cumulative_energy_ratio, effective_rank, overlap, svd_dense

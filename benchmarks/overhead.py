@@ -6,10 +6,15 @@ Random weights of the named size, random tokens, 4 anchors of 40 tokens a probe.
 against its own copy of plain fine-tuning, step by step in turn. Ratios on a CPU are of processor time, which other
 programs on the machine disturb less than the clock; the clock's are beside it. Beside them stand the limits: what
 the rule has to compute and to keep, over what plain fine-tuning does (operations), and the bytes it adds.
-Then the same with `--memory` adds each arm's peak memory, in a process of its own.
+Then the same with `--memory` adds each arm's peak memory, in a process of its own. `--monitored` measures something
+else: the peak of
+steps, after set-up and the first one, of plain fine-tuning and of the null space with and without asking the watched
+prompts at
+each of them; with `--checkpointing` under gradient checkpointing.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -34,7 +39,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spf.data import Anchor
 from spf.files import write_json
-from spf.lab.bench.trainer import IGNORED, answer_logits
+from spf.lab.trainer import IGNORED, answer_logits
 from spf.models import cpu_dtype, machine_device, peak_memory_mb
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
@@ -58,6 +63,7 @@ RULES = {
     "mix": Mix(),
     "safegrad": SafeGrad(),
 }
+MONITORED = ["plain", "null-space, not monitored", "null-space, monitored"]
 OTHERS = ["released-code style", "torchjd pcgrad"]
 ANCHOR = 40
 SETTINGS = {"size": "135M", "tuning": "lora", "batch": 8, "tokens": 512, "answer": 128, "rank": None, "accumulation": 1}
@@ -78,6 +84,8 @@ def main() -> None:
     )
     parser.add_argument("--rules", nargs="+", choices=[*RULES, *OTHERS], default=[*RULES, *OTHERS])
     parser.add_argument("--memory", action="store_true", help="add peak memory to the file of a timed run")
+    parser.add_argument("--monitored", action="store_true", help="peak memory of monitored steps, in a file of its own")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("overhead.json"))
     args = parser.parse_args()
@@ -92,6 +100,9 @@ def main() -> None:
         return
     if args.memory:
         measure_memory(args)
+        return
+    if args.monitored:
+        measure_monitored(args)
         return
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -133,6 +144,26 @@ def measure_memory(args: argparse.Namespace) -> None:
     show(result)
 
 
+def measure_monitored(args: argparse.Namespace) -> None:
+    """Peak memory of plain steps, of the null space's, and of these with the watched prompts asked at each."""
+    peaks: dict[str, list[float]] = {name: [] for name in MONITORED}
+    for name in tqdm(list(peaks) * args.rounds, desc="peak memory"):
+        done = subprocess.run(
+            [sys.executable, *sys.argv, "--peak-of", name], capture_output=True, text=True, check=True
+        )
+        peaks[name].append(json.loads(done.stdout.splitlines()[-1]))
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            **{key: getattr(args, key) for key in (*SETTINGS, "rounds", "checkpointing")},
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "spf")},
+            "peak_mb": peaks,
+        }
+        write_json(args.output, result)
+    plain = statistics.median(peaks["plain"])
+    for name, values in peaks.items():
+        print(f"{name}: {statistics.median(values):.0f} MiB, {statistics.median(values) / plain:.3f} x plain")
+
+
 def make_rule(name: str, rank: int | None) -> Rule:
     """The rule of an arm; a rank only for those that have one."""
     return RULES[name] if rank is None else replace(RULES[name], rank=rank)
@@ -159,6 +190,10 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
         model = AutoModelForCausalLM.from_config(config, dtype=cpu_dtype() if lora else torch.float32)
     if lora:
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
+        if lora:
+            model.enable_input_require_grads()
     if half:
         # as accelerate does it, so that the probe's passes are in bfloat16 too
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
@@ -177,15 +212,15 @@ def build(name: str, args: argparse.Namespace) -> tuple[Callable[[], None], dict
         for i, row in enumerate(torch.randint(0, vocabulary, (144, ANCHOR)).tolist())
     ]
     probe = SafetyProbe(model, anchors)
-    if name in RULES:
-        # the null space alone measures its safety loss every 10 steps, as SafetyCallback does
-        monitored = name == "null-space"
+    if name in RULES or name in MONITORED[1:]:
+        # the null space alone asks its watched prompts every 10 steps, as SafetyCallback does
+        monitor_steps = {"null-space": 10, "null-space, monitored": 1}.get(name, 0)
         correction = torch.bfloat16 if half else torch.float32
         optimizer = SafetyOptimizer(
             optimizer,
             probe,
-            make_rule(name, args.rank),
-            monitor_steps=10 if monitored else 0,
+            make_rule(name.partition(",")[0], args.rank),
+            monitor_steps=monitor_steps,
             correction_dtype=correction,
         )
     seconds = {"setup": time.perf_counter() - started}
@@ -285,11 +320,29 @@ def limits(name: str, args: argparse.Namespace) -> dict:
 
 
 def peak(args: argparse.Namespace) -> float:
-    """Peak memory of three steps of one arm, MiB: of the GPU, or of this process."""
+    """Peak memory of one arm, MiB, of the GPU or this process: of set-up and three steps, or of later steps alone."""
     step, _ = build(args.peak_of, args)
-    for _ in range(3):
+    step()
+    if args.monitored:
+        forget_peak()
+    for _ in range(2):
         step()
-    return peak_memory_mb()
+    return peak_memory_mb() if not args.monitored or torch.cuda.is_available() else peak_since_mb()
+
+
+def forget_peak() -> None:
+    """Have the peaks count from here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what set-up has freed, which would count with the steps
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+
+
+def peak_since_mb() -> float:
+    """The largest resident size since `forget_peak`, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
 
 
 def show(result: dict) -> None:

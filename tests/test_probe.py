@@ -148,7 +148,7 @@ def test_the_tokens_around_the_beginning_of_the_answer_take_the_first_directions
     probe = SafetyProbe(model, anchors[:2], pad_token_id=1)
     name = next(name for name in probe.matrices if "down_proj" in name)
     inputs = []
-    hook = probe.matrices[name].module.register_forward_hook(lambda m, x, y: inputs.append(x[0][0]))
+    hook = probe.matrices[name].modules[0].register_forward_hook(lambda m, x, y: inputs.append(x[0][0]))
     for anchor in anchors[:2]:
         model(input_ids=torch.tensor([anchor.prompt_ids + anchor.refusal_ids]))
     hook.remove()

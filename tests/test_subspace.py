@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spf.bases import InputSketch
 from spf.subspace import (
     Factors,
-    InputSketch,
     SafetySubspace,
     cumulative_energy_ratio,
     effective_rank,
@@ -99,8 +99,8 @@ def test_sketch_survives_fewer_directions_than_it_has_room_for():
 
 def test_save_and_load(tmp_path):
     subspace = SafetySubspace(
-        left={"a.weight": random(4, 2, seed=0)},
-        right={"b/c": random(5, 3, seed=1)},
+        left={"a.weight": torch.linalg.qr(random(4, 2, seed=0)).Q},
+        right={"b/c": torch.linalg.qr(random(5, 3, seed=1)).Q},
         target={"b/c": random(2, 3, seed=2)},
         metadata={"rule": "x"},
     )

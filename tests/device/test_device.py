@@ -7,6 +7,8 @@ import pytest
 from tests.conftest import run_module
 from tests.device.worker import METHODS, RULES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

@@ -89,7 +89,7 @@ def trained(
         optimizer.step()
         optimizer.zero_grad()
     optimizer.attachment.metrics()
-    optimizer.attachment.verify()
+    optimizer.finish()
     return {
         name: p.detach().raw if isinstance(p, SimulatedTensor) else p.detach().clone()
         for name, p in model.named_parameters()
@@ -98,14 +98,14 @@ def trained(
 
 def planted_fault(device: torch.device) -> None:
     """A basis that stays on the CPU: the pretended device has to notice, or it proves nothing."""
-    from spf.optimizer import Attachment
+    from spf.rules.constraint import Constraint
 
-    follow = Attachment._follow
-    Attachment._follow = lambda self: None  # type: ignore[method-assign]
+    follow = Constraint.follow
+    Constraint.follow = lambda self: None  # type: ignore[method-assign]
     try:
         trained(NullSpace(rank=8), False, device, moved_late=True)
     finally:
-        Attachment._follow = follow  # type: ignore[method-assign]
+        Constraint.follow = follow  # type: ignore[method-assign]
 
 
 def benchmark_cell(method: str, tuning: Any, workspace: Workspace) -> dict[str, Any]:

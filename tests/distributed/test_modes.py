@@ -25,6 +25,7 @@ FP32 = [
     "checkpointing",
 ]
 MATRICES = 15
+pytestmark = pytest.mark.distributed
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'spf[deepspeed]'"
 )
@@ -36,6 +37,7 @@ def output() -> Path:
     prompts = packaged_prompts("harmful_anchors")[:12]
     lines = [json.dumps({"prompt": p, "refusal": REFUSAL}) for p in prompts]
     (directory / "safety.jsonl").write_text("\n".join(lines))
+    (directory / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
     return directory
 
 
@@ -72,59 +74,115 @@ def deviation(one: dict, other: dict, key: str) -> float:
     return max(abs(a - b) for a, b in zip(one[key], other[key], strict=True))
 
 
-MODES = ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3))]
+MODES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_two_processes_equal_one(mode):
-    single = trained("single")[0]
-    for rank, cases in enumerate(trained(mode)):
-        where = f"{mode}, rank {rank}, "
-        for name in FP32:
-            case, reference = cases[name], single[name]
-            # Adam divides by small second moments, so it amplifies the order of summation
-            assert distance(case, reference) < (2e-4 if "adamw" in name else 1e-6), where + name
-            assert deviation(case, reference, "losses") < 1e-5, where + name
-            assert deviation(case, reference, "cos") < 1e-5, where + name
-            assert case["corrected"] == reference["corrected"] >= (2 if "constrained" in name else 4), where + name
-            assert case["split"] == (mode != "ddp")
-        # the comparison would see a rule that does nothing
-        assert distance(cases["unprojected"], single["spf-left-full"]) > 1e-3, where
-        assert "answers the held inputs differently" in cases["fault"]["error"], where
-        # bf16 rounds differently under autocast and in DeepSpeed, but the constraint was verified and held
-        assert cases["null-space-bf16"]["corrected"] == 4
-        assert deviation(cases["null-space-bf16"], single["null-space-full"], "losses") < 0.1, where
-        # a run taken up again is the same run
-        assert distance(cases["resume"], cases["null-space-full"]) < 1e-6, where
-        assert distance(cases["resume-lora"], cases["null-space-lora-adamw"]) < 2e-5, where
+def in_mode(mode: str, *rest: str):
+    """A test of a mode. All are in this one file, so that one worker process trains every mode once."""
+    return pytest.param(mode, *rest, marks=[needs_deepspeed] if mode.startswith("zero") else [])
+
+
+every_mode = pytest.mark.parametrize("mode", [in_mode(mode) for mode in MODES])
+
+
+@pytest.mark.parametrize(("mode", "name"), [in_mode(mode, name) for mode in MODES for name in FP32])
+def test_two_processes_equal_one(mode, name):
+    reference = trained("single")[0][name]
+    for ranks in trained(mode):
+        case = ranks[name]
+        # Adam divides by small second moments, so it amplifies the order of summation
+        assert distance(case, reference) < (2e-4 if "adamw" in name else 1e-6)
+        assert deviation(case, reference, "losses") < 1e-5
+        assert deviation(case, reference, "cos") < 1e-5
+        assert case["corrected"] == reference["corrected"] >= (2 if "constrained" in name else 4)
+        assert case["split"] == (mode != "ddp")
+
+
+FAULTS = {"fault": 1, "fault-lora": 2, "fault-late": 4, "fault-one": 1, "fault-one-lora": 2}
+"""By which step each planted fault of the null space has to be found: with LoRA, lora_A does not move at the first."""
+
+
+@pytest.mark.parametrize(("mode", "name"), [in_mode(mode, name) for mode in ["single", *MODES] for name in FAULTS])
+def test_a_correction_that_is_left_out_is_found(mode, name):
+    for ranks in trained(mode):
+        assert "answers the held inputs differently" in ranks[name]["error"]
+        assert ranks[name]["step"] <= FAULTS[name]
+
+
+@pytest.mark.parametrize("mode", [in_mode(mode) for mode in ["single", *MODES]])
+def test_a_gradient_that_is_not_corrected_is_found(mode):
+    for ranks in trained(mode):
+        assert "the gradients still have" in ranks["unprojected"]["error"]
+
+
+@every_mode
+def test_ranks_ask_for_own_refusals_in_step(mode):
+    """Ranks that judge for themselves make different numbers of passes, and wait for each other for ever."""
+    first, second = (ranks["own-refusals"]["rows"] for ranks in trained(mode))
+    assert first == second
+    assert len(first) == 6
+
+
+@every_mode
+def test_bf16_rounds_differently_and_holds(mode):
+    for ranks in trained(mode):
+        assert ranks["null-space-bf16"]["corrected"] == 4
+        reference = trained("single")[0]["null-space-full"]
+        assert deviation(ranks["null-space-bf16"], reference, "losses") < 0.1
+
+
+@every_mode
+def test_a_run_taken_up_again_is_the_same_run(mode):
+    for ranks in trained(mode):
+        assert distance(ranks["resume"], ranks["null-space-full"]) < 1e-6
+        assert distance(ranks["resume-lora"], ranks["null-space-lora-adamw"]) < 2e-5
         for key in ("losses", "cos"):
-            assert deviation(cases["resume"], cases["null-space-full"], key) < 1e-5, where + key
-        assert cases["resume"]["corrected"] == 4
-        check_collectives(mode, cases)
-    if mode == "ddp":
-        assert distance(trained(mode)[0]["resume-elsewhere"], single["null-space-full"]) < 1e-6
-    if mode in ("zero2", "zero3"):
-        for rank in trained(mode):
-            assert rank["offload"]["corrected"] == rank["offload-spf"]["corrected"] == 4
-            assert distance(rank["offload"], single["null-space-full"]) < 1e-6
-            assert distance(rank["offload-spf"], single["spf-both-full"]) < 1e-6
-    if mode.startswith("zero"):
-        # borders that cut rows are what is hard about flat partitions
-        assert trained(mode)[0]["null-space-lora-adamw"]["cut_rows"] > 0
-    if mode == "zero3":
-        for case in (rank["in-groups"] for rank in trained(mode)):
-            assert case["groups"] > 1
-            assert case["corrected"] == 4
-            assert distance(case, single["null-space-full"]) < 1e-6
-            assert "steps them in" in case["refused"]
-        assert trained(mode)[0]["null-space-full"]["cut_rows"] > 0
+            assert deviation(ranks["resume"], ranks["null-space-full"], key) < 1e-5
+        assert ranks["resume"]["corrected"] == 4
 
 
-def test_fsdp2_goes_on_with_another_number_of_processes():
+@pytest.mark.parametrize("mode", [in_mode("ddp")])
+def test_ddp_goes_on_from_one_process(mode):
+    assert distance(trained("ddp")[0]["resume-elsewhere"], trained("single")[0]["null-space-full"]) < 1e-6
+
+
+@pytest.mark.parametrize("mode", [in_mode("zero2"), in_mode("zero3")])
+def test_the_optimizer_may_be_on_the_cpu(mode):
+    single = trained("single")[0]
+    for ranks in trained(mode):
+        assert ranks["offload"]["corrected"] == ranks["offload-spf"]["corrected"] == 4
+        assert distance(ranks["offload"], single["null-space-full"]) < 1e-6
+        assert distance(ranks["offload-spf"], single["spf-both-full"]) < 1e-6
+
+
+@pytest.mark.parametrize("mode", [in_mode(mode) for mode in ("zero1", "zero2", "zero3")])
+def test_borders_cut_rows(mode):
+    """What is hard about flat partitions; without it the other tests would prove less."""
+    assert trained(mode)[0]["null-space-lora-adamw"]["cut_rows"] > 0
+    assert trained(mode)[0]["null-space-full"]["cut_rows"] >= (mode == "zero3")
+
+
+@pytest.mark.parametrize("mode", [in_mode("zero3")])
+def test_stage_3_in_groups(mode):
+    for case in (rank["in-groups"] for rank in trained("zero3")):
+        assert case["groups"] > 1
+        assert case["corrected"] == 4
+        assert distance(case, trained("single")[0]["null-space-full"]) < 1e-6
+        assert "steps them in" in case["refused"]
+
+
+@pytest.mark.parametrize("mode", [in_mode("fsdp2")])
+def test_fsdp2_goes_on_with_another_number_of_processes(mode):
     trained("fsdp2")
     launch(1, "fsdp2", str(output()), "resume-elsewhere")
     parameters = torch.load(output() / "fsdp2-resume-elsewhere-0.pt")
     assert distance({"parameters": parameters}, trained("single")[0]["null-space-full"]) < 1e-6
+
+
+@every_mode
+def test_collectives_in_the_step_hooks(mode):
+    for ranks in trained(mode):
+        check_collectives(mode, ranks)
 
 
 def check_collectives(mode: str, cases: dict[str, dict]) -> None:
@@ -145,5 +203,5 @@ def check_collectives(mode: str, cases: dict[str, dict]) -> None:
     # the scalars of all matrices in one, the matrices in another
     spf = calls["spf-left-full"]
     assert [call for call in spf if call == scalars] == [scalars] * 4
-    assert 4 < len(spf) <= 8
-    assert len(calls["rank1-lora"]) == len(calls["safegrad-full"]) == 4
+    assert 4 < len(spf) <= 9  # one more to show that the first correction arrived
+    assert len(calls["rank1-lora"]) == len(calls["safegrad-full"]) == 5

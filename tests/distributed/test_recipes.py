@@ -9,6 +9,7 @@ from spf.data import packaged_prompts
 from tests.conftest import REFUSAL, make_model, make_tokenizer, run_module
 from tests.distributed.test_modes import needs_deepspeed
 
+pytestmark = pytest.mark.distributed
 RECIPES = [
     ("ddp", "sft_lora"),
     ("fsdp2", "sft_full"),

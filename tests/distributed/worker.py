@@ -27,7 +27,9 @@ if MODE not in ("single", "ddp"):
 
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -39,10 +41,12 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments  # noqa: E402
 
-import spf.optimizer as optimizer_module  # noqa: E402
+import spf.data.refusals as refusals  # noqa: E402
+import spf.rules.spf as published  # noqa: E402
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError  # noqa: E402
-from spf.optimizer import Attachment  # noqa: E402
 from spf.rules import Constrained, Mix, SafeGrad  # noqa: E402
+from spf.rules.null_space import Holding  # noqa: E402
+from spf.stepping import Stepping  # noqa: E402
 from tests.conftest import make_tokenizer  # noqa: E402
 from tests.test_callback import token_data  # noqa: E402
 
@@ -86,7 +90,7 @@ collectives: list[tuple[str, int]] = []
 def watch_hooks() -> None:
     """Record every collective of torch that runs inside the rule's step hooks."""
     for name in ("_before", "_after"):
-        real = getattr(Attachment, name)
+        real = getattr(Stepping, name)
 
         def wrapped(self, *args, real=real):
             global in_hook
@@ -96,7 +100,7 @@ def watch_hooks() -> None:
             finally:
                 in_hook = False
 
-        setattr(Attachment, name, wrapped)
+        setattr(Stepping, name, wrapped)
     for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"):
         real = getattr(dist, name)
 
@@ -170,7 +174,7 @@ def make_trainer(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, 
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     GradientState._reset_state()
-    callback = SafetyCallback(str(Path(OUTPUT) / "safety.jsonl"), case.rule, monitor_steps=2)
+    callback = SafetyCallback(str(Path(OUTPUT) / "safety.jsonl"), case.rule, monitor_steps=2, cosines=True)
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": STEPS,
@@ -255,28 +259,42 @@ def resume_elsewhere(case: Case, directory: Path) -> dict[str, Any]:
     return record(trainer, callback)
 
 
-def planted_fault(case: Case, directory: Path) -> dict[str, Any]:
-    """The constraint is not applied: training has to stop."""
-    real = Attachment._hold
-    Attachment._hold = lambda self, names: None  # type: ignore[method-assign]
+def stopped(case: Case, directory: Path) -> dict[str, Any]:
+    """What training stopped with, if it did."""
     try:
         trainer, _ = make_trainer(case, directory)
         trainer.train()
     except CorrectionError as error:
-        return {"error": str(error)}
-    finally:
-        Attachment._hold = real  # type: ignore[method-assign]
+        return {"error": str(error), "step": trainer.state.global_step}
     return {"error": ""}
 
 
+def planted(held: Callable[[Holding, list[str]], list[str]]) -> Callable[[Case, Path], dict[str, Any]]:
+    """A run in which only those of the matrices are corrected that `held` names: training has to stop."""
+
+    def fault(case: Case, directory: Path) -> dict[str, Any]:
+        real = Holding._hold
+        Holding._hold = lambda self, names: real(self, held(self, list(names)))  # type: ignore[method-assign]
+        try:
+            return stopped(case, directory)
+        finally:
+            Holding._hold = real  # type: ignore[method-assign]
+
+    return fault
+
+
+def without_one(self: Holding, names: list[str]) -> list[str]:
+    return [name for name in names if name != sorted(self.run.matrices)[3]]
+
+
 def unprojected(case: Case, directory: Path) -> dict[str, Any]:
-    """The gradient rule corrects nothing: the comparison with one process has to notice."""
-    real = optimizer_module.without_components
-    optimizer_module.without_components = lambda G, *rest: G  # type: ignore[assignment]
+    """The gradient rule corrects nothing: the gradients that are used have to show it."""
+    real = published.without_components
+    published.without_components = lambda G, *rest: G  # type: ignore[assignment]
     try:
-        return run(case, directory)
+        return stopped(case, directory)
     finally:
-        optimizer_module.without_components = real
+        published.without_components = real
 
 
 def offloaded(case: Case, directory: Path) -> dict[str, Any]:
@@ -304,10 +322,29 @@ def in_groups(case: Case, directory: Path) -> dict[str, Any]:
     return result
 
 
+def own_refusals(case: Case, directory: Path) -> dict[str, Any]:
+    """Prompts without refusals, and ranks that judge differently: what rank 0 heard has to count on all of them."""
+    heard = itertools.count()
+    real = refusals.is_refusal
+    refusals.is_refusal = lambda answer: RANK == 0 and next(heard) % 2 == 0
+    try:
+        trainer, callback = make_trainer(case, directory)
+        callback.safety_data, callback.anchors = str(Path(OUTPUT) / "prompts.jsonl"), 6
+        trainer.train()
+    finally:
+        refusals.is_refusal = real
+    return {"rows": [[row.messages[0]["content"], row.refusal] for row in callback._rows]}
+
+
 SPECIAL = {
     "resume": (resume, "null-space-full"),
     "resume-lora": (resume, "null-space-lora-adamw"),
-    "fault": (planted_fault, "null-space-full"),
+    "own-refusals": (own_refusals, "null-space-full"),
+    "fault": (planted(lambda self, names: []), "null-space-full"),
+    "fault-lora": (planted(lambda self, names: []), "null-space-lora-adamw"),
+    "fault-late": (planted(lambda self, names: names if self.run.steps < 2 else []), "null-space-full"),
+    "fault-one": (planted(without_one), "null-space-full"),
+    "fault-one-lora": (planted(without_one), "null-space-lora-adamw"),
     "unprojected": (unprojected, "spf-left-full"),
 }
 if MODE == "zero3":

@@ -1,7 +1,6 @@
 """What happens inside a causal model: MLP activations, and how steep its answer is in its input."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spf.lab.analysis.inputs import Prompts, position_ids
+from spf.models import evaluating
 
 # names of the matrices that read the residual stream, and of the one that writes to it
 _KINDS = ((("up_proj", "gate_proj"), "down_proj"), (("gate_up_proj",), "down_proj"), (("c_fc",), "c_proj"))
@@ -102,7 +102,7 @@ def capture(
     handles = [mlp.second[1].register_forward_pre_hook(take_hidden) for mlp in mlps]
     handles += [next(iter(mlp.first.values())).register_forward_pre_hook(take_input) for mlp in mlps]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for embeds, mask in _batches(model, prompts, batch_size):
                 sums.clear()
                 reads.clear()
@@ -148,7 +148,7 @@ def local_lipschitz(model: PreTrainedModel, prompts: Prompts | Tensor, *, batch_
     if shortest < 2:
         raise ValueError("local_lipschitz: a prompt has one token, so there is nothing before its last one")
     norms = []
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for embeds, mask in _batches(model, prompts, batch_size):
             embeds.requires_grad_(True)
             output = model(
@@ -174,15 +174,3 @@ def _batches(model: PreTrainedModel, prompts: Prompts | Tensor, batch_size: int)
             yield embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device)
         else:
             yield part.embed(model), part.attention_mask.to(model.device)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode (no dropout, no checkpointing), put back afterwards."""
-    modes: Sequence[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

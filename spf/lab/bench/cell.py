@@ -43,10 +43,10 @@ from spf.evaluation.run import renders
 from spf.files import replace_file, write_json
 from spf.lab.bench.methods import Method, Workspace, make_method
 from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, training_rows
-from spf.lab.bench.trainer import AnswerTrainer, collate_answers
 from spf.lab.demo.preferences import make_preferences
 from spf.lab.demo.sql import execution_match, make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
+from spf.lab.trainer import AnswerTrainer, collate_answers
 from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device, peak_memory_mb
 from spf.text.generation import context_length, pad_id
 

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from spf.callback import SafetyCallback
 from spf.data import SafetyRow, load_safety_rows, reworded_anchors, tokenise
 from spf.lab.baselines import constrained_sft, kl, lisa, one_shot, projection, resta, safe_lora, safeinstr, sppft
-from spf.lab.bench.trainer import AnswerLoss, answer_logits
-from spf.optimizer import null_space_bases
+from spf.lab.trainer import AnswerLoss, answer_logits
 from spf.probe import SafetyProbe
-from spf.rules import SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
+from spf.rules import SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad, null_space_bases
 from spf.safetylock import echoed, extract, refusal_pairs
 from spf.text.generation import context_length, pad_id
 

@@ -294,7 +294,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(checkpoints, monkeypatch):
 )
 def test_mistakes_end_in_one_sentence(checkpoints, capsys, options, said):
     more = options.pop("more", [])
-    assert command(checkpoints, *more, **options) == 1
+    assert command(checkpoints, *more, **options) == 2
     assert said in capsys.readouterr().err
 
 

@@ -1,0 +1,154 @@
+"""What a checkpoint holds of a run: counters, refusals by hash of their prompts, and where the run's bases are."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from spf.data import SafetyDataError, SafetyRow
+from spf.files import write_json
+from spf.subspace import SafetySubspace
+
+STATE_FILE = "spf_state.json"
+SUBSPACE_FILE = "spf_subspace-{hash}.safetensors"
+"""The bases of a run, beside its checkpoints: they never change, so they are written once, and not into each."""
+
+FORMAT = 2
+
+
+@dataclass
+class Saved:
+    """What was read from a checkpoint or written: the attachment's state, the safety samples' entries, and the bases.
+
+    bases: name and sha256 of the file, None for rules that hold nothing. run: the directory it is in.
+    """
+
+    state: dict[str, Any]
+    entries: list[dict[str, Any]]
+    bases: dict[str, str] | None = None
+    run: Path | None = None
+    subspace: SafetySubspace | None = field(default=None, repr=False)
+
+    def rows(self, data: Sequence[SafetyRow]) -> list[SafetyRow]:
+        """The safety samples of the run, from the safety data.
+
+        Raises:
+            SafetyDataError: a sample of the run is not in the data any more.
+        """
+        known = {_hash(row): row for row in data}
+        rows = []
+        for entry in self.entries:
+            if entry["prompt"] not in known:
+                raise SafetyDataError(
+                    "the safety data are not those that the checkpoint was made with: a prompt is missing; give "
+                    "the same "
+                    "safety_data, or start a new run"
+                )
+            row = known[entry["prompt"]]
+            rows.append(
+                row if row.refusal is not None else replace(row, refusal=entry["refusal"], cut=entry["cut"], own=True)
+            )
+        return rows
+
+
+def write_checkpoint(
+    directory: Path, state: dict[str, Any], rows: Sequence[SafetyRow], subspace: SafetySubspace, before: Saved | None
+) -> Saved:
+    """Write the state into a checkpoint's directory, and the bases beside it unless they are there.
+
+    No prompt and no path is written: a sample is named by the hash of its prompt, and the model's own refusal goes
+    with it.
+    """
+    entries = [
+        {"prompt": _hash(replace(row, refusal=None)), "refusal": row.refusal, "cut": row.cut}
+        if row.own
+        else {"prompt": _hash(row), "refusal": None, "cut": row.cut}
+        for row in rows
+    ]
+    bases, run = (before.bases, before.run) if before else (None, None)
+    if subspace.right and (bases is None or run != directory.parent):
+        bases, run = _write_bases(directory.parent, subspace), directory.parent
+    write_json(directory / STATE_FILE, {"format": FORMAT, "state": state, "samples": entries, "subspace": bases})
+    return Saved(state, entries, bases, run)
+
+
+def read_checkpoint(directory: Path) -> Saved:
+    """Read what `write_checkpoint` wrote.
+
+    Raises:
+        FileNotFoundError: the state or the bases are missing.
+        ValueError: a file is damaged, or the bases are not those of the checkpoint.
+    """
+    path = directory / STATE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, so the run cannot go on; was it made without SafetyCallback? "
+            "A checkpoint outside output_dir has to be named in TrainingArguments(resume_from_checkpoint=...)"
+        )
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content.get("format") != FORMAT:
+            raise ValueError(f"{path}: written by another version of spf; go on with that one, or start a new run")
+        saved = Saved(content["state"], content["samples"], content["subspace"], directory.parent)
+    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); go on from an earlier checkpoint") from error
+    if saved.bases is not None:
+        name, wanted = saved.bases["file"], saved.bases["sha256"]
+        places = [place for place in (directory.parent / name, directory / name) if place.is_file()]
+        if not places:
+            raise FileNotFoundError(
+                f"{directory.parent / name} is missing: the run's safety subspace is kept once, beside its "
+                f"checkpoints; "
+                "copy it there from the directory of the run"
+            )
+        if _sha256(places[0]) != wanted:
+            raise ValueError(
+                f"{places[0]}: not the safety subspace that the checkpoint was made with, or damaged; copy it anew"
+            )
+        saved.subspace, saved.run = SafetySubspace.load(places[0]), places[0].parent
+    return saved
+
+
+def checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer has just written a checkpoint."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool | None) -> Path:
+    """The checkpoint that a run goes on from: what `train` was given, else what fits the state."""
+    if isinstance(given, str):
+        return Path(given)
+    if given is True and (last := get_last_checkpoint(str(args.output_dir))) is not None:
+        return Path(last)
+    # the callback was added after the trainer was made, so what `train` was given is not known
+    own, named = checkpoint_directory(args, state), args.resume_from_checkpoint
+    candidates = [own, *([Path(named)] if isinstance(named, str) else [])]
+    for candidate in candidates:
+        file = candidate / "trainer_state.json"
+        if file.is_file() and json.loads(file.read_text("utf-8")).get("global_step") == state.global_step:
+            return candidate
+    return own
+
+
+def _write_bases(run: Path, subspace: SafetySubspace) -> dict[str, str]:
+    unnamed = run / SUBSPACE_FILE.format(hash="unfinished")
+    subspace.save(unnamed)
+    digest = _sha256(unnamed)
+    path = run / SUBSPACE_FILE.format(hash=digest[:12])
+    unnamed.replace(path)
+    return {"file": path.name, "sha256": digest}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(row: SafetyRow) -> str:
+    content = json.dumps([row.messages, row.refusal], sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()[:24]

@@ -1,0 +1,157 @@
+"""What a rule is: settings that a user chooses, and what they become when a run begins."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from spf.subspace import SafetySubspace
+
+if TYPE_CHECKING:
+    from spf.data import Anchor
+    from spf.matrices import Matrix
+    from spf.run import Run
+
+Gate = Literal["global", "matrix"]
+
+RULES: dict[str, "type[Rule]"] = {}
+"""Every rule by its name; a subclass of `Rule` that has a name is in it as soon as its module is imported."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a rule may be given besides its settings when a run begins.
+
+    subspace: bases estimated before; resumed: they come from a checkpoint, whose weights answer to them already.
+    reworded: further samples to hold. calibration: harmless samples. correction_dtype: of the product that takes a
+    violation out of a full matrix. new_tokens: ids that were added to the vocabulary and occur in no safety sample.
+    """
+
+    subspace: SafetySubspace | None = None
+    resumed: bool = False
+    reworded: "Sequence[Anchor]" = ()
+    calibration: "Sequence[Anchor]" = ()
+    correction_dtype: torch.dtype = torch.float32
+    new_tokens: Sequence[int] = ()
+
+
+class Rule:
+    """Settings of a rule: subclass it as a frozen dataclass with a `name`, and `prepare` it for a run.
+
+    adds_gradients: it adds safety gradients to those of the task. compares_all: it compares the gradients of all
+    matrices at once. holds: it holds what a subspace of the inputs says, and keeps parameters that are no matrices.
+    resumable: its state fits into a checkpoint.
+    """
+
+    name: ClassVar[str] = ""
+    adds_gradients: bool = True
+    compares_all: bool = False
+    holds: bool = False
+    resumable: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            RULES[cls.name] = cls
+
+    def corrects(self, matrices: "Mapping[str, Matrix]") -> "dict[str, Matrix]":
+        """Those of the model's trainable matrices that the rule corrects.
+
+        Raises:
+            UnsupportedModelError: it cannot act on one of them.
+        """
+        return dict(matrices)
+
+    def basis_samples(self, samples: int) -> int:
+        """How many of so many safety samples, the first ones, are held; the others are left to measure on."""
+        return 0
+
+    def reworded_samples(self, samples: int) -> int:
+        """How many of so many safety samples, the first ones, are held in other words, too."""
+        return 0
+
+    def wanted_samples(self) -> int | None:
+        """How many safety samples are enough; None for all."""
+        return None
+
+    def prepare(self, run: "Run", given: Given) -> "Correction":
+        """The rule at work on a run; called once, before the first step."""
+        raise NotImplementedError
+
+    def require(self, condition: bool, message: str) -> None:
+        """Refuse a setting; the message begins with the rule's name."""
+        if not condition:
+            raise ValueError(f"{self.name}: {message}")
+
+    def require_number(self, key: str, least: float, most: float = math.inf, *, above: bool = False) -> None:
+        """Refuse a setting that is not a finite number of at least (or `above`) `least` and at most `most`."""
+        value = vars(self)[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        low = number and (value > least if above else value >= least)
+        if not low or value > most:
+            if least == 0 and most == math.inf:
+                self.require(False, f"{key} must {'be positive' if above else 'not be negative'}, not {value}")
+            bound = f" and at most {most:g}" if most < math.inf else ""
+            self.require(False, f"{key} must be {'above' if above else 'at least'} {least:g}{bound}, not {value}")
+
+    def require_count(self, key: str, least: int) -> None:
+        """Refuse a setting that is not a whole number of at least `least`."""
+        value = vars(self)[key]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < least:
+            wanted = "not be negative" if least == 0 else f"be at least {least}"
+            self.require(False, f"{key} must {wanted if whole or least else 'be a whole number'}, not {value!r}")
+
+
+@dataclass
+class Correction:
+    """A rule at work: what it does around an optimizer step, what it proves, and what goes into a checkpoint.
+
+    needs_probe: it wants the safety gradients before every step. multiplier, lr_scale, scale: numbers for the logs.
+    subspace: what is held, if anything. learning_rows: whether rows of tokens added to the vocabulary learn.
+    """
+
+    run: "Run"
+    needs_probe: bool = True
+    multiplier: float = 0.0
+    lr_scale: float = 1.0
+    scale: dict[str, float] = field(default_factory=dict)
+    subspace: SafetySubspace = field(default_factory=SafetySubspace)
+    learning_rows: bool = False
+
+    def before_step(self, gradients: dict[str, Tensor], here: set[str]) -> None:
+        """Before the optimizer's step; gradients by name, those it is about to use, changed in place.
+
+        here: the parameters that this call of the optimizer steps (DeepSpeed makes one call a group).
+        """
+
+    def after_step(self, here: set[str]) -> None:
+        """After the optimizer's step."""
+
+    def finish_step(self) -> None:
+        """When all groups of a step had their turn."""
+
+    def check(self, final: bool) -> None:
+        """Prove on the model's own parameters that the last step was corrected; with `final`, of every matrix.
+
+        Raises:
+            CorrectionError: it was not.
+        """
+
+    def proven(self) -> str:
+        """What the checks have shown, in words."""
+        return ""
+
+    def whole_subspace(self) -> SafetySubspace:
+        """The subspace as a file holds it: of all processes' rows. All of them have to call it."""
+        return self.subspace
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint, as JSON."""
+        return {"multiplier": self.multiplier, "lr_scale": self.lr_scale}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.multiplier, self.lr_scale = state["multiplier"], state["lr_scale"]

@@ -1,0 +1,157 @@
+"""Run: what a rule may ask for while a model is trained."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spf.data import Anchor, AnchorRotation
+from spf.errors import CorrectionError, UnsupportedSetupError
+from spf.linalg import stacked
+from spf.matrices import Matrix
+from spf.probe import ProbeResult, SafetyProbe
+from spf.sharding import Block, Sharding
+
+if TYPE_CHECKING:
+    from spf.rules.base import Rule
+
+WATCHED = 16
+"""How many safety samples, none of them held, are watched."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Safety and utility gradient of each matrix, by name: their inner product and squared norms."""
+
+    inner: dict[str, float]
+    safety: dict[str, float]
+    utility: dict[str, float]
+
+
+class Run:
+    """The matrices of a rule, this process's parts of them, sums over processes, the last probe, notes for the logs."""
+
+    def __init__(self, probe: SafetyProbe, optimizer: torch.optim.Optimizer, rule: "Rule"):
+        """
+        Raises:
+            UnsupportedSetupError, UnsupportedModelError, CorrectionError: the rule could not act here.
+        """
+        self.probe = probe
+        self.rule = rule
+        trainable = {name: matrix.weight for name, matrix in probe.matrices.items()} | probe.others
+        self.sharding = Sharding(probe.model, optimizer, trainable)
+        self.optimizer = self.sharding.optimizer
+        self.matrices: dict[str, Matrix] = rule.corrects(probe.matrices)
+        self._check_optimizer()
+        anchors = probe.rotation.anchors
+        held = rule.basis_samples(len(anchors))
+        self.basis: list[Anchor] = anchors[:held]
+        """The samples that are held; the probe's own rotation stays as it is, for others who use it."""
+        rest = anchors[held:] or anchors
+        self.rotation = AnchorRotation(rest, min(probe.rotation.size, len(rest)), probe.rotation.seed)
+        self.watched: list[Anchor] = rest[:WATCHED]
+        self.result: ProbeResult | None = None
+        self.comparison: Comparison | None = None
+        self.steps = 0
+        self.skipped = 0
+        self.corrected = 0
+        self._window: dict[str, list[float]] = {}
+
+    def blocks(self, name: str, tensor: Tensor) -> list[Block]:
+        """The rectangles of a matrix in this process, of its holder, the gradient or the optimizer's state."""
+        return self.sharding.parts[name].blocks(tensor, self.matrices[name].transposed)
+
+    def holder(self, name: str) -> Tensor:
+        """The tensor that the optimizer steps."""
+        return self.sharding.parts[name].holder.detach()
+
+    def height(self, name: str) -> int:
+        """The number of rows of a matrix."""
+        shape = self.sharding.parts[name].shape
+        return shape[1] if self.matrices[name].transposed else shape[0]
+
+    def total(self, tensors: Sequence[Tensor]) -> list:
+        """Small tensors of one shape summed over the processes, in one all-reduce, as nested lists; [] of none."""
+        return self.sharding.total(stacked(list(tensors))).tolist() if tensors else []
+
+    def note(self, key: str, value: float) -> None:
+        """Have the mean of `value` in the next log as `spf/key`."""
+        self._window.setdefault(key, []).append(value)
+
+    def notes(self) -> dict[str, float]:
+        """The means since the last call."""
+        out = {f"spf/{key}": sum(values) / len(values) for key, values in self._window.items()}
+        self._window = {}
+        return out
+
+    def removed(self, removed: float, whole: float) -> None:
+        """Note how much of an update (squared norms) the rule took out."""
+        self.corrected += removed > 0
+        if whole > 0:
+            self.note("removed_share", (removed / whole) ** 0.5)
+
+    def compare(self, gradients: dict[str, Tensor]) -> None:
+        """Inner products of utility and safety gradient, in one all-reduce; notes their cosine per layer group.
+
+        Where anything is NaN or inf, on whatever process, the step goes uncorrected by a gradient rule.
+        """
+        assert self.result is not None
+        result, names = self.result, list(gradients)
+        inner, utility = [], []
+        for name in names:
+            factors, blocks = result.factors[name], self.blocks(name, gradients[name])
+            inner.append(sum((factors.inner_block(b.tensor, b.rows, b.columns) for b in blocks), torch.zeros(())))
+            utility.append(sum((b.tensor.float().square().sum() for b in blocks), torch.zeros(())))
+        values = stacked([*inner, *utility])
+        values = self.sharding.total(values if result.finite else torch.full_like(values, torch.nan))
+        if not bool(torch.isfinite(values).all()):
+            self.result = self.comparison = None
+            self.skipped += 1
+            if self.skipped == 1:
+                warnings.warn(
+                    f"spf: NaN or inf in the safety loss or a gradient at step {self.steps}; such steps are not "
+                    "corrected by it and are counted in spf/skipped",
+                    stacklevel=2,
+                )
+            return
+        sums = values.tolist()
+        self.comparison = Comparison(
+            dict(zip(names, sums[: len(names)], strict=True)),
+            {name: float(result.factors[name].norm_squared()) for name in names},
+            dict(zip(names, sums[len(names) :], strict=True)),
+        )
+        self._note_cosines(self.comparison)
+
+    def _note_cosines(self, found: Comparison) -> None:
+        totals: dict[str, list[float]] = {}
+        for name in found.inner:
+            group = "attention" if "attn" in name or "attention" in name else "mlp" if "mlp" in name else "other"
+            for key in (group, "all"):
+                total = totals.setdefault(key, [0.0, 0.0, 0.0])
+                for i, value in enumerate((found.inner[name], found.safety[name], found.utility[name])):
+                    total[i] += value
+        for key, (inner, safety, utility) in totals.items():
+            if safety > 0 and utility > 0:
+                self.note("cos" if key == "all" else f"cos_{key}", inner / (safety * utility) ** 0.5)
+        if self.rule.holds:
+            self.note("conflict_rate", float(totals["all"][0] < 0))
+
+    def _check_optimizer(self) -> None:
+        for name, matrix in self.matrices.items():
+            if name not in self.sharding.parts:
+                raise CorrectionError(
+                    f"spf: {name} is trainable but not in the optimizer, so its updates cannot be corrected; "
+                    "freeze it or make the optimizer from model.parameters()"
+                )
+            if self.sharding.split and matrix.transposed:
+                raise UnsupportedSetupError(f"{name}: Conv1D (GPT-2) is not supported with FSDP2 or DeepSpeed; use DDP")
+        calls = self.sharding.calls(list(self.matrices))
+        if calls > 1 and self.rule.compares_all:
+            raise UnsupportedSetupError(
+                f"the rule {self.rule.name} compares all gradients at once, but DeepSpeed steps them in {calls} "
+                "groups; give all matrices the same optimizer settings and raise sub_group_size (stage 3), or use "
+                "null-space"
+            )

@@ -1,0 +1,130 @@
+"""The optimizer's step hooks: outer and nested steps, groups, steps that failed, rates. Knows no rule."""
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from spf.errors import CorrectionError, UnsupportedSetupError
+from spf.sharding import Sharding
+
+
+class Stepping:
+    """Calls `before` and `after` around every `step` of an optimizer, and `finish` when all groups had their turn.
+
+    seconds: what the three took. `expect()` goes before every step; `expected` is true until it came. `first_call`: in
+    `before`, whether no other group of this step had its turn yet.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        unknown: dict[int, str],
+        before: Callable[[set[str]], None],
+        after: Callable[[set[str]], None],
+        finish: Callable[[], None],
+    ):
+        """unknown: parameters that were frozen when the rule was put on, id to name.
+
+        Raises:
+            UnsupportedSetupError: the optimizer has a rule already.
+        """
+        self.sharding, self.optimizer = sharding, sharding.optimizer
+        for hook in self.optimizer._optimizer_step_pre_hooks.values():
+            if inspect.ismethod(hook) and isinstance(hook.__self__, Stepping):
+                raise UnsupportedSetupError(
+                    "the optimizer has a safety rule already (a second SafetyCallback, or a SafetyOptimizer that was "
+                    "given to a trainer with a SafetyCallback); use one, or take the first off with remove()"
+                )
+        self.lr_scale = 1.0
+        self.expected = False
+        self.first_call = True
+        self.seconds = 0.0
+        self._unknown = unknown
+        self._calls = (before, after, finish)
+        self._depth = 0
+        self._to_step: set[str] = set()
+        self._groups: list[dict[str, Any]] = []
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off, and put rates back that a step which failed left changed."""
+        self.recover()
+        for handle in self._handles:
+            handle.remove()
+
+    def recover(self) -> bool:
+        """Whether the last step raised an error between the hooks; if so, put back what it left."""
+        failed = self._depth > 0
+        self._restore()
+        self._depth, self._to_step = 0, set()
+        return failed
+
+    def expect(self) -> None:
+        """The next call of the optimizer's step is one of training."""
+        self.expected = True
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # A subclass whose step calls its parent's step fires the hooks twice; only the outer call counts.
+        self._depth += 1
+        if self._depth > 1:
+            return
+        start = time.perf_counter()
+        self.first_call = not self._to_step
+        if self.first_call:
+            self._to_step = set(self.sharding.parts)
+        self._refuse_unknown()
+        with torch.no_grad():
+            self._calls[0](self.sharding.stepped())
+        self._scale()
+        self.seconds += time.perf_counter() - start
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        start = time.perf_counter()
+        self._restore()
+        here = self.sharding.stepped()
+        with torch.no_grad():
+            self._calls[1](here)
+        # DeepSpeed calls the optimizer once a group; a step is over when every group had its turn.
+        self._to_step -= here
+        if not self._to_step:
+            # torch steps an optimizer without state once, at rate 0, to save it under FSDP2: no step of training
+            if self.expected:
+                self._calls[2]()
+            self.expected = False
+        self.seconds += time.perf_counter() - start
+
+    def _scale(self) -> None:
+        """Raise the rates for the step; weight decay, which optimizers multiply by the rate, stays what it was."""
+        if self.lr_scale == 1.0:
+            return
+        changed = ("lr", "weight_decay")
+        self._groups = [{k: group[k] for k in changed if k in group} for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            if group["lr"]:  # Adafactor finds its own rate if it has none
+                group["lr"] = group["lr"] * self.lr_scale
+                if "weight_decay" in group:
+                    group["weight_decay"] = group["weight_decay"] / self.lr_scale
+
+    def _restore(self) -> None:
+        for group, before in zip(self.optimizer.param_groups, self._groups, strict=bool(self._groups)):
+            group.update(before)
+        self._groups = []
+
+    def _refuse_unknown(self) -> None:
+        """A parameter that was frozen when the rule was put on, and is trained now, would go uncorrected."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) in self._unknown:
+                    raise CorrectionError(
+                        f"spf: {self._unknown[id(parameter)]} is trained, but was frozen when training began, so its "
+                        "updates would not be corrected; unfreeze it before, or start a new run"
+                    )

@@ -1,0 +1,217 @@
+"""Faults planted into the null space: no run with one of them may end like one that held."""
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from spf import CorrectionError, NullSpace, SafetyCallback, SafetyProbe, UnsupportedModelError, attach
+from spf.rules.constraint import Constraint
+from spf.rules.fixed import Fixed
+from spf.rules.null_space import Holding
+from tests.conftest import make_model
+from tests.test_callback import arguments, make_trainer, safety_data, token_data
+from tests.test_optimizer import train
+
+STEPS = 8
+
+
+class Saboteur(TrainerCallback):
+    """Takes the step hooks off, by the optimizer's own dictionary, when a step begins."""
+
+    def on_step_begin(self, args, state, control, optimizer, **kwargs):
+        if state.global_step == 3:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            inner._optimizer_step_pre_hooks.clear()
+            inner._optimizer_step_post_hooks.clear()
+
+
+def plant(monkeypatch, fault):
+    """Sabotage `_hold`; returns callbacks that a trainer has to be given."""
+    real = Holding._hold
+
+    def hold(self, names):
+        names = list(names)
+        if fault == "off" or (fault == "off from step 5" and self.run.steps >= 4):
+            names = []
+        elif fault == "one left out":
+            names = [name for name in names if name != sorted(self.run.matrices)[3]]
+        real(self, names)
+
+    monkeypatch.setattr(Holding, "_hold", hold)
+    return [Saboteur()] if fault == "hooks removed" else []
+
+
+def tiny(tuning, numbers):
+    model = make_model(dtype=torch.bfloat16 if numbers == "bfloat16 weights" else torch.float32)
+    if tuning == "lora":
+        config = LoraConfig(r=4, target_modules="all-linear")
+        model = get_peft_model(model, config, autocast_adapter_dtype=numbers != "bfloat16 weights")
+    return model
+
+
+def settings(numbers, warmup, learning_rate):
+    return {
+        "max_steps": STEPS,
+        "learning_rate": learning_rate,
+        "bf16": numbers == "autocast",
+        "warmup_steps": 3 if warmup else 0,
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "weight_decay": 0.01,
+    }
+
+
+CELLS = list(itertools.product(["full", "lora"], ["float32", "bfloat16 weights", "autocast"], [False, True]))
+FAULTS = ["off", "off from step 5", "one left out", "hooks removed"]
+
+
+@pytest.fixture(autouse=True)
+def bf16_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("tuning", "numbers", "warmup"), CELLS)
+def test_a_planted_fault_ends_in_an_error(tuning, numbers, warmup, fault, tmp_path, tokenizer, rows, monkeypatch):
+    callbacks = plant(monkeypatch, fault)
+    model = tiny(tuning, numbers)
+    # a step of bfloat16 weights has to be seen in them at all
+    rate = 5e-3 if numbers == "bfloat16 weights" else 1e-5
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    trainer = make_trainer(tmp_path, tokenizer, callback, model, callbacks, **settings(numbers, warmup, rate))
+    refused = tuning == "full" and numbers == "bfloat16 weights"
+    with pytest.raises(UnsupportedModelError if refused else CorrectionError):
+        trainer.train()
+    assert trainer.state.global_step <= (0 if refused else 6)
+    assert not list(tmp_path.glob("checkpoint-*"))  # nothing that is not protected was saved
+
+
+@pytest.mark.parametrize(("tuning", "numbers", "warmup"), CELLS)
+def test_without_a_fault_it_is_proven_in_words(tuning, numbers, warmup, tmp_path, tokenizer, rows, caplog):
+    if (tuning, numbers) == ("full", "bfloat16 weights"):
+        pytest.skip("refused, see above")
+    rate = 5e-3 if numbers == "bfloat16 weights" else 1e-5
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    make_trainer(tmp_path, tokenizer, callback, tiny(tuning, numbers), **settings(numbers, warmup, rate)).train()
+    count = len(callback.attachment.matrices)
+    last = caplog.records[-1].getMessage()
+    assert f"all {count} matrices answer the held inputs as before training" in last
+    assert f"{count} were seen to be pushed and put back" in last
+
+
+def test_the_remedy_for_bfloat16_weights_works(tmp_path, tokenizer, rows):
+    """The message says: dtype=torch.float32 and bf16=True."""
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    start = make_model()
+    before = {name: p.detach().clone() for name, p in start.named_parameters()}
+    trainer = make_trainer(tmp_path, tokenizer, callback, start, max_steps=60, bf16=True, learning_rate=1e-5)
+    trainer.train()
+    for name, matrix in callback.attachment.matrices.items():
+        moved = matrix.weight.detach() - before[name]
+        assert moved.norm() > 0
+        assert (moved @ callback.attachment.subspace.right[name]).norm() <= 0.01 * moved.norm()
+
+
+def test_a_run_in_which_nothing_ever_acted_is_an_error(anchors, monkeypatch):
+    """A basis that the data never reach: the weights move, and nothing shows that the rule does anything."""
+    model = make_model()
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    monkeypatch.setattr(Constraint, "allowed", lambda self, v: 1e9)  # as if everything were rounding
+    attachment = attach(probe, torch.optim.SGD(model.parameters(), lr=0.1), NullSpace(rank=4))
+
+    class Steps:
+        step = staticmethod(lambda: (attachment.refresh(), attachment.optimizer.step(), attachment.verify()))
+        zero_grad = staticmethod(attachment.optimizer.zero_grad)
+
+    train(model, Steps, 2)
+    with pytest.raises(CorrectionError, match="nothing ever had to be corrected"):
+        attachment.finish()
+
+
+def test_a_run_that_trains_nothing_has_nothing_to_prove(anchors):
+    model = make_model()
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    attachment = attach(probe, torch.optim.SGD(model.parameters(), lr=0.0), NullSpace(rank=4))
+
+    class Steps:
+        step = staticmethod(lambda: (attachment.refresh(), attachment.optimizer.step(), attachment.verify()))
+        zero_grad = staticmethod(attachment.optimizer.zero_grad)
+
+    train(model, Steps, 3)
+    assert attachment.finish() == "the matrices were not trained, so there was nothing to hold"
+
+
+@pytest.mark.parametrize("rule", [NullSpace(decision_weight=1e6, rank=1), NullSpace(contrast=32, rank=8)])
+def test_a_basis_with_no_directions_is_refused(rule, anchors):
+    model = make_model()
+    if rule.contrast:
+        with pytest.raises(ValueError, match=r"no input direction of .* would be held"):
+            attach(
+                SafetyProbe(model, anchors, pad_token_id=1),
+                torch.optim.SGD(model.parameters(), lr=0.1),
+                rule,
+                calibration=anchors,
+            )
+    with pytest.raises(ValueError, match=r"decision_weight must be above 0 and at most 1e\+06, not 1e\+38"):
+        NullSpace(decision_weight=1e38)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_what_is_kept_fixed_is_proven_too(tuning, tmp_path, tokenizer, rows, monkeypatch):
+    """A norm that trains changes every answer, whatever the matrices do."""
+    monkeypatch.setattr(Fixed, "before_step", lambda self, here: None)
+    model = make_model()
+    if tuning == "lora":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens"]))
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    with pytest.raises(CorrectionError, match="parameters that null-space keeps fixed have changed"):
+        make_trainer(tmp_path, tokenizer, callback, model).train()
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("damage", ["zeroed", "forgotten", "scaled"])
+def test_bases_that_are_lost_on_the_way_are_found(tuning, damage, tmp_path, tokenizer, rows):
+    """A V = 0 is true of any A if V is zero, and of no A that nobody looks at."""
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+
+    class Damage(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            attachment = callback.attachment
+            name = sorted(attachment.run.matrices)[0] if state.global_step == 2 else None
+            if name and damage == "zeroed":
+                attachment.subspace.right[name].zero_()
+            elif name and damage == "scaled":
+                attachment.subspace.right[name].mul_(0.5)
+            elif name:
+                attachment.run.matrices.pop(name)
+
+    trainer = make_trainer(tmp_path, tokenizer, callback, tiny(tuning, "float32"), [Damage()], max_steps=6)
+    with pytest.raises(CorrectionError):
+        trainer.train()
+
+
+def test_an_adapter_that_is_added_on_the_way_is_found(tmp_path, tokenizer, rows):
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+
+    class Add(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+                model.base_model.set_adapter(["default", "second"])
+
+    trainer = make_trainer(tmp_path, tokenizer, callback, tiny("lora", "float32"), [Add()], max_steps=4)
+    with pytest.raises(CorrectionError, match=r"second\.weight and 1 more trainable matrices are not corrected"):
+        trainer.train()
+
+
+def test_the_best_model_is_proven_when_it_is_loaded_at_the_end(tmp_path, tokenizer, rows, caplog):
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    args = arguments(TrainingArguments, tmp_path, max_steps=6, load_best_model_at_end=True, **best)
+    data = token_data()
+    trainer = Trainer(tiny("lora", "float32"), args, None, data, data, processing_class=tokenizer, callbacks=[callback])
+    trainer.train()
+    assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
