@@ -129,11 +129,13 @@ def refuse_rounded(matrices: Iterable[tuple[str, torch.dtype]]) -> None:
     if rounded:
         name, dtype = rounded[0]
         kind = str(dtype).removeprefix("torch.")
+        remedy = "load the model with dtype=torch.float32 (spf train: dtype: float32)"
+        if ".modules_to_save." in name:
+            remedy = "do p.data = p.data.float() for every p in model.parameters() that requires_grad"
         raise UnsupportedModelError(
-            f"{name} and {len(rounded) - 1} more trainable matrices are in {kind}, which rounds away most of a "
-            f"step and of "
-            "what null-space holds; load the model with dtype=torch.float32 (spf train: dtype: float32) and train "
-            "with bf16=True, which still computes in bfloat16, or use LoRA"
+            f"{name} and {len(rounded) - 1} more trainable matrices are in {kind}, which rounds away most of a step and "
+            f"of what null-space holds; {remedy} and train with bf16=True, which still computes in bfloat16, or use "
+            "LoRA alone"
         )
 
 

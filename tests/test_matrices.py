@@ -135,3 +135,25 @@ def test_biases_of_adapters_are_kept_fixed_and_named(tmp_path, tokenizer, rows, 
     make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows), NullSpace(rank=8)), model).train()
     assert any("2 bias vectors" in r.getMessage() for r in caplog.records)
     assert REFUSAL
+
+
+def test_a_layer_saved_whole_beside_adapters_is_refused_in_bfloat16_with_a_remedy_that_works(
+    tmp_path, tokenizer, rows, caplog, monkeypatch
+):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(make_model(dtype=torch.bfloat16), config)
+
+    def run():
+        callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+        make_trainer(tmp_path, tokenizer, callback, model, bf16=True).train()
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"lm_head\.modules_to_save.* p\.data = p\.data\.float\(\) for every p"
+    ):
+        run()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    run()
+    assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
