@@ -149,7 +149,12 @@ def measure_monitored(args: argparse.Namespace) -> None:
     peaks: dict[str, list[float]] = {name: [] for name in MONITORED}
     for name in tqdm(list(peaks) * args.rounds, desc="peak memory"):
         done = subprocess.run(
-            [sys.executable, *sys.argv, "--peak-of", name], capture_output=True, text=True, check=True
+            [sys.executable, *sys.argv, "--peak-of", name],
+            # glibc gives large pieces back when they are freed, and what is seen is what is in use
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peaks[name].append(json.loads(done.stdout.splitlines()[-1]))
         result = {

@@ -133,9 +133,9 @@ def refuse_rounded(matrices: Iterable[tuple[str, torch.dtype]]) -> None:
         if ".modules_to_save." in name:
             remedy = "do p.data = p.data.float() for every p in model.parameters() that requires_grad"
         raise UnsupportedModelError(
-            f"{name} and {len(rounded) - 1} more trainable matrices are in {kind}, which rounds away most of a step and "
-            f"of what null-space holds; {remedy} and train with bf16=True, which still computes in bfloat16, or use "
-            "LoRA alone"
+            f"{name} and {len(rounded) - 1} more trainable matrices are in {kind}, which rounds away most of a step "
+            f"and of what null-space holds; {remedy} and train with bf16=True, which still computes in bfloat16, or "
+            "use LoRA alone"
         )
 
 
