@@ -22,6 +22,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.utils import logging
 
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
+from spf.config import CallbackSettings
 from spf.data import (
     Anchor,
     SafetyDataError,
@@ -86,11 +87,11 @@ class SafetyCallback(TrainerCallback):
             cosines: with the null-space rule, measure the cosine of utility and safety gradient then, too, which takes
                 a backward pass (gradient rules measure it at every step).
             chat_template_kwargs: variables of the chat template, for the safety samples; `enable_thinking` and
-            `thinking`     are False unless they are given.
+                `thinking` are False unless they are given.
             seed: choice and order of the anchors.
 
         Raises:
-            ValueError: an unknown rule, or an argument out of its range.
+            ValueError: an unknown rule, or an argument of another type or out of its range.
             TypeError: safety_data or rule is of another kind.
         """
         if isinstance(rule, str):
@@ -102,16 +103,16 @@ class SafetyCallback(TrainerCallback):
         if not isinstance(safety_data, str | Path | Dataset | None):
             kind = type(safety_data).__name__
             raise TypeError(f"safety_data must be a file, a hub id or a datasets.Dataset (one split), not {kind}")
-        for name, value, least in (
-            ("anchors", anchors, 1),
-            ("anchors_per_step", anchors_per_step, 1),
-            ("first_tokens", first_tokens, 0),
-            ("monitor_steps", monitor_steps, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        if not first_weight > 0:
-            raise ValueError(f"first_weight must be positive, not {first_weight}")
+        CallbackSettings(
+            anchors=anchors,
+            anchors_per_step=anchors_per_step,
+            first_tokens=first_tokens,
+            first_weight=first_weight,
+            monitor_steps=monitor_steps,
+            cosines=cosines,
+            chat_template_kwargs=chat_template_kwargs,
+            seed=seed,
+        )
         self.safety_data = safety_data
         self.rule: Rule = rule
         self.anchors = anchors

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from spf.config import Whole, check
 from spf.data import Anchor
 from spf.errors import CorrectionError, UnsupportedSetupError
 from spf.matrices import find_matrices
@@ -36,7 +37,7 @@ class Attachment:
         resumed: bool = False,
         reworded: Sequence[Anchor] = (),
         calibration: Sequence[Anchor] = (),
-        monitor_steps: int = 0,
+        monitor_steps: Whole = 0,
         cosines: bool = False,
         correction_dtype: torch.dtype = torch.float32,
         new_tokens: Sequence[int] = (),
@@ -45,6 +46,9 @@ class Attachment:
             raise UnsupportedSetupError(
                 "the optimizer is a SafetyOptimizer, which has a safety rule already; use it without SafetyCallback"
             )
+        options = {"probe": probe, "rule": rule, "subspace": subspace, "resumed": resumed}
+        options |= {"monitor_steps": monitor_steps, "cosines": cosines, "correction_dtype": correction_dtype}
+        check(Attachment.__init__, options, "attach: {}")
         start = time.perf_counter()
         self.probe = probe
         self.rule = rule

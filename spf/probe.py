@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spf.bases import InputSketch, Tokens
+from spf.config import Count, Seed, Weight, Whole, check
 from spf.data import Anchor, AnchorBatch, AnchorRotation, collate
 from spf.errors import UnsupportedModelError
 from spf.linalg import project_out_right
@@ -68,16 +69,22 @@ class SafetyProbe:
         model: PreTrainedModel | nn.Module,
         anchors: Sequence[Anchor],
         *,
-        anchors_per_step: int = 4,
-        pad_token_id: int = 0,
-        seed: int = 0,
-        first_tokens: int = 0,
-        first_weight: float = 1.0,
+        anchors_per_step: Count = 4,
+        pad_token_id: Whole = 0,
+        seed: Seed = 0,
+        first_tokens: Whole = 0,
+        first_weight: Weight = 1.0,
     ):
         """Anchors take turns, `anchors_per_step` a probe; one anchor in all is the paper's setting.
 
         The first `first_tokens` tokens of every refusal weigh `first_weight` in the loss, the others 1.
+
+        Raises:
+            ValueError: an argument of another type or out of its range.
         """
+        given: dict[str, float] = {"anchors_per_step": anchors_per_step, "pad_token_id": pad_token_id, "seed": seed}
+        given |= {"first_tokens": first_tokens, "first_weight": first_weight}
+        check(SafetyProbe.__init__, given, "SafetyProbe: {}")
         self.model = model
         reshard(model)
         self.matrices, self.others = find_matrices(model)

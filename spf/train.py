@@ -1,9 +1,9 @@
 """`spf train`: TRL's SFT arguments, a YAML file or flags, with SafetyCallback added."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +18,7 @@ from trl import (
 )
 
 from spf.callback import SafetyCallback
+from spf.config import CallbackSettings, Count, Settings
 from spf.data import load_safety_rows
 from spf.evaluation.run import parse_options
 from spf.files import directory_lock
@@ -25,19 +26,14 @@ from spf.rules import RULES, Rule
 
 
 @dataclass
-class SafetyArguments:
-    """What SafetyCallback is given."""
+class _Safety(Settings):
+    """What is given beside the callback's settings."""
 
     safety_data: str | None = field(
         default=None, metadata={"help": "JSONL or CSV file or hub id; the packaged prompts if left out"}
     )
     safety_rule: str = field(default="null-space", metadata={"help": "step rule", "choices": ["none", *RULES]})
-    safety_rank: int | None = field(default=None, metadata={"help": "rank of the rule; its default if left out"})
-    safety_anchors: int | None = field(default=None, metadata={"help": "use only so many safety samples"})
-    safety_monitor_steps: int = field(default=10, metadata={"help": "ask watched prompts every so many steps"})
-    safety_chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "variables of the chat template for the safety samples, as JSON"}
-    )
+    safety_rank: Count | None = field(default=None, metadata={"help": "rank of the rule; its default if left out"})
 
     def callback(self) -> SafetyCallback | None:
         """The callback these arguments describe; None for the rule `none`.
@@ -58,14 +54,24 @@ class SafetyArguments:
             rule = kind(rank=self.safety_rank)
         else:
             raise ValueError(f"safety_rank: the rule {self.safety_rule} has no rank; null-space and spf have one")
-        options = self.safety_chat_template_kwargs
-        return SafetyCallback(
-            self.safety_data,
-            rule,
-            anchors=self.safety_anchors,
-            monitor_steps=self.safety_monitor_steps,
-            chat_template_kwargs=parse_options(options) if isinstance(options, str) else options,
-        )
+        settings = {setting.name: vars(self)[f"safety_{setting.name}"] for setting in fields(CallbackSettings)}
+        options = settings["chat_template_kwargs"]
+        if isinstance(options, str):
+            settings["chat_template_kwargs"] = parse_options(options)
+        return SafetyCallback(self.safety_data, rule, **settings)
+
+
+_TYPES = get_type_hints(CallbackSettings, include_extras=True) | {"chat_template_kwargs": dict | str | None}
+
+SafetyArguments: Any = make_dataclass(
+    "SafetyArguments",
+    [
+        (f"safety_{setting.name}", _TYPES[setting.name], field(default=setting.default, metadata=setting.metadata))
+        for setting in fields(CallbackSettings)
+    ],
+    bases=(_Safety,),
+    namespace={"__doc__": "What SafetyCallback is given: its settings with safety_ before their names."},
+)
 
 
 def main(arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ RULE = '''
 
 from dataclasses import dataclass, field
 
+from spf.config import Count, Positive
 from spf.linalg import exact_matmul
 from spf.rules import Correction, Given, Rule
 
@@ -26,14 +27,10 @@ from spf.rules import Correction, Given, Rule
 class ClipSafety(Rule):
     """|G V| <= most, V the leading right singular vectors of the safety gradient."""
 
-    most: float = field(default=0.01, metadata={"help": "largest norm inside the subspace"})
-    rank: int = field(default=4, metadata={"help": "singular vectors per matrix"})
+    most: Positive = field(default=0.01, metadata={"help": "largest norm inside the subspace"})
+    rank: Count = field(default=4, metadata={"help": "singular vectors per matrix"})
 
     name = "clip-safety"
-
-    def __post_init__(self):
-        self.require_number("most", 0, above=True)
-        self.require_count("rank", 1)
 
     def prepare(self, run, given: Given):
         return Clipping(run, self)

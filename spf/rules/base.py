@@ -1,6 +1,5 @@
 """What a rule is: settings that a user chooses, and what they become when a run begins."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from spf.config import Settings
 from spf.subspace import SafetySubspace
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ class Given:
     new_tokens: Sequence[int] = ()
 
 
-class Rule:
+class Rule(Settings):
     """Settings of a rule: subclass it as a frozen dataclass with a `name`, and `prepare` it for a run.
+
+    Every field is held to its annotation (types with ranges are in `spf.config`).
 
     adds_gradients: it adds safety gradients to those of the task. compares_all: it compares the gradients of all
     matrices at once. holds: it holds what a subspace of the inputs says, and keeps parameters that are no matrices.
@@ -56,6 +58,7 @@ class Rule:
         super().__init_subclass__(**kwargs)
         if cls.name:
             RULES[cls.name] = cls
+            cls.form = f"{cls.name}: {{}}"
 
     def corrects(self, matrices: "Mapping[str, Matrix]") -> "dict[str, Matrix]":
         """Those of the model's trainable matrices that the rule corrects.
@@ -80,30 +83,6 @@ class Rule:
     def prepare(self, run: "Run", given: Given) -> "Correction":
         """The rule at work on a run; called once, before the first step."""
         raise NotImplementedError
-
-    def require(self, condition: bool, message: str) -> None:
-        """Refuse a setting; the message begins with the rule's name."""
-        if not condition:
-            raise ValueError(f"{self.name}: {message}")
-
-    def require_number(self, key: str, least: float, most: float = math.inf, *, above: bool = False) -> None:
-        """Refuse a setting that is not a finite number of at least (or `above`) `least` and at most `most`."""
-        value = vars(self)[key]
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        low = number and (value > least if above else value >= least)
-        if not low or value > most:
-            if least == 0 and most == math.inf:
-                self.require(False, f"{key} must {'be positive' if above else 'not be negative'}, not {value}")
-            bound = f" and at most {most:g}" if most < math.inf else ""
-            self.require(False, f"{key} must be {'above' if above else 'at least'} {least:g}{bound}, not {value}")
-
-    def require_count(self, key: str, least: int) -> None:
-        """Refuse a setting that is not a whole number of at least `least`."""
-        value = vars(self)[key]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < least:
-            wanted = "not be negative" if least == 0 else f"be at least {least}"
-            self.require(False, f"{key} must {wanted if whole or least else 'be a whole number'}, not {value!r}")
 
 
 @dataclass

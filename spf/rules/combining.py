@@ -4,11 +4,12 @@ A step is W <- W - lr G, so G_u conflicts with G_s where <G_u, G_s> < 0: the ste
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from spf.config import NotNegative, Positive
 from spf.errors import CorrectionError
 from spf.rules.base import Correction, Gate, Given, Rule
 from spf.run import Comparison, Run
@@ -133,9 +134,6 @@ class Rank1(Rule):
 
     name = "rank1"
 
-    def __post_init__(self) -> None:
-        self.require(self.gate in get_args(Gate), f"gate must be global or matrix, not {self.gate}")
-
     @property
     def compares_all(self) -> bool:  # type: ignore[override]
         return self.gate == "global"
@@ -154,13 +152,10 @@ class Mix(Rule):
     With one anchor it is one-anchor loss mixing, with many in turn rotating replay.
     """
 
-    weight: float = field(default=1.0, metadata={"help": "rho, the weight of the safety loss"})
+    weight: Positive = field(default=1.0, metadata={"help": "rho, the weight of the safety loss"})
 
     name = "mix"
     compares_all = True
-
-    def __post_init__(self) -> None:
-        self.require_number("weight", 0, above=True)
 
     def coefficients(self, uu: float, us: float, ss: float) -> tuple[float, float]:
         return 1.0, self.weight
@@ -177,14 +172,11 @@ class SafeGrad(Rule):
     Yi et al., "Gradient Surgery for Safe LLM Fine-Tuning", arXiv 2508.07172.
     """
 
-    weight: float = field(default=1.0, metadata={"help": "rho, the weight of the alignment gradient"})
+    weight: NotNegative = field(default=1.0, metadata={"help": "rho, the weight of the alignment gradient"})
 
     name = "safegrad"
     compares_all = True
     resumable = False
-
-    def __post_init__(self) -> None:
-        self.require_number("weight", 0)
 
     def coefficients(self, uu: float, us: float, ss: float) -> tuple[float, float]:
         return 1.0, self.weight - conflict_coefficient(us, ss)
@@ -210,10 +202,7 @@ class Aggregate(Rule):
     compares_all = True
 
     def __post_init__(self) -> None:
-        self.require(
-            self.aggregator in get_args(Aggregator),
-            f"aggregator must be {' or '.join(get_args(Aggregator))}, not {self.aggregator}",
-        )
+        super().__post_init__()
         try:
             self.coefficients(1.0, 0.0, 1.0)
         except ImportError as error:
@@ -241,17 +230,12 @@ class DualAscent(Rule):
     model's own loss on the same anchors: inactive while safety has slack, stronger the longer it has not.
     """
 
-    rate: float = field(default=1.0, metadata={"help": "step of lambda a nat of excess safety loss"})
-    margin: float = field(default=0.02, metadata={"help": "excess safety loss that is tolerated, nats a token"})
-    most: float = field(default=10.0, metadata={"help": "lambda's upper bound"})
+    rate: Positive = field(default=1.0, metadata={"help": "step of lambda a nat of excess safety loss"})
+    margin: NotNegative = field(default=0.02, metadata={"help": "excess safety loss that is tolerated, nats a token"})
+    most: Positive = field(default=10.0, metadata={"help": "lambda's upper bound"})
 
     name = "dual-ascent"
     compares_all = True
-
-    def __post_init__(self) -> None:
-        self.require_number("rate", 0, above=True)
-        self.require_number("margin", 0)
-        self.require_number("most", 0, above=True)
 
     def multiplier(self, before: float, excess: float) -> float:
         """lambda after a step with `excess` = L_s - L_s^0."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spf.config import NotNegative
 from spf.errors import CorrectionError
 from spf.linalg import stacked
 from spf.rules.base import Correction, Given, Rule
@@ -21,13 +22,10 @@ class Constrained(Rule):
     without second moments. GEM (arXiv 1706.08840) with one constraint, on the update instead of the gradient.
     """
 
-    margin: float = field(default=0.02, metadata={"help": "excess safety loss that is tolerated, nats a token"})
+    margin: NotNegative = field(default=0.02, metadata={"help": "excess safety loss that is tolerated, nats a token"})
 
     name = "constrained"
     compares_all = True
-
-    def __post_init__(self) -> None:
-        self.require_number("margin", 0)
 
     def prepare(self, run: Run, given: Given) -> "Constraining":
         run.probe.remember(run.rotation.anchors)

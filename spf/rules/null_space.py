@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Gt, Le
+from pydantic import InstanceOf
 from torch import Tensor
 
 from spf.bases import Tokens, outside
+from spf.config import Count, Weight, Whole
 from spf.data import Anchor
 from spf.errors import CorrectionError, UnsupportedModelError
 from spf.linalg import exact_matmul, project_out_right, stacked
@@ -46,59 +49,38 @@ class NullSpace(Rule):
     (arXiv 2410.02355), GuardSpace (arXiv 2510.14301).
     """
 
-    rank: int | None = field(
+    rank: Count | None = field(
         default=None,
         metadata={"help": "most input directions held per matrix; by default a third of its inputs, at most 192"},
     )
-    energy: float = field(
+    energy: Annotated[float, Gt(0), Le(1)] = field(
         default=1.0,
         metadata={"help": "share of the activations' energy to hold; fewer directions if reached earlier"},
     )
-    prompts: int = field(default=128, metadata={"help": "safety samples the input directions are taken from"})
-    reworded: int = field(
+    prompts: Count = field(default=128, metadata={"help": "safety samples the input directions are taken from"})
+    reworded: Whole = field(
         default=48, metadata={"help": "safety samples that are held in other words too, such as 'begin with Of course'"}
     )
-    decision_weight: float = field(
+    decision_weight: Weight = field(
         default=8.0,
         metadata={"help": "weight of the tokens around the beginning of the answer in the choice of directions"},
     )
     tokens: Tokens = field(
         default="all", metadata={"help": "tokens the directions are taken from: all, prompt or refusal"}
     )
-    contrast: int = field(
+    contrast: Whole = field(
         default=0, metadata={"help": "leading input directions of benign prompts that are left free, per matrix"}
     )
     rescale: bool = field(
         default=True,
         metadata={"help": "scale up a fresh lora_A, or full matrices' learning rate, for what is held"},
     )
-    feedback: "Mix | DualAscent | None" = field(
+    feedback: InstanceOf[Mix] | InstanceOf[DualAscent] | None = field(
         default=None, metadata={"help": "a gradient rule on samples outside the basis, for what leaks"}
     )
 
     name = "null-space"
     holds = True
-
-    def __post_init__(self) -> None:
-        if self.rank is not None:
-            self.require_count("rank", 1)
-        self.require(
-            isinstance(self.energy, int | float) and 0 < self.energy <= 1,
-            f"energy must be in (0, 1], not {self.energy}",
-        )
-        self.require_count("prompts", 1)
-        self.require_count("reworded", 0)
-        self.require_number("decision_weight", 0, 1e6, above=True)
-        self.require(
-            self.tokens in get_args(Tokens), f"tokens must be {' or '.join(get_args(Tokens))}, not {self.tokens}"
-        )
-        self.require_count("contrast", 0)
-        self.require(isinstance(self.rescale, bool), f"rescale must be true or false, not {self.rescale!r}")
-        feedback = self.feedback
-        self.require(
-            feedback is None or isinstance(feedback, Mix | DualAscent),
-            f"feedback must be Mix() or DualAscent(), not {feedback!r}",
-        )
 
     @property
     def adds_gradients(self) -> bool:  # type: ignore[override]

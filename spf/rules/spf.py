@@ -1,11 +1,11 @@
 """The published rule."""
 
 from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from spf.config import Count
 from spf.errors import CorrectionError
 from spf.linalg import Side, components, without_components
 from spf.rules.base import Correction, Gate, Given, Rule
@@ -23,16 +23,11 @@ class SPF(Rule):
     gradient beyond rank k remains.
     """
 
-    rank: int = field(default=10, metadata={"help": "k, singular vectors per matrix (the paper: 10 to 20)"})
+    rank: Count = field(default=10, metadata={"help": "k, singular vectors per matrix (the paper: 10 to 20)"})
     gate: Gate = field(default="global", metadata={"help": "one conflict test over all matrices, or one a matrix"})
     side: Side = field(default="left", metadata={"help": "project output side, input side, or their product"})
 
     name = "spf"
-
-    def __post_init__(self) -> None:
-        self.require_count("rank", 1)
-        self.require(self.gate in get_args(Gate), f"gate must be global or matrix, not {self.gate}")
-        self.require(self.side in get_args(Side), f"side must be left, right or both, not {self.side}")
 
     @property
     def compares_all(self) -> bool:  # type: ignore[override]

@@ -216,7 +216,7 @@ def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method
         ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: 0}}", "spf: rank must be at least 1, not 0"),
         (
             "{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: [3]}}",
-            r"spf: rank must be at least 1, not \[3\]",
+            r"spf: rank must be a whole number, not \[3\]",
         ),
         ("{scenarios: [benign], methods: [mix-one], seeds: [0], rule: {weight: 1e-1}}", "weight must be a number"),
         ("{scenarios: [benign], methods: [kl], seeds: [0], rule: {wieght: 1}}", "kl has no setting wieght"),
