@@ -437,16 +437,24 @@ def test_looks_differ():
 def test_hollow_markers_mean_over_refusal():
     over = {"same": 32, "more": 33}
     summary = summarise([aligned(over_refusal=30), *(cell(method=m, over_refusal=n) for m, n in over.items())])
-    start, look = summary[0], plots._looks(over)["same"]
-    assert start.method == "aligned"
-    assert plots._marker(find(summary, "same"), start, look)["markerfacecolor"] == look.colour
-    assert plots._marker(find(summary, "more"), start, look)["markerfacecolor"] != look.colour
-    assert plots._marker(find(summary, "more"), None, look)["markerfacecolor"] == look.colour
+    assert summary[0].method == "aligned"
+    assert not plots._hollow(find(summary, "same"), summary[0])
+    assert plots._hollow(find(summary, "more"), summary[0])
+    assert not plots._hollow(find(summary, "more"), None)
 
 
-def test_mean_curves_leave_out_steps_that_some_seeds_lack():
+def test_curves_are_means_over_seeds_and_leave_out_steps_that_some_lack(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     logs = [[{"step": 0, "asr": 0.1}, {"step": 5, "asr": 0.3}], [{"step": 0, "asr": 0.3}, {"step": 5, "asr": None}]]
-    assert plots._mean_curve([{"curve": c} for c in logs], "curve", "asr") == ([0], [pytest.approx(0.2)])
+    plot_curves(
+        [aligned(asr=7), *(cell(seed=s, curve=log) for s, log in enumerate(logs))], "benign", tmp_path / "p.png"
+    )
+    [ax] = drawn[0].axes
+    [line, level] = ax.lines
+    assert line.get_xydata().tolist() == [[0, pytest.approx(20)]]
+    assert level.get_ydata() == [pytest.approx(7)] * 2
+    assert ax.get_ylim() == (0, pytest.approx(33))
 
 
 def is_png(path):

@@ -1,12 +1,13 @@
 """What the three reports share: charts, tables, pages."""
 
 import io
+import math
 
 import jinja2
 import pytest
 from rich.console import Console
 
-from spf.lab.report.charts import Panel, draw_panels, draw_seeds
+from spf.lab.report.charts import Look, Point, chart, draw_bars, draw_plane, new_figure, smooth
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.tables import Cell, Table, markdown_table, of_text, rich_table, transposed
 
@@ -14,13 +15,57 @@ from spf.lab.report.tables import Cell, Table, markdown_table, of_text, rich_tab
 @pytest.mark.parametrize("sharey", [False, True])
 def test_panels_show_everything_that_is_drawn_in_them(sharey):
     """A limit set on the first panel would cut the others, which share its axis."""
-    panels = [Panel(f"p{i}", lambda ax, i=i: draw_seeds(ax, [0, 1], [[0, 10.0**i]], "k", label="a")) for i in range(3)]
-    figure = draw_panels(panels, 2, 2, sharey=sharey)
+    rows = [(f"p{i}", "a", 0, x, x * 10.0**i) for i in range(3) for x in (0, 1)]
+    figure = chart(rows, (2, 2), lambda name: {"color": "k"}, sharey=sharey)
     for i, ax in enumerate(figure.axes):
         low, high = ax.get_ylim()
         assert low <= 0
         assert high >= 10**i
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a"]
+
+
+def band(ax):
+    """The ends of the band at each x."""
+    [shape] = ax.collections
+    places = shape.get_paths()[0].vertices.round(6)
+    return {x: (min(ys), max(ys)) for x in places[:, 0] if (ys := places[places[:, 0] == x, 1]).size}
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("range", (2, 4)), ("sd", (1.585786, 4.414214)), ("none", None)])
+def test_a_line_is_the_mean_of_its_seeds_where_all_have_a_value(kind, ends):
+    seeds = ((1, 2), (5, 4, 9))
+    rows = [("p", "a", seed, x, value) for seed, values in enumerate(seeds) for x, value in enumerate(values)]
+    [ax] = chart([*rows, ("p", "b", 0, 0, 7.0)], (2, 2), lambda name: {}, band=kind).axes
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[0, 3], [1, 3]], [[0, 7]]]
+    assert (band(ax)[1.0] if ax.collections else None) == ends
+
+
+def test_of_one_seed_the_band_is_the_interval():
+    [ax] = chart([("p", "a", 0, x, (2.0, 1.0, 4.0)) for x in (0, 1)], (2, 2), lambda name: {}).axes
+    assert band(ax)[1.0] == (1.0, 4.0)
+
+
+def test_a_running_mean_keeps_the_mean_of_a_line_and_its_length():
+    assert smooth([1.0, 5.0]) == [1.0, 5.0]
+    assert smooth([float(i) for i in range(60)])[2:-2] == [float(i) for i in range(2, 58)]
+
+
+def test_bars_stand_beside_each_other_in_their_group():
+    ax = new_figure(3, 3).subplots()
+    draw_bars(ax, ["x", "y"], {"a": [(1.0, 0.5, 2.0), None], "b": [None, (3.0, 3.0, 3.0)]}, dict.fromkeys("ab", "k"))
+    places = {bar.get_width(): bar.get_y() + bar.get_height() / 2 for bar in ax.patches}
+    assert places == {1.0: pytest.approx(-0.2), 3.0: pytest.approx(1.2)}
+
+
+def test_a_plane_holds_every_point_and_its_interval():
+    ax = new_figure(3, 3).subplots()
+    points = [Point(n, Look("k", "o", ()), (x, x - 9, x + 9), (5.0, 0.0, 9.0)) for n, x in (("a", 50.0), ("b", 91.0))]
+    marks = draw_plane(ax, points, (10.0, math.nan))
+    assert [mark.get_label() for mark in marks] == ["a", "b"]
+    assert ax.get_xlim()[0] < 10
+    assert 100 <= ax.get_xlim()[1] <= 103
+    assert ax.get_ylim()[1] - ax.get_ylim()[0] >= 18  # 20 points, less what is below the scale
+    assert all(0 <= tick <= 100 for tick in (*ax.get_xticks(), *ax.get_yticks()))
 
 
 def test_a_table_is_the_same_in_every_place(tmp_path):

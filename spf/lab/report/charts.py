@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ class Look:
         width = 2.2 if self.main else 1.3
         return {"color": self.colour, "linewidth": width, "dashes": self.dashes or (None, None)}
 
+
+LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "dashes": (4, 3)}
+"""How the level is drawn that everything is compared with."""
 
 LOOKS = {
     "base": Look(COLOURS["base"], "s", (1, 2)),
@@ -81,14 +85,6 @@ def style_axes(ax: Axes, grid: str, title: str = "", note: str = "") -> None:
     ax.set_title(note, loc="right", fontsize=9, color=MUTED, pad=9)
 
 
-def count_steps(ax: Axes, name: str) -> None:
-    """Whole numbers on the x axis, and what they count."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.set_xlabel(name, fontsize=8.5, color=MUTED)
-
-
 def key(label: str, **options: Any) -> Any:
     """An entry of a legend that stands for no single line or point."""
     from matplotlib.lines import Line2D
@@ -108,17 +104,54 @@ def legend(figure: Figure, columns: int, place: str = "lower center", handles: S
         )  # fmt: skip
 
 
-def draw_seeds(ax: Axes, xs: Sequence[float], many: Sequence[Sequence[float]], colour: str, **options: Any) -> None:
-    """The mean over seeds as a line, their range as a band."""
-    values = np.asarray(many, dtype=float)
-    ax.plot(xs, values.mean(0), color=colour, **{"linewidth": 1.6, "marker": "o", "markersize": 3, **options})
-    if len(values) > 1:
-        ax.fill_between(xs, values.min(0), values.max(0), color=colour, alpha=0.16, linewidth=0)
+Estimate = tuple[float, float, float]
+"""A value and the ends of its interval, or of its range over seeds."""
+
+Row = tuple[str, str, Any, Any, float | Estimate]
+"""What is drawn and where: panel, line, which seed or run it is of, x, value."""
 
 
-@dataclass
+def smooth(values: Sequence[float]) -> list[float]:
+    """The running mean over a fifteenth of the values."""
+    half = len(values) // 30
+    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
+
+
+def draw_lines(
+    ax: Axes, rows: Iterable[Row], style: Callable[[str], Mapping[str, Any]], label: Callable[[str], str] = str,
+    band: str = "range",
+) -> None:  # fmt: skip
+    """Each line's mean over its seeds, where all of them have a value, with a band: their range, "sd" or "none".
+
+    The band of one seed is the interval of its values, where they have one.
+    """
+    lines: dict[str, dict[Any, dict[Any, float | Estimate]]] = {}
+    for _, name, seed, x, value in rows:
+        lines.setdefault(name, {}).setdefault(x, {})[seed] = value
+    for name, points in lines.items():
+        seeds = max(map(len, points.values()))
+        shown = {x: list(values.values()) for x, values in points.items() if len(values) == seeds}
+        xs, values = list(shown), np.asarray(list(shown.values()), dtype=float)
+        ends: Any = values[:, 0, 1:].T if values.ndim == 3 and seeds == 1 else None
+        values = values[..., 0] if values.ndim == 3 else values
+        mean = values.mean(1)
+        if seeds > 1 and band != "none":
+            sd = values.std(1, ddof=1)
+            ends = (values.min(1), values.max(1)) if band == "range" else (mean - sd, mean + sd)
+        # a line of one point would be invisible, many points would hide their line
+        marks = {"marker": "" if len(xs) > 40 else "o", "markersize": 6 if len(xs) == 1 else 3}
+        options = {"linewidth": 1.6, **marks, "label": plain_text(label(name)) or None, **style(name)}
+        (line,) = ax.plot(xs, mean, **options)
+        if ends is not None:
+            ax.fill_between(xs, *ends, color=line.get_color(), alpha=0.16, linewidth=0)
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One set of axes: `draw` puts the content into it; limits, names of the axes and levels come after."""
+    """One set of axes: `draw` puts the content into it; limits, names of the axes and levels come after.
+
+    Levels and limits are those of the values, so of the x axis where the grid is "x".
+    """
 
     title: str
     draw: Callable[[Axes], Any]
@@ -131,37 +164,124 @@ class Panel:
     ticks: Mapping[float, str] = field(default_factory=dict)
 
 
+def chart(
+    rows: Iterable[Row], size: tuple[float, float], style: Callable[[str], Mapping[str, Any]],
+    label: Callable[[str], str] = str, band: str = "range", each: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Figure:  # fmt: skip
+    """Lines in panels, both in the order of the rows; options: a Panel's, the same for all but what `each` says of one,
+    and those of draw_panels."""
+    by: dict[str, list[Row]] = {}
+    for row in rows:
+        by.setdefault(row[0], []).append(row)
+    common = {name: options.pop(name) for name in Panel.__dataclass_fields__ if name in options}
+    panels = [
+        Panel(
+            **{"title": label(title), **common, **(each or {}).get(title, {})},
+            draw=partial(draw_lines, rows=found, style=style, label=label, band=band),
+        )
+        for title, found in by.items()
+    ]
+    return draw_panels(panels, *size, **options)
+
+
 def draw_panels(
     panels: Sequence[Panel], width: float, height: float, columns: int = 4, legend_columns: int = 4, **options: Any
 ) -> Figure:
-    """Panels in rows, `columns` a row at most, with one legend below; what is left over of the last row is hidden."""
+    """Panels in rows, `columns` a row at most, with one legend below; options: for Figure.subplots."""
+    from matplotlib.ticker import MaxNLocator
+
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     # Few panels are drawn wider, so that the legend below has room.
     figure = new_figure(width * max(columns, 3) + 0.5, height * rows + 0.7)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for i, ax in enumerate(axes.flat):
-        if i >= len(panels):
-            ax.remove()
-            continue
-        panel = panels[i]
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for i, (ax, panel) in enumerate(zip(figure.axes, panels, strict=True)):
         style_axes(ax, panel.grid, panel.title, panel.note)
         panel.draw(ax)
-        for level, name in panel.levels:
-            ax.axhline(level, color=INK if name else MUTED, linewidth=1.1, dashes=(4, 3), label=name or None)
+        for value, name in panel.levels:
+            across = ax.axvline if panel.grid == "x" else ax.axhline
+            across(value, **LEVEL, label=name or None)
         if panel.ticks:
             ax.set_xticks(list(panel.ticks), list(panel.ticks.values()))
-        if panel.x in ("layer", "step"):
-            count_steps(ax, panel.x)
+        elif panel.x in ("layer", "step"):
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.set_xlabel(panel.x, fontsize=8.5, color=MUTED)
         if i % columns == 0 or not options.get("sharey"):
             ax.set_ylabel(panel.y, fontsize=8.5, color=MUTED)
     # Last: setting a limit ends autoscaling, of every panel where they share an axis.
     for ax, panel in zip(figure.axes, panels, strict=True):
         if panel.limits != (None, None):
-            ax.set_ylim(*panel.limits)
+            (ax.set_xlim if panel.grid == "x" else ax.set_ylim)(*panel.limits)
     legend(figure, legend_columns)
     return figure
+
+
+def errors(estimates: Iterable[Estimate]) -> Any:
+    """(2, N) lengths below and above the values, as matplotlib takes them."""
+    values, low, high = np.asarray(list(estimates), dtype=float).T
+    return np.maximum([values - low, high - values], 0.0)
+
+
+def draw_bars(
+    ax: Axes, groups: Sequence[str], bars: Mapping[str, Sequence[Estimate | None]], colours: Mapping[str, str],
+    label: Callable[[str], str] = str, form: str = "",
+) -> None:  # fmt: skip
+    """Horizontal bars: a name of `bars` has one in each group, None where nothing was measured; form: of its value."""
+    height = 0.8 / max(1, len(bars))
+    for i, (name, values) in enumerate(bars.items()):
+        if shown := {row + height * (i + 0.5) - 0.4: value for row, value in enumerate(values) if value}:
+            drawn = ax.barh(
+                list(shown), [value for value, *_ in shown.values()], 0.88 * height, xerr=errors(shown.values()),
+                error_kw={"ecolor": INK, "elinewidth": 1.1}, color=colours[name], label=plain_text(label(name)) or None,
+            )  # fmt: skip
+            if form:
+                ax.bar_label(drawn, fmt=form, padding=3, fontsize=8.5, color=INK)
+    ax.set_yticks(range(len(groups)), [plain_text(group) for group in groups])
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a plane, in percent; hollow: its marker is not filled."""
+
+    name: str
+    look: Look
+    x: Estimate
+    y: Estimate
+    hollow: bool = False
+
+
+def draw_plane(ax: Axes, points: Sequence[Point], level: tuple[float, float] = (math.nan, math.nan)) -> list[Any]:
+    """Points with lines over their intervals, the later ones on top; returns their markers, for a legend.
+
+    level: x and y, NaN where not known, of what the points are compared with: dashed lines. The axes have some air, are
+    20 points wide at least (less would enlarge noise) and within the scale.
+    """
+    ax.axvline(level[0], zorder=2, **LEVEL)
+    ax.axhline(level[1], zorder=2, **LEVEL)
+    markers = []
+    for i, point in enumerate(points):
+        look, place = point.look, (point.x[0], point.y[0])
+        options: dict[str, Any] = {"fmt": "none", "ecolor": look.colour, "elinewidth": 1.3, "alpha": 0.6, "zorder": 3}
+        ax.errorbar(*place, xerr=errors([point.x]), yerr=errors([point.y]), **options)
+        markers += ax.plot(
+            *place, look.marker, color=look.colour, markersize=10 if look.main else 7.5, zorder=4 + i / 100,
+            markerfacecolor=PAPER if point.hollow else look.colour, markeredgewidth=1.8 if point.hollow else 0.9,
+            label=plain_text(point.name),
+        )  # fmt: skip
+    for axis, at, estimates in (
+        (ax.xaxis, level[0], [p.x for p in points]),
+        (ax.yaxis, level[1], [p.y for p in points]),
+    ):
+        ends = [end for end in (at, *sum(estimates, ())) if not math.isnan(end)]
+        low, high = min(ends, default=0.0), max(ends, default=100.0)
+        pad = max(0.08 * (high - low), (20 - (high - low)) / 2, 1.0)
+        axis.set_view_interval(max(-3.0, low - pad), min(103.0, high + pad), ignore=True)
+        axis.set_ticks([tick for tick in axis.get_ticklocs() if -1e-9 <= tick <= 100 + 1e-9])
+    return markers
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:

@@ -44,6 +44,19 @@ class Difference:
         return Difference(-self.mean, low, high, self.seeds)
 
 
+def held_to(change: Difference | None, allowed: float) -> str:
+    """The status of a bar for a change for the worse: a sign of tables.SIGNS.
+
+    met: the whole interval is within the bar; unclear: the mean is, the interval is not or is not known; missed: the
+    mean is beyond it; unknown: nothing to compare.
+    """
+    if change is None:
+        return "unknown"
+    if change.mean > allowed + 1e-9:
+        return "missed"
+    return "met" if change.high is not None and change.high <= allowed + 1e-9 else "unclear"
+
+
 def normal_margin(deviation: float, count: int) -> float:
     """Half the width of a mean's 95 % interval from the normal distribution; `deviation` is that of one score."""
     return Z95 * deviation / math.sqrt(count)

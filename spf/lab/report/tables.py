@@ -73,13 +73,18 @@ def rich_table(table: Table, title: str = "", caption: str = "") -> rich.table.T
     return shown
 
 
+def signed(share: float) -> str:
+    """A difference of shares in points, with its sign."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")
+
+
 def join_words(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def value_text(value: Any) -> str:
+def value_text(value: Any, digits: int = 6) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {value_text(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {value_text(v, digits)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(value_text(v) for v in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return ", ".join(value_text(v, digits) for v in value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

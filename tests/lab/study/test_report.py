@@ -155,6 +155,41 @@ def test_table_of_models_gives_the_spread_over_seeds(runs):
     assert not any("±" in cell.text for row in single.rows for cell in row)
 
 
+def gradients(cosine, overlap):
+    """As measure_gradients gives them; nothing of the update is known where no watched matrix changed."""
+    kinds = {f"{what}_{kind}": 2.5 for what in ("effective_rank", "cer") for kind in ("safety", "utility")}
+    after = {f"{what}_{side}": overlap for what in ("overlap", "update") for side in ("left", "right")}
+    chance = {"chance_left": 0.25, "chance_right": 0.125}
+    models = {"base": kinds, "ssft-medium": {**kinds, **after, **chance}, "dpo-medium": {**kinds, **after, **chance}}
+    models["dpo-medium"] = models["dpo-medium"] | {"update_left": None, "update_right": None}
+    return {"k": 10, "counts": {}, "models": {name: {**of, "cosine": cosine} for name, of in models.items()}}
+
+
+def test_table_of_the_safety_gradient_gives_means_over_seeds_and_chance(runs, tmp_path):
+    names = ("base", "ssft-medium", "dpo-medium")
+    many = [
+        {"models": dict.fromkeys(names), "gradients": gradients(cosine, overlap)}
+        for cosine, overlap in ((-0.1, 0.5), (-0.3, 0.7))
+    ]
+    table = report.gradient_table(many)
+    assert table.head[:4] == ["Model", "effective rank, safety", "utility", "CER(10), safety"]
+    assert table.head[-4:] == [
+        "overlap with before, left", "overlap with before, right", "update's share, left", "update's share, right",
+    ]  # fmt: skip
+    base, ssft, dpo = [[cell.text for cell in row] for row in table.rows]
+    assert [row[0] for row in (base, ssft, dpo)] == ["before", "SSFT, medium rate", "DPO, medium rate"]
+    assert base[1:6] == ["2.5 ± 0", "2.5 ± 0", "2.5 ± 0", "2.5 ± 0", "-0.2 ± 0.14"]
+    assert base[6:] == [""] * 4
+    assert ssft[6:] == ["0.6 ± 0.14 (0.25)", "0.6 ± 0.14 (0.12)"] * 2
+    assert dpo[6:] == [*ssft[6:8], "", ""]
+    measured = copy.deepcopy(runs[0])
+    before = gradients(0.5, 0.1)["models"]["base"]
+    models = dict.fromkeys(measured["measurements"]["models"], before)
+    measured["measurements"]["gradients"] = {**gradients(0, 0), "models": models}
+    page = report.write_report(measured, tmp_path).read_text("utf-8")
+    assert "CER(10), safety" in page
+
+
 def test_command_reads_the_runs_and_names_what_does_not_fit(runs, tmp_path, capsys, monkeypatch):
     for i, run in enumerate(runs):
         measure.write_json(tmp_path / f"{i}" / "results.json", run)
