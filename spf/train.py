@@ -1,12 +1,12 @@
 """`spf train`: TRL's SFT arguments, a YAML file or flags, with SafetyCallback added."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, make_dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -17,76 +17,98 @@ from trl import (
     get_quantization_config,
 )
 
+from spf.arguments import TRAIN_NAMES, SafetyArguments, expanded, spelled
 from spf.callback import SafetyCallback
-from spf.config import CallbackSettings, Count, Settings
+from spf.checkpoint import STATE_FILE
+from spf.config import CallbackSettings
 from spf.data import load_safety_rows
+from spf.errors import keeping, working
 from spf.evaluation.run import parse_options
 from spf.files import directory_lock
 from spf.rules import RULES, Rule
 
-
-@dataclass
-class _Safety(Settings):
-    """What is given beside the callback's settings."""
-
-    safety_data: str | None = field(
-        default=None, metadata={"help": "JSONL or CSV file or hub id; the packaged prompts if left out"}
-    )
-    safety_rule: str = field(default="null-space", metadata={"help": "step rule", "choices": ["none", *RULES]})
-    safety_rank: Count | None = field(default=None, metadata={"help": "rank of the rule; its default if left out"})
-
-    def callback(self) -> SafetyCallback | None:
-        """The callback these arguments describe; None for the rule `none`.
-
-        Raises:
-            ValueError: an unknown rule, or a rank that it cannot have.
-        """
-        if self.safety_rule == "none":
-            return None
-        # argparse holds flags to the choices, but not what comes from a YAML file
-        if self.safety_rule not in RULES:
-            raise ValueError(f"safety_rule: no rule {self.safety_rule}; there are none, {', '.join(RULES)}")
-        kind: Any = RULES[self.safety_rule]
-        rule: Rule
-        if self.safety_rank is None:
-            rule = kind()
-        elif "rank" in {setting.name for setting in fields(kind)}:
-            rule = kind(rank=self.safety_rank)
-        else:
-            raise ValueError(f"safety_rank: the rule {self.safety_rule} has no rank; null-space and spf have one")
-        settings = {setting.name: vars(self)[f"safety_{setting.name}"] for setting in fields(CallbackSettings)}
-        options = settings["chat_template_kwargs"]
-        if isinstance(options, str):
-            settings["chat_template_kwargs"] = parse_options(options)
-        return SafetyCallback(self.safety_data, rule, **settings)
+GO_ON = "--resume_from_checkpoint true goes on from it"
 
 
-_TYPES = get_type_hints(CallbackSettings, include_extras=True) | {"chat_template_kwargs": dict | str | None}
+class Parser(TrlParser):
+    """TRL's, with the safety flags first, and the paths and names of spf's other commands."""
 
-SafetyArguments: Any = make_dataclass(
-    "SafetyArguments",
-    [
-        (f"safety_{setting.name}", _TYPES[setting.name], field(default=setting.default, metadata=setting.metadata))
-        for setting in fields(CallbackSettings)
-    ],
-    bases=(_Safety,),
-    namespace={"__doc__": "What SafetyCallback is given: its settings with safety_ before their names."},
-)
+    def __init__(self) -> None:
+        kinds: Any = (SafetyArguments, ScriptArguments, SFTConfig, ModelConfig)
+        super().__init__(kinds, prog="spf train", usage="spf train [CONFIG.yaml] [--option value ...]")
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        return super().set_defaults_with_config(
+            **{TRAIN_NAMES.get(name, name): expanded(value) for name, value in config.items()}
+        )
 
 
 def main(arguments: list[str]) -> None:
     """Run supervised fine-tuning; `arguments` are flags, or a YAML file first.
 
     The data set is a local JSON, JSONL or CSV file or a hub id, in any format SFTTrainer takes.
+
+    Raises:
+        RunFailedError: the input was good, and training broke off.
     """
+    parser = Parser()
+    if "--help_all" in arguments:
+        parser.print_help()
+        return
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
-    kinds: Any = (ScriptArguments, SFTConfig, ModelConfig, SafetyArguments)
-    parser = TrlParser(kinds, prog="spf train")
-    script, training, model_config, safety = parser.parse_args_and_config(args=arguments)
-    callback = safety.callback()
+    safety, script, training, model_config = parser.parse_args_and_config(args=spelled(arguments, TRAIN_NAMES))
+    callback = make_callback(safety)
     if model_config.model_name_or_path is None:
         raise ValueError("spf train needs model_name_or_path: a directory or hub id")
+    output = Path(str(training.output_dir))
+    first = training.process_index == 0
+    with directory_lock(output) if first else nullcontext():
+        last = "trainer_state.json" if callback is None else STATE_FILE
+        before = _checkpoints(output, last)
+        saving: list[str] = []
+
+        def kept() -> str:
+            if saving:
+                return f"the model in {output} may not be whole"
+            if new := dict(_checkpoints(output, last).items() - before.items()):
+                return f"the last checkpoint is {max(new, key=lambda place: new[place])}; " + GO_ON
+            return "nothing was written" + (f"; {output} holds checkpoints of an earlier run" if before else "")
+
+        with keeping(kept) if first else nullcontext():
+            _train(callback, script, training, model_config, saving)
+    if first:
+        print(f"The fine-tuned model was saved in {output}. Measure it: spf eval {output}")
+
+
+def make_callback(safety: SafetyArguments) -> SafetyCallback | None:
+    """The callback these arguments describe; None for the rule `none`.
+
+    Raises:
+        ValueError: an unknown rule, or a rank that it cannot have.
+    """
+    if safety.safety_rule == "none":
+        return None
+    if safety.safety_rule not in RULES:
+        raise ValueError(f"safety_rule: no rule {safety.safety_rule}; there are none, {', '.join(RULES)}")
+    kind: Any = RULES[safety.safety_rule]
+    rule: Rule
+    if safety.safety_rank is None:
+        rule = kind()
+    elif "rank" in {setting.name for setting in fields(kind)}:
+        rule = kind(rank=safety.safety_rank)
+    else:
+        raise ValueError(f"safety_rank: the rule {safety.safety_rule} has no rank; null-space and spf have one")
+    settings = {setting.name: vars(safety)[f"safety_{setting.name}"] for setting in fields(CallbackSettings)}
+    options = settings["chat_template_kwargs"]
+    if isinstance(options, str):
+        settings["chat_template_kwargs"] = parse_options(options)
+    return SafetyCallback(safety.safety_data, rule, **settings)
+
+
+def _train(
+    callback: SafetyCallback | None, script: ScriptArguments, training: SFTConfig, model_config: Any, saving: list[str]
+) -> None:
     if callback is not None:
         load_safety_rows(callback.safety_data)  # a mistake in them shows before the model is loaded
     data = _load(script)
@@ -114,15 +136,29 @@ def main(arguments: list[str]) -> None:
         peft_config=get_peft_config(model_config),
         callbacks=[callback] if callback else None,
     )
-    first = training.process_index == 0
-    with directory_lock(Path(str(training.output_dir))) if first else nullcontext():
+    with ExitStack() as stack:
+        trainer.add_callback(_Began(stack))
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    if trainer.is_fsdp_enabled:
-        # checkpoints may be sharded, what is handed over is a whole model
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(training.output_dir)
-    if trainer.accelerator.is_main_process:
-        print(f"The fine-tuned model was saved in {training.output_dir}. Measure it: spf eval {training.output_dir}")
+        if trainer.is_fsdp_enabled:
+            # checkpoints may be sharded, what is handed over is a whole model
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        saving.append("begun")
+        trainer.save_model(training.output_dir)
+
+
+class _Began(TrainerCallback):
+    """Stands behind SafetyCallback: when its set-up is done, the input was good."""
+
+    def __init__(self, stack: ExitStack):
+        self.stack = stack
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stack.enter_context(working())
+
+
+def _checkpoints(output: Path, last: str) -> dict[Path, int]:
+    """The whole checkpoints there are and when they were finished. last: the file of one that is written last."""
+    return {path.parent: path.stat().st_mtime_ns for path in output.glob(f"checkpoint-*/{last}")}
 
 
 def _load(script: ScriptArguments) -> DatasetDict:

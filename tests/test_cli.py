@@ -133,7 +133,7 @@ def test_packed_weights_and_the_evaluation_split_are_not_ignored(workspace, monk
 
 def test_align_saves_the_tokenizer_and_an_adapters_own_is_preferred(workspace, monkeypatch):
     monkeypatch.setattr("spf.models.cpu_dtype", lambda: torch.float32)
-    flags = ["--epochs", "1", "--answer_tokens", "1", "--output", str(workspace / "aligned")]
+    flags = ["--epochs", "1", "--max_new_tokens", "1", "--output", str(workspace / "aligned")]
     assert cli.main(["align", str(workspace / "model"), *flags]) == 0
     _, tokenizer = load_model(str(workspace / "aligned"))
     assert tokenizer.chat_template == TEMPLATE
@@ -187,7 +187,7 @@ def test_demo_runs_every_arm_and_is_resumable(tmp_path, tokenizer, monkeypatch, 
     monkeypatch.setattr(run, "load_aligned_demo_model", lambda: (make_model(), tokenizer))
     monkeypatch.setattr(run, "cpu_dtype", lambda: torch.float32)
     monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: [REFUSAL] * len(prompts))
-    arguments = ["demo", "--output", str(tmp_path), "--steps", "3", "--sql_eval", "6", "--null_space_rank", "8"]
+    arguments = ["demo", "--output", str(tmp_path), "--steps", "3", "--sql_eval", "6", "--safety_rank", "8"]
     assert cli.main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["arms"]) == ["base", "plain", "spf", "paper"]
@@ -268,17 +268,17 @@ def test_every_error_is_one_sentence_and_a_code(monkeypatch, capsys, error, code
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "_report", fail)
-    assert cli.main(["report"]) == code
+    monkeypatch.setattr(cli, "redraw", fail)
+    assert cli.main(["report", "run"]) == code
     assert capsys.readouterr().err == sentence
-    assert cli.main(["report", "--traceback"]) == code
+    assert cli.main(["report", "run", "--traceback"]) == code
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_sigterm_ends_like_an_interrupt(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_report", lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(cli, "redraw", lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.main(["report"]) == 143
+    assert cli.main(["report", "run"]) == 143
     assert capsys.readouterr().err == "spf: interrupted\n"
     assert signal.getsignal(signal.SIGTERM) is before
 

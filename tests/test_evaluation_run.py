@@ -162,7 +162,7 @@ def test_first_token_judge_takes_one_token(workspace):
         (["eval"], "needs a model, or --validate_judge FILE"),
         (["eval", "model", "--batch_size", "-1"], "must be at least 1, not 32 and -1"),
         (["eval", "model", "--max_new_tokens", "0"], "must be at least 1, not 0 and 32"),
-        (["eval", "model", "--output", "model"], "--output model: a directory"),
+        (["eval", "model", "--output", "model"], "model: a directory, which is not replaced"),
         (["eval", "model", "--harmful", "gone.jsonl"], "gone.jsonl: neither a file nor a known suite"),
         (["eval", "model", "--transforms", "hypnosis"], "no transform hypnosis"),
         (["eval", "model", "--judge", "some/model"], "some/model: not the name of a known judge"),

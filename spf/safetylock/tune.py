@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.evaluation import Rate, generate_answers, is_refusal, perplexity
+from spf.files import atomic_path
 from spf.models import evaluating
 from spf.safetylock.lock import SafetyLock
 
@@ -36,6 +37,12 @@ class TunePoint:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "TunePoint":
+        """From JSON, which has lists for the intervals."""
+        intervals = {name: tuple(content[name]) for name in ("asr_ci", "over_refusal_ci")}
+        return cls(**{**content, **intervals})
 
 
 def measure(
@@ -78,6 +85,8 @@ def sweep(
     texts: Sequence[str],
     *,
     done: Callable[[TunePoint], None] = lambda point: None,
+    max_new_tokens: int = 20,
+    batch_size: int = 65,
 ) -> list[TunePoint]:
     """Measure every (K, alpha) of the grid on a descendant; `done` is called after each. alpha = 0 is unlocked.
 
@@ -94,7 +103,8 @@ def sweep(
         part.apply(model, tokenizer, alpha=alpha)
         try:
             assert_acts(model, tokenizer, texts[0], before, alpha)
-            points.append(measure(model, tokenizer, k, alpha, harmful, benign, texts))
+            sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            points.append(measure(model, tokenizer, k, alpha, harmful, benign, texts, **sizes))
         finally:
             part.remove(model)
         done(points[-1])
@@ -160,6 +170,6 @@ def plot_sweep(points: Sequence[TunePoint], path: str | Path, title: str) -> Pat
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with atomic_path(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     return Path(path)

@@ -89,10 +89,21 @@ def test_tune_writes_points_curves_and_the_chosen_lock(workspace, capsys, monkey
     tuned = SafetyLock.load(w / "out" / "lock.safetensors")
     assert (len(tuned.heads), tuned.info.alpha) == (result["chosen"]["k"], 2.0)
     assert (w / "out" / "sweep.png").stat().st_size > 1000
-    (w / "out" / "lock.safetensors").unlink()
+    written = {file.name: file.stat().st_mtime_ns for file in (w / "out").iterdir()}
+    capsys.readouterr()
+    with monkeypatch.context() as unread:
+        unread.setattr("spf.safetylock.command.load_model", lambda *_: pytest.fail("it is finished"))
+        assert lock(*arguments, "--max_over_refusal", 1) == 0
+        assert "finished before with the same settings, kept" in capsys.readouterr().out
+        assert lock(*arguments) == 2
+        sentence = "holds a run with other settings: max_over_refusal was 1.0, now None; name another directory or give"
+        assert sentence in capsys.readouterr().err
+    kept = {file.name: file.stat().st_mtime_ns for file in (w / "out").iterdir()}
+    assert kept == written
     with pytest.warns(UserWarning, match="no setting lowers ASR within the bounds"):
-        assert lock(*arguments) == 0  # over-refusal may rise by 5 points only
+        assert lock(*arguments, "--overwrite") == 0  # over-refusal may rise by 5 points only
     assert not (w / "out" / "lock.safetensors").exists()
+    assert json.loads((w / "out" / "sweep.json").read_text())["chosen"]["alpha"] == 0
 
 
 def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it(workspace, capsys, monkeypatch):
@@ -129,7 +140,7 @@ def test_mistakes_end_in_one_sentence(workspace, capsys):
     assert lock("inspect", w / "gone.lock") == 2
     assert "gone.lock: no such lock file" in capsys.readouterr().err
     assert lock("extract", w / "base", w / "l", "--pairs", w / "pairs.jsonl", "--score", "best") == 2
-    assert "--score best: val or val+train" in capsys.readouterr().err
+    assert "argument --score: invalid choice: 'best' (choose from" in capsys.readouterr().err
     assert lock("remove", w / "base", w / "out") == 2
     assert "holds no model that was saved with its lock" in capsys.readouterr().err
 

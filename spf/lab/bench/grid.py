@@ -7,7 +7,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, get_args
@@ -17,25 +17,15 @@ import yaml
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from spf.files import directory_lock, write_json
+from spf.arguments import BenchArguments, expanded
+from spf.errors import RunFailedError, keeping
+from spf.files import check_output_directory, directory_lock, write_json
 from spf.lab.bench.cell import Cell, Split, Tuning, prepare, run_cell
 from spf.lab.bench.methods import METHODS, check_settings, refuse_text
 from spf.lab.bench.report import write_bench_report
 from spf.lab.bench.scenarios import SCENARIOS
 
 GRID_KEYS = ("scenarios", "methods", "seeds", "tunings", "variants")
-
-
-@dataclass
-class BenchArguments:
-    """What `spf bench` runs."""
-
-    config: str = field(metadata={"help": "YAML file of grids, such as recipes/bench/headline.yaml"})
-    output: str = field(default="bench-output", metadata={"help": "directory for the cells and the report"})
-    work: str = field(default="bench-work", metadata={"help": "directory for models and refusals made once"})
-    model: str | None = field(default=None, metadata={"help": "directory or hub id of an aligned model; the config's"})
-    workers: int = field(default=1, metadata={"help": "cells at a time; the cores are divided among them"})
-    report_only: bool = field(default=False, metadata={"help": "run nothing, draw the report of what is there"})
 
 
 def read_grid(path: Path, model: str | None = None) -> list[Cell]:
@@ -48,7 +38,7 @@ def read_grid(path: Path, model: str | None = None) -> list[Cell]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such benchmark config")
     try:
-        config = yaml.safe_load(path.read_text("utf-8"))
+        config = expanded(yaml.safe_load(path.read_text("utf-8")))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not a YAML file ({error})") from error
     if not isinstance(config, dict) or set(config) != {"model", "grids"} or not isinstance(config["grids"], list):
@@ -134,8 +124,24 @@ def run_grid(args: BenchArguments, console: Console | None = None) -> int:
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, not {args.workers}")
     cells = read_grid(Path(args.config), args.model)
-    with directory_lock(Path(args.output)):
+    output = Path(args.output)
+    check_output_directory(Path(args.work))
+
+    def kept() -> str:
+        return f"{sum(_done(cell, output) for cell in cells)} of {len(cells)} cells are finished and kept in {output}"
+
+    with directory_lock(output), keeping(kept):
         return _run(args, cells, console or Console())
+
+
+def run_bench(args: BenchArguments) -> None:
+    """`spf bench`.
+
+    Raises:
+        RunFailedError: some cells failed.
+    """
+    if failed := run_grid(args):
+        raise RunFailedError(f"{failed} cells failed; the same command runs them again")
 
 
 def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
@@ -170,12 +176,10 @@ def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
                     write_json(cell.path(output), result)
                     minutes = (time.perf_counter() - started) / 60
                     console.print(f"[{done}/{len(pending)}] {_line(result)}  ({minutes:.0f} min)", highlight=False)
-            except KeyboardInterrupt as error:
+            except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for worker in multiprocessing.active_children():
                     worker.kill()
-                finished = sum(_done(cell, output) for cell in cells)
-                error.add_note(f"{finished} of {len(cells)} cells are finished and kept in {output}")
                 raise
     for place in write_bench_report(output):
         console.print(str(place), highlight=False, soft_wrap=True)

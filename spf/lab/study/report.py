@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import rich.table
 
+from spf.arguments import SeedsArguments
+from spf.errors import working
+from spf.files import check_output_directory
 from spf.lab.report.charts import (
     COLOURS,
     INK,
@@ -566,21 +569,14 @@ def gradient_table(runs: Sequence[Run]) -> Table:
     return of_text(head, rows)
 
 
-@dataclass
-class SeedsArguments:
-    """One report from the results of several runs of the synthetic world, or of one run again."""
-
-    runs: list[str] = field(metadata={"help": "directories of runs, each with results.json"})
-    output: str = field(metadata={"help": "directory for report.html and plots"})
-
-
-def report_runs(args: SeedsArguments) -> Path:
+def report_runs(args: SeedsArguments) -> None:
     """`spf study report`: read the runs and write their report.
 
     Raises:
         FileNotFoundError: a directory holds no results.json.
         ValueError: runs of different presets or grammars, or of other models.
     """
+    check_output_directory(Path(args.output))
     found = []
     for run in args.runs:
         path = Path(run) / "results.json"
@@ -590,7 +586,8 @@ def report_runs(args: SeedsArguments) -> Path:
     kinds = {(r.get("kind"), r.get("preset"), r.get("grammar")) for r in found}
     if len(kinds) > 1:
         raise ValueError(f"spf study report: the runs differ in preset or grammar: {sorted(map(str, kinds))}")
-    return write_report(found, Path(args.output))
+    with working():
+        print(f"Report: {write_report(found, Path(args.output))}")
 
 
 _Plot = Callable[[Sequence[Run]], "Figure"]

@@ -3,17 +3,19 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM
 
-from spf.files import write_json
+from spf.arguments import RunArguments
+from spf.errors import keeping, working
+from spf.files import claim, directory_lock, write_json
 from spf.lab.study import grammar
 from spf.lab.study.bridge import BridgeSettings, run_bridge
 from spf.lab.study.data import BASE, TEST_SETS, EvalSet, Sampler, WorldSettings
@@ -149,32 +151,20 @@ def tiny() -> Preset:
 PRESETS: dict[str, Callable[[], Preset]] = {"tiny": tiny, "paper": paper}
 
 
-@dataclass
-class RunArguments:
-    """The mechanistic study in the controlled world: training, safety training, jailbreaks, measurements, report."""
-
-    output: str = field(metadata={"help": "directory of the run; the same command continues an interrupted one"})
-    preset: Literal["tiny", "paper"] = field(
-        default="tiny", metadata={"help": "tiny: minutes on two cores; paper: the study's size, for a GPU"}
-    )
-    grammar: Literal["parity", "matched"] = field(
-        default="matched",
-        metadata={"help": "parity: the released grammars; matched: safe and unsafe text alike in local statistics"},
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the weights and of all data"})
-
-
 def run_study(args: RunArguments) -> None:
     """Run all stages that `args.output` does not hold yet; write results.json, report.html and its plots."""
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, not {args.seed}")
     preset = PRESETS[args.preset]()
-    study = Study(preset, args)
-    results = study.run()
-    Console().print(study_table(results))
     directory = Path(args.output)
-    Console().print(f"Figures: {directory / 'results.json'}")
-    Console().print(f"Report:  {write_report(results, directory)}")
+    with directory_lock(directory):
+        study = Study(preset, args)
+        study.claim()
+        with keeping(study.kept), working():
+            results = study.run()
+            Console().print(study_table(results))
+            Console().print(f"Figures: {directory / 'results.json'}", soft_wrap=True)
+            Console().print(f"Report:  {write_report(results, directory)}", soft_wrap=True)
 
 
 class Study:
@@ -190,10 +180,21 @@ class Study:
         self.quick = {name: test[: preset.scale_prompts] for name, test in self.tests.items()}
         self.seconds: dict[str, float] = {}
 
+    def claim(self) -> None:
+        """Refuse a directory that holds a run with other settings."""
+        settings = {"preset": asdict(self.preset), "grammar": self.args.grammar, "seed": self.args.seed}
+        claim(self.directory / "settings.json", settings)
+
+    def kept(self) -> str:
+        """What an interrupted run leaves."""
+        names = [path.parent.name for path in self.directory.glob("*/history.json")]
+        names += [path.stem for path in self.directory.glob("*.json") if path.stem not in ("settings", "results")]
+        if not names:
+            return "no stage is finished; a training stage goes on from its last saved state, if it has one"
+        return f"finished stages are kept in {self.directory} ({', '.join(sorted(names))}); the same command goes on"
+
     def run(self) -> dict[str, Any]:
         """All stages; returns the results, which are also in results.json."""
-        settings = {"preset": asdict(self.preset), "grammar": self.args.grammar, "seed": self.args.seed}
-        self._check_directory(settings)
         data = self._stage("data", self._data)
         base, histories = self._pretrain()
         tuned = self._protocols(base, histories)
@@ -236,7 +237,7 @@ class Study:
             "seed": self.args.seed,
             "versions": {name: version(name) for name in ("spf", "torch", "transformers", "numpy")},
             "machine": {"device": self.device, "threads": torch.get_num_threads(), "platform": platform.platform()},
-            "settings": settings["preset"],
+            "settings": asdict(self.preset),
             "seconds": self.seconds,
             "data": data,
             "training": histories,
@@ -253,15 +254,6 @@ class Study:
         return {
             name: Sampler(self.world, (self.args.seed, test, i)).test(name, count) for i, name in enumerate(TEST_SETS)
         }
-
-    def _check_directory(self, settings: dict[str, Any]) -> None:
-        import json
-
-        path = self.directory / "settings.json"
-        wanted = json.loads(json.dumps(settings))
-        if path.is_file() and json.loads(path.read_text("utf-8")) != wanted:
-            raise ValueError(f"{self.directory}: holds a run with other settings ({path}); name another directory")
-        write_json(path, settings)
 
     def _stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A stage whose result is a JSON file, computed unless it is there."""

@@ -221,7 +221,7 @@ def checkpoints(tmp_path_factory):
 
 
 def command(place, *more, tuned="b", safe="safe.jsonl"):
-    files = ["--safe", str(place / safe), "--unsafe", str(place / "unsafe.jsonl")]
+    files = ["--benign", str(place / safe), "--harmful", str(place / "unsafe.jsonl")]
     models = ["--aligned", str(place / "a"), "--tuned", str(place / tuned)]
     return main(["study", "measure", *models, *files, "--output", str(place / "out"), *more])
 

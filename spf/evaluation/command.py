@@ -1,0 +1,93 @@
+"""`spf eval`."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spf.arguments import EvalArguments
+from spf.errors import keeping, working
+from spf.evaluation.judges import agreement, load_judges, prefix_judge
+from spf.evaluation.perplexity import neutral_texts, perplexity
+from spf.evaluation.run import (
+    compare,
+    evaluate_suites,
+    parse_options,
+    parse_transforms,
+    read_reference,
+    renders,
+    results_table,
+    settings,
+)
+from spf.evaluation.suites import load_suite
+from spf.evaluation.transforms import TRANSFORMS
+from spf.evaluation.utility import lm_eval_tasks
+from spf.files import check_output_file, write_json
+from spf.models import load_model, machine_device
+from spf.text.chat import chat_options
+
+
+def evaluate(args: EvalArguments) -> None:
+    """Measure a model, or validate a judge; print the figures, and write them if there is an output.
+
+    Raises:
+        ValueError: a mistake in the arguments or in what they name.
+    """
+    with keeping(lambda: "nothing was written"):
+        _evaluate(args, Console())
+
+
+def _evaluate(args: EvalArguments, console: Console) -> None:
+    if args.model is None and args.validate_judge is None:
+        raise ValueError("spf eval needs a model, or --validate_judge FILE")
+    if args.judge == "first-token":
+        if args.validate_judge:
+            raise ValueError("the first-token judge reads one token of a model, so labelled answers cannot validate it")
+        args.max_new_tokens = 1
+    if args.max_new_tokens < 1 or args.batch_size < 1:
+        raise ValueError(
+            f"--max_new_tokens and --batch_size must be at least 1, not {args.max_new_tokens} and {args.batch_size}"
+        )
+    if args.output:
+        check_output_file(Path(args.output))
+    transforms, options = parse_transforms(args.transforms), parse_options(args.chat_template_kwargs)
+    harmful, benign = load_suite(args.harmful), load_suite(args.benign)
+    shared = settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens)
+    reference = read_reference(Path(args.reference), shared) if args.reference else None
+    judges = load_judges(args.judge, args.refusal_label)
+    results: dict[str, Any] = {"model": args.model, **shared}
+    if args.validate_judge:
+        found = agreement(judges[0], args.validate_judge)
+        console.print(found.table(f"{args.judge} against {args.validate_judge}"))
+        results["agreement"] = found.as_dict()
+    if args.model is not None:
+        model, tokenizer = load_model(args.model)
+        chat_options(tokenizer, options)  # an unknown one is named before anything is asked
+        if refused := [name for name in transforms if not renders(tokenizer, TRANSFORMS[name], options)]:
+            sentence = f"the model's chat template has no place for the messages of {', '.join(refused)}"
+            if args.transforms != "all":
+                raise ValueError(f"--transforms: {sentence}")
+            console.print(f"Left out: {sentence}.")
+            transforms = [name for name in transforms if name not in refused]
+        model = model.to(machine_device())  # type: ignore[arg-type]
+        sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+        with working():
+            results |= evaluate_suites(
+                model, tokenizer, harmful, benign, transforms=transforms, judges=judges, options=options, **sizes
+            )
+            # A judge of harm leaves the benign prompts to the prefix judge.
+            results["over_refusal_judge"] = "prefix" if judges[1] is prefix_judge else args.judge
+            if reference is not None:
+                results["reference"] = reference["model"]
+                results["comparison"] = compare(results["refused"], reference["refused"])
+            if args.perplexity:
+                results["perplexity"] = perplexity(model, tokenizer, neutral_texts()).as_dict()
+        if args.tasks:
+            results["tasks"] = lm_eval_tasks(model, tokenizer, args.tasks.split(","), args.limit)
+        console.print(results_table(results))
+    if args.output:
+        results["versions"] = {name: version(name) for name in ("spf", "torch", "transformers")}
+        with working():
+            write_json(Path(args.output), results)
+        console.print(f"Figures: {args.output}", soft_wrap=True)
