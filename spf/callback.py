@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.utils import logging
 
+from spf.announce import first_lines, watched_line
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
 from spf.config import CallbackSettings
 from spf.data import (
@@ -28,24 +29,20 @@ from spf.data import (
     SafetyDataError,
     SafetyRow,
     ask_refusals,
+    benign_rows,
     load_safety_rows,
-    packaged_prompts,
     reworded_anchors,
     tokenise,
+    unused_tokens,
 )
 from spf.errors import UnsupportedSetupError
-from spf.matrices import describe_fixed
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import RULES, Rule
 from spf.sharding import innermost_optimizer, object_of_rank_0
 from spf.text.generation import context_length, pad_id
-from spf.text.refusal import is_refusal
 
 logger = logging.get_logger(__name__)
-
-CALIBRATION_PROMPTS = 32
-"""Packaged benign prompts on which a fresh lora_A keeps the size of its response."""
 
 
 class SafetyCallback(TrainerCallback):
@@ -180,7 +177,7 @@ class SafetyCallback(TrainerCallback):
         self._at_hand = len(rows)
         limit = context_length(model, tokenizer)
         anchors, reworded = self._tokenise(self._rows, tokenizer, limit), self._reworded(tokenizer, limit)
-        calibration = self._tokenise(_benign_rows(), tokenizer, limit)
+        calibration = self._tokenise(benign_rows(), tokenizer, limit)
         probe = SafetyProbe(
             model,
             anchors,
@@ -201,13 +198,13 @@ class SafetyCallback(TrainerCallback):
             monitor_steps=self.monitor_steps,
             cosines=self.cosines,
             correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
-            new_tokens=_new_tokens(tokenizer, [*anchors, *reworded, *calibration]),
+            new_tokens=unused_tokens(tokenizer, [*anchors, *reworded, *calibration]),
         )
         if self._saved is not None:
             self.attachment.load_state_dict(self._saved.state)
         self._warned, self._proven_at = False, -1
         if state.is_world_process_zero:
-            for line in self._first_lines():
+            for line in first_lines(self.attachment, self._rows, self._at_hand, self._answered):
                 logger.warning(f"spf: {line}")
 
     def on_step_begin(
@@ -259,56 +256,9 @@ class SafetyCallback(TrainerCallback):
         if final:
             self._proven_at = state.global_step
 
-    def _first_lines(self) -> list[str]:
-        """What is held, what is kept fixed, and what it costs."""
-        running, rule, rows = self._running, self.rule, len(self._rows)
-        held = rule.basis_samples(rows)
-        samples = f"{rows} safety samples" + (f" of {self._at_hand}" if self._at_hand != rows else "")
-        unread = sum(row.refusal is not None and not row.own and not is_refusal(row.refusal) for row in self._rows)
-        if unread:
-            samples += f" ({unread} of the given refusals do not read as one)"
-        if self._answered:
-            samples += f" ({self._answered} left out: the model answers them instead of refusing)"
-        lines = [f"rule {rule.name} on {len(running.matrices)} matrices; {samples}"]
-        if rule.holds:
-            ranks = sorted({V.shape[1] for V in running.subspace.right.values()})
-            directions = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
-            lines[0] += f", {held} of them held in {directions} input directions a matrix"
-            fixed = describe_fixed(running.probe.model, running.probe.others)
-            if fixed:
-                learn = "; rows of tokens that were added to the vocabulary learn" if running.learning_rows else ""
-                lines.append(
-                    f"kept fixed: {', '.join(fixed)}; they are no matrices on an input, so null-space cannot hold what "
-                    f"they change{learn}; train them with another rule, or freeze them to save their memory"
-                )
-            if held == rows:
-                lines.append(
-                    f"all {rows} safety samples are held, so the watched prompts stay refused whatever leaks; with 9 "
-                    "or more, one is kept apart to watch"
-                )
-        before = running.monitor.before
-        lines.append(
-            f"{before.refused:.0%} of {len(before.first) or len(running.run.watched)} watched prompts refused by first "
-            f"token; safety loss {before.loss:.3f}"
-            + (f"; learning rate x {running.lr_scale:.2f}" if running.lr_scale != 1 else "")
-            + f"; set-up {running.seconds['setup']:.1f} s"
-        )
-        return lines
-
     def _tell(self, state: TrainerState, what: str, end: str = "") -> None:
-        """One line on the watched prompts, and advice if refusals are being lost."""
-        if not state.is_world_process_zero:
-            return
-        before, now = self._running.monitor.before, self._running.monitor.now
-        line = (
-            f"spf: {what}watched prompts refused {before.refused:.0%} before training, now {now.refused:.0%}; "
-            f"safety loss "
-            f"{before.loss:.3f} before training, now {now.loss:.3f}{end}"
-        )
-        if self._running.monitor.leaks:
-            remedies = ", fewer steps or a higher rank" if self.rule.holds else " or fewer steps"
-            line += f". Refusals are being lost: check with `spf eval`; a lower learning rate{remedies} keeps more"
-        logger.warning(line)
+        if state.is_world_process_zero:
+            logger.warning(f"spf: {watched_line(self._running, what, end)}")
 
     @property
     def _running(self) -> Attachment:
@@ -354,18 +304,6 @@ class SafetyCallback(TrainerCallback):
     def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.remove()
-
-
-def _benign_rows() -> list[SafetyRow]:
-    prompts = packaged_prompts("benign_anchors")[:CALIBRATION_PROMPTS]
-    return [SafetyRow([{"role": "user", "content": p}], "", f"benign_anchors:{i}") for i, p in enumerate(prompts, 1)]
-
-
-def _new_tokens(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Anchor]) -> list[int]:
-    """Ids of added tokens that occur in no safety sample, and are not the padding or end token or such."""
-    used = {token for sample in samples for token in (*sample.prompt_ids, *sample.refusal_ids)}
-    roles = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
-    return sorted(set(tokenizer.get_added_vocab().values()) - used - roles)
 
 
 def _calling_trainer() -> Trainer | None:

@@ -9,10 +9,11 @@ from spf.data.anchors import (
     reword,
     reworded_anchors,
     tokenise,
+    unused_tokens,
 )
 from spf.data.chat import render
 from spf.data.refusals import Completed, ask_refusals, complete_refusals
-from spf.data.rows import PACKAGED, SafetyRow, load_safety_rows, packaged_prompts, read_jsonl
+from spf.data.rows import PACKAGED, SafetyRow, benign_rows, load_safety_rows, packaged_prompts, read_jsonl
 from spf.errors import SafetyDataError
 from spf.text.refusal import HARMLESS_STUB
 
@@ -27,6 +28,7 @@ __all__ = [
     "SafetyDataError",
     "SafetyRow",
     "ask_refusals",
+    "benign_rows",
     "collate",
     "complete_refusals",
     "load_safety_rows",
@@ -36,4 +38,5 @@ __all__ = [
     "reword",
     "reworded_anchors",
     "tokenise",
+    "unused_tokens",
 ]

@@ -123,6 +123,13 @@ def reworded_anchors(
     return [anchor for anchor in anchors if len(anchor.prompt_ids) + len(anchor.refusal_ids) <= max_length]
 
 
+def unused_tokens(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Anchor]) -> list[int]:
+    """Ids of added tokens that occur in no safety sample, and are not the padding or end token or such."""
+    used = {token for sample in samples for token in (*sample.prompt_ids, *sample.refusal_ids)}
+    roles = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    return sorted(set(tokenizer.get_added_vocab().values()) - used - roles)
+
+
 def collate(anchors: Sequence[Anchor], pad_id: int, first_tokens: int = 0, first_weight: float = 1.0) -> AnchorBatch:
     """A right-padded batch; the first `first_tokens` tokens of each refusal weigh `first_weight`, the rest 1."""
     width = max(len(a.prompt_ids) + len(a.refusal_ids) for a in anchors)

@@ -15,6 +15,9 @@ from spf.text.chat import Messages
 
 PACKAGED = "spf/prompts/harmful_anchors.jsonl"
 
+CALIBRATION_PROMPTS = 32
+"""Packaged benign prompts on which a fresh lora_A keeps the size of its response."""
+
 
 @dataclass(frozen=True)
 class SafetyRow:
@@ -38,6 +41,12 @@ def packaged_prompts(name: str) -> list[str]:
     """
     text = (files("spf") / "prompts" / f"{name}.jsonl").read_text("utf-8")
     return [json.loads(line)["prompt"] for line in text.splitlines()]
+
+
+def benign_rows() -> list[SafetyRow]:
+    """Packaged benign prompts, without an answer."""
+    prompts = packaged_prompts("benign_anchors")[:CALIBRATION_PROMPTS]
+    return [SafetyRow([{"role": "user", "content": p}], "", f"benign_anchors:{i}") for i, p in enumerate(prompts, 1)]
 
 
 def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyRow]:

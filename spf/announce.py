@@ -1,0 +1,70 @@
+"""What a run says of itself: what is held and what it costs when training begins, and whether refusals are lost."""
+
+from collections.abc import Sequence
+
+from spf.data import SafetyRow
+from spf.matrices import describe_fixed
+from spf.optimizer import Attachment
+from spf.text.refusal import is_refusal
+
+
+def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answered: int) -> list[str]:
+    """What is held, what is kept fixed, and what it costs, a line each.
+
+    rows: the safety samples used, of `at_hand` that there were. answered: those left out because the model answers
+    them.
+    """
+    lines = [_samples(running, rows, at_hand, answered)]
+    rule = running.rule
+    if rule.holds:
+        fixed = describe_fixed(running.probe.model, running.probe.others)
+        if fixed:
+            learn = "; rows of tokens that were added to the vocabulary learn" if running.learning_rows else ""
+            lines.append(
+                f"kept fixed: {', '.join(fixed)}; they are no matrices on an input, so null-space cannot hold what "
+                f"they change{learn}; train them with another rule, or freeze them to save their memory"
+            )
+        if rule.basis_samples(len(rows)) == len(rows):
+            lines.append(
+                f"all {len(rows)} safety samples are held, so the watched prompts stay refused whatever leaks; with 9 "
+                "or more, one is kept apart to watch"
+            )
+    before = running.monitor.before
+    lines.append(
+        f"{before.refused:.0%} of {len(before.first) or len(running.run.watched)} watched prompts refused by first "
+        f"token; safety loss {before.loss:.3f}"
+        + (f"; learning rate x {running.lr_scale:.2f}" if running.lr_scale != 1 else "")
+        + f"; set-up {running.seconds['setup']:.1f} s"
+    )
+    return lines
+
+
+def watched_line(running: Attachment, what: str, end: str = "") -> str:
+    """The watched prompts before training and now, between `what` and `end`; advice if refusals are being lost."""
+    before, now = running.monitor.before, running.monitor.now
+    line = (
+        f"{what}watched prompts refused {before.refused:.0%} before training, now {now.refused:.0%}; safety loss "
+        f"{before.loss:.3f} before training, now {now.loss:.3f}{end}"
+    )
+    if running.monitor.leaks:
+        remedies = ", fewer steps or a higher rank" if running.rule.holds else " or fewer steps"
+        line += f". Refusals are being lost: check with `spf eval`; a lower learning rate{remedies} keeps more"
+    return line
+
+
+def _samples(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answered: int) -> str:
+    """The rule, and how many safety samples it has and holds."""
+    rule = running.rule
+    line = f"rule {rule.name} on {len(running.matrices)} matrices; {len(rows)} safety samples"
+    if at_hand != len(rows):
+        line += f" of {at_hand}"
+    unread = sum(row.refusal is not None and not row.own and not is_refusal(row.refusal) for row in rows)
+    if unread:
+        line += f" ({unread} of the given refusals do not read as one)"
+    if answered:
+        line += f" ({answered} left out: the model answers them instead of refusing)"
+    if rule.holds:
+        ranks = sorted({V.shape[1] for V in running.subspace.right.values()})
+        directions = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+        line += f", {rule.basis_samples(len(rows))} of them held in {directions} input directions a matrix"
+    return line
