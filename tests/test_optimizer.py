@@ -15,7 +15,7 @@ from spf.data import Anchor
 from spf.errors import UnsupportedModelError
 from spf.probe import Watched
 from spf.rules import Constrained, DualAscent, Mix, SafeGrad
-from spf.rules.null_space import Holding
+from spf.rules.holding import Holding
 from tests.conftest import make_model
 from tests.test_probe import with_lora
 

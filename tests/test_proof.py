@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from spf import CorrectionError, NullSpace, SafetyCallback, SafetyProbe, UnsupportedModelError, attach
 from spf.rules.constraint import Constraint
 from spf.rules.fixed import Fixed
-from spf.rules.null_space import Holding
+from spf.rules.holding import Holding
 from tests.conftest import make_model
 from tests.test_callback import arguments, make_trainer, safety_data, token_data
 from tests.test_optimizer import train

@@ -45,7 +45,7 @@ import spf.data.refusals as refusals  # noqa: E402
 import spf.rules.spf as published  # noqa: E402
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError  # noqa: E402
 from spf.rules import Constrained, Mix, SafeGrad  # noqa: E402
-from spf.rules.null_space import Holding  # noqa: E402
+from spf.rules.holding import Holding  # noqa: E402
 from spf.stepping import Stepping  # noqa: E402
 from tests.conftest import make_tokenizer  # noqa: E402
 from tests.test_callback import token_data  # noqa: E402

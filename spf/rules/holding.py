@@ -1,0 +1,232 @@
+"""The null space at work on a run: what it does to the weights after a step, and how it is proven."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spf.data import Anchor
+from spf.errors import CorrectionError, UnsupportedModelError
+from spf.linalg import exact_matmul, project_out_right, stacked
+from spf.rules.base import Correction, Given
+from spf.rules.constraint import Constraint, null_space_violation
+from spf.rules.fixed import Fixed
+from spf.run import Run
+from spf.subspace import SafetySubspace
+
+if TYPE_CHECKING:
+    from spf.rules.null_space import NullSpace
+
+MAX_SCALE = 10.0
+"""A fresh lora_A, or the learning rate of full matrices, is not scaled up by more than this."""
+
+SAMPLED_ROWS = 8
+"""Rows of each matrix kept over a step to tell how much of its update was removed."""
+
+
+class Holding(Correction):
+    """The null space at work: bases and targets, the correction after each step, and its proof."""
+
+    def __init__(self, run: Run, rule: "NullSpace", given: Given, subspace: SafetySubspace):
+        super().__init__(run, needs_probe=rule.feedback is not None)
+        self.rule = rule
+        self.correction_dtype = given.correction_dtype
+        self.feedback = rule.feedback.prepare(run, given) if rule.feedback is not None else None
+        self.subspace = subspace
+        # what a correction in a narrower type leaves of a step goes at the next
+        self.constraint = Constraint(run, self.subspace, torch.finfo(self.correction_dtype).eps)
+        self.fixed = Fixed(run, given.new_tokens)
+        self.learning_rows = self.fixed.learning_rows
+        self.acted: dict[str, int] = {}
+        """The step at which each matrix was first seen to be pushed and put back."""
+        self._rows: dict[str, Tensor] = {}
+        self._update = [0.0, 0.0]
+        self._driven: dict[str, Tensor] = {}
+        self._largest = 0.0
+        self._meet(given)
+        self._start = {name: self._sample(name).clone() for name in run.matrices}
+
+    def _meet(self, given: Given) -> None:
+        """Bring the weights to the constraint: project what is new, refuse what is from elsewhere."""
+        run = self.run
+        found = self.constraint.violations(run.matrices)
+        off = [name for name, v in found.items() if v.error > self.constraint.allowed(v)]
+        fresh = [name for name in off if run.matrices[name].is_lora_a and not given.resumed]
+        self.constraint.refuse_foreign([name for name in off if name not in fresh], found)
+        _refuse_trained(run, fresh)
+        rescale = given.calibration and self.rule.rescale and not given.resumed
+        if rescale and not any(matrix.is_lora_a for matrix in run.matrices.values()):
+            # The free directions carry little of what any prompt sends into a layer, so a step in them alone answers
+            # weakly. One rate serves all matrices: by what the least held one needs, so that none moves too far.
+            free = run.probe.free_shares(given.calibration, self.subspace.right)
+            self.lr_scale = min(1 / max(*free.values(), 1e-12), MAX_SCALE)
+        self._project(fresh, given.calibration if rescale else ())
+
+    def _project(self, fresh: Sequence[str], calibration: Sequence[Anchor]) -> None:
+        """A V = 0 on adapters that are new; with calibration samples, A answers them as strongly as before."""
+        if not fresh:
+            return
+        run = self.run
+        before = run.probe.response_norms(calibration, fresh) if calibration else {}
+        with torch.no_grad():
+            for name in fresh:
+                with run.sharding.weight(name, edit=True) as (_, A):
+                    A.copy_(project_out_right(A.float(), self.subspace.right[name].to(A.device)))
+            for name, after in run.probe.response_norms(calibration, fresh).items() if before else ():
+                # The held directions carry most of what any prompt sends into a layer. Without them A would
+                # answer weakly, and the adapter learn slowly; A's scale is free, since B is zero.
+                self.scale[name] = min(before[name] / max(after, 1e-12), MAX_SCALE)
+                with run.sharding.weight(name, edit=True) as (_, A):
+                    A.mul_(self.scale[name])
+            run.sharding.publish()
+
+    def before_step(self, gradients: dict[str, Tensor], here: set[str]) -> None:
+        if self.feedback is not None:
+            self.feedback.before_step(gradients, here)
+        self.constraint.follow()
+        self.fixed.before_step(here)
+        held = [name for name in self.run.matrices if name in here]
+        self._rows = {name: self._sample(name).clone() for name in held}
+        for name in held:
+            self.constraint.gaps.pop(name, None)
+            part = self.run.sharding.parts[name]
+            if name not in self.acted and part.holder.grad is not None:
+                pushed = part.piece(part.holder.grad).abs().max() if part.size else torch.zeros(())
+                self._driven[name] = torch.maximum(self._driven.get(name, torch.zeros_like(pushed)), pushed)
+
+    def after_step(self, here: set[str]) -> None:
+        self.fixed.after_step()
+        self._hold([name for name in self.run.matrices if name in here])
+
+    def finish_step(self) -> None:
+        self.run.removed(*self._update)
+        self._update = [0.0, 0.0]
+
+    def _hold(self, names: Sequence[str]) -> None:
+        """W <- W - (W V - W_0 V) V^T, block by block.
+
+        W V - W_0 V is computed in float32, so what a rougher product with V^T leaves of it goes at the next step.
+        """
+        run, parts = self.run, self.run.sharding.parts
+        moved: list[Tensor] = []
+        updated = {name: self._sample(name).clone() for name in names}
+        holders = {name: run.holder(name) for name in names}
+        cut = run.sharding.cut_products(holders, self.subspace.right)
+        for name in names:
+            V, target, first = self.subspace.right[name], self.subspace.target[name], parts[name].rows.start
+            # lora_A is too small for a rougher product to pay
+            rough = self.correction_dtype != torch.float32 and not run.matrices[name].is_lora_a
+            for block in run.blocks(name, holders[name]):
+                wanted = target[block.rows.start - first : block.rows.stop - first]
+                if block.cut:
+                    row = parts[name].cut_rows.index(block.rows.start)
+                    gap = cut[name][row : row + 1] - wanted
+                else:
+                    gap = null_space_violation(block.tensor, V, wanted)
+                basis = V[block.columns]
+                if rough:
+                    block.tensor.sub_(gap.to(self.correction_dtype) @ basis.T.to(self.correction_dtype))
+                else:
+                    block.tensor.sub_(exact_matmul(gap, basis.T))
+                self.constraint.gaps[name] = gap.square().sum() + self.constraint.gaps.get(name, 0.0)
+            taken, whole = updated[name] - self._sample(name), updated[name] - self._rows[name]
+            moved.append(torch.stack([taken.float().square().sum(), whole.float().square().sum()]))
+        # one transfer for all matrices: each would make the process wait for a GPU
+        sums = stacked(moved).sum(0).tolist() if moved else (0.0, 0.0)
+        self._update = [total + new for total, new in zip(self._update, sums, strict=True)]
+
+    def _sample(self, name: str) -> Tensor:
+        """Some of this process's rows of a matrix, for the statistics (none if it holds no whole row)."""
+        whole = [b.tensor for b in self.run.blocks(name, self.run.holder(name)) if not b.cut]
+        return whole[0][:: max(1, len(whole[0]) // SAMPLED_ROWS)] if whole else torch.empty(0)
+
+    def check(self, final: bool) -> None:
+        run = self.run
+        names = list(run.matrices) if final else [name for name in run.matrices if name not in self.acted]
+        if not final and not _due(run.steps):
+            return
+        found = self.constraint.violations(names)
+        for name, v in found.items():
+            if not v.error <= self.constraint.allowed(v):
+                raise CorrectionError(
+                    f"spf: {name} answers the held inputs differently after step {run.steps}: |W V - W_0 V| = "
+                    f"{v.error:.3g}, rounding leaves {v.rounding:.3g}"
+                )
+            if v.gap > self.constraint.allowed(v):
+                self.acted.setdefault(name, run.steps)
+        if final:
+            self._check_rest()
+        if final and found:
+            self._largest = max(v.error / v.rounding if v.rounding else 0.0 for v in found.values())
+        if final and not self.acted and run.steps:
+            pushed = self._pushed()
+            if pushed:
+                raise CorrectionError(
+                    f"spf: {len(pushed)} of {len(run.matrices)} matrices were trained, among them {pushed[0]}, and in "
+                    f"{run.steps} steps nothing ever had to be corrected, so nothing shows that the rule acts; is the "
+                    "safety subspace that of this model?"
+                )
+
+    def _check_rest(self) -> None:
+        """What is kept fixed is what it was, and the bases are bases: any weight answers zeros as before."""
+        changed = self.fixed.changed()
+        if changed:
+            raise CorrectionError(
+                f"spf: {changed[0]} and {len(changed) - 1} more parameters that null-space keeps fixed have changed"
+            )
+        try:
+            self.subspace.check("the safety subspace")
+        except ValueError as error:
+            raise CorrectionError(f"spf: {error}") from error
+
+    def proven(self) -> str:
+        count, acted = len(self.run.matrices), len(self.acted)
+        if not acted:
+            return "the matrices were not trained, so there was nothing to hold"
+        rest = f"; the other {count - acted} were never pushed beyond rounding" if acted < count else ""
+        return (
+            f"proven on the model's own parameters: all {count} matrices answer the held inputs as before training "
+            f"({self._largest:.1f} times what rounding leaves, at most); {acted} were seen to be pushed and put back"
+            f"{rest}"
+        )
+
+    def state(self) -> dict[str, Any]:
+        feedback = self.feedback.state() if self.feedback is not None else None
+        return {**super().state(), "acted": self.acted, "feedback": feedback}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.acted = {name: step for name, step in state["acted"].items() if name in self.run.matrices}
+        if self.feedback is not None:
+            self.feedback.load_state(state["feedback"])
+
+    def whole_subspace(self) -> SafetySubspace:
+        return self.constraint.whole()
+
+    def _pushed(self) -> list[str]:
+        """Matrices that had a gradient at some step and are not what they were."""
+        moved = []
+        for name in self.run.matrices:
+            now, before = self._sample(name), self._start[name]
+            driven = self._driven.get(name, torch.zeros(())) > 0
+            moved.append((now != before.to(now.device)).any().cpu() * driven.cpu() * 1.0)
+        return [name for name, value in zip(self.run.matrices, self.run.total(moved), strict=True) if value > 0]
+
+
+def _refuse_trained(run: Run, names: Sequence[str]) -> None:
+    """A lora_A can be projected as long as its lora_B is zero, because that changes nothing."""
+    for name in names:
+        with torch.no_grad(), run.sharding.weight(name.replace(".lora_A.", ".lora_B.")) as (_, B):
+            trained = B.float().square().sum()
+        if run.total([trained])[0] > 0:
+            raise UnsupportedModelError(
+                f"{name}: the adapter is trained already (lora_B is not zero), so it cannot be held to "
+                "A V = 0 without changing the model; merge it and start a new adapter"
+            )
+
+
+def _due(step: int) -> bool:
+    """At which steps matrices that were not seen to be corrected yet are looked at: the first four, then ever fewer."""
+    return step <= 4 or math.log2(step).is_integer()
