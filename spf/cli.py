@@ -124,8 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif first in COMMANDS:
             _run(first, given.expanded(arguments[1:]))
         else:
-            print(f"spf: no command {first!r}\n\n{USAGE}", file=sys.stderr)
-            return 2
+            raise ValueError(f"no command {first!r}; spf --help lists them")
     except (Exception, KeyboardInterrupt) as error:
         if show_traceback:
             traceback.print_exc()

@@ -1,16 +1,20 @@
-"""What people may write: types of settings, the callback's settings, and one sentence for what is wrong."""
+"""What people may write: types of settings and files, the callback's settings, one sentence for what is wrong."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", arbitrary_types_allowed=True)
 """A bool is no number, text is no number, NaN and infinity are none either, and an unknown name is a mistake."""
+
+T = TypeVar("T")
 
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
@@ -18,7 +22,14 @@ Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Weight = Annotated[float, Gt(0), Le(1e6)]
 """Of a token; more would leave the others nothing in float32."""
+Name = Annotated[str, MinLen(1)]
 Share = Annotated[float, Ge(0), Le(1)]
+Interval = Annotated[
+    list[Share],
+    MinLen(2),
+    MaxLen(2),
+    AfterValidator(lambda ends: ends if ends[0] <= ends[1] else _refuse("[low, high] in this order")),
+]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """What NumPy takes, too."""
 
@@ -33,29 +44,39 @@ _WANTED = {
     "int_type": "a whole number",
     "less_than": "below {lt:.10g}",
     "less_than_equal": "at most {le:.10g}",
+    "json_type": "JSON",
     "list_type": "a list",
+    "model_type": "an object of names and values",
     "literal_error": "{expected}",
     "is_instance_of": "a {class}",
     "path_type": "a path",
     "string_pattern_mismatch": "text of the form {pattern}",
     "string_too_short": "text that is not empty",
     "string_type": "text",
+    "too_long": "a list of at most {max_length}",
     "too_short": "a list of at least {min_length}",
     "tuple_type": "a list",
     "value_error": "{error}",
 }
 
 
-def sentence(error: ValidationError, form: str = "{}") -> str:
-    """The first mistake: which field (in `form`), what it must be, what it is."""
+def _refuse(wanted: str) -> Any:
+    raise ValueError(wanted)
+
+
+def sentence(error: ValidationError, form: str = "{}", depth: int = 1) -> str:
+    """The first mistake: which field (its place up to `depth`, in `form`), what it must be, what it is."""
     found = error.errors(include_url=False)
     first = found[0]
-    name, kind, value = str(first["loc"][0]) if first["loc"] else "", first["type"], first["input"]
-    if kind in ("missing", "extra_forbidden"):
-        return f"{form.format(name)} is {'missing' if kind == 'missing' else 'not known'}"
+    kind, value, name = first["type"], first["input"], ".".join(map(str, first["loc"][:depth]))
+    what = form.format(name) if name else "it"
+    if kind in ("missing", "extra_forbidden", "unexpected_keyword_argument"):
+        return f"{what} is {'missing' if kind == 'missing' else 'not known'}"
+    if kind == "value_error" and not name:
+        return str(first["ctx"]["error"])
     # what may be of several types has a mistake for each
-    wanted = dict.fromkeys(_wanted(e) for e in found if e["loc"][:1] == first["loc"][:1])
-    return f"{form.format(name)} must be {' or '.join(wanted)}, not {' '.join(repr(value).split())[:60]}"
+    wanted = dict.fromkeys(_wanted(e) for e in found if e["loc"][:depth] == first["loc"][:depth])
+    return f"{what} must be {' or '.join(wanted)}, not {' '.join(repr(value).split())[:60]}"
 
 
 def _wanted(error: Any) -> str:
@@ -68,27 +89,94 @@ def _wanted(error: Any) -> str:
     return form.format(**given).replace("'", "") if form else error["msg"]
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter:
-    """Of a dataclass or a function: a mapping with some of its fields or arguments, of the types that are annotated."""
-    hints = get_type_hints(kind, include_extras=True)
-    names = [f.name for f in fields(kind)] if is_dataclass(kind) else [name for name in hints if name != "return"]
-    values: Any = TypedDict(kind.__name__, {name: hints[name] for name in names}, total=False)  # type: ignore
-    return TypeAdapter(with_config(STRICT)(values))
-
-
-def check(kind: Any, values: Mapping[str, Any], form: str = "{}") -> None:
-    """Hold values to the annotations of a dataclass's fields or a function's arguments.
-
-    form: how one is named in the message ("--{}", "mix: {}").
+def check_values(hints: Mapping[str, Any], values: Mapping[str, Any], form: str = "{}") -> None:
+    """Hold values to types by name; `form` is how a name stands in the message ("--{}", "mix: {}").
 
     Raises:
         ValueError: one is of another type or out of range, NaN or infinite, or not known; one sentence.
     """
+    _validate(_adapter(tuple(hints.items())), values, form)
+
+
+def check(kind: Any, values: Mapping[str, Any], form: str = "{}") -> None:
+    """Hold values to the annotations of a dataclass's fields or a function's arguments, as `check_values` does."""
+    _validate(_adapter_of(kind), values, form)
+
+
+def _validate(adapter: TypeAdapter, values: Mapping[str, Any], form: str) -> None:
     try:
-        _adapter(kind).validate_python(dict(values))
+        adapter.validate_python(dict(values))
     except ValidationError as error:
         raise ValueError(sentence(error, form)) from None
+
+
+@cache
+def _adapter_of(kind: Any) -> TypeAdapter:
+    hints = get_type_hints(kind, include_extras=True)
+    names = [f.name for f in fields(kind)] if is_dataclass(kind) else [name for name in hints if name != "return"]
+    return _adapter(tuple((name, hints[name]) for name in names))
+
+
+def _adapter(hints: tuple[tuple[str, Any], ...]) -> TypeAdapter:
+    """Of a mapping with some of these names."""
+    values: Any = TypedDict("values", dict(hints), total=False)  # type: ignore
+    return TypeAdapter(with_config(STRICT)(values))
+
+
+class File(BaseModel):
+    """Subclass it for what one of our files holds: types are strict, unknown names are mistakes."""
+
+    model_config = STRICT
+
+
+def parse_json(kind: type[T], content: str | bytes, where: str | Path, remedy: str) -> T:
+    """JSON as a `File` or a dataclass.
+
+    Raises:
+        ValueError: it is no JSON, or one of its fields is not as it must be: one sentence with `where` and what to do.
+    """
+    try:
+        found: T = _whole(kind).validate_json(content)  # type: ignore[arg-type]
+        return found
+    except ValidationError as error:
+        broken = error.errors(include_url=False)[0]["type"] == "json_invalid"
+        said = "not a JSON file" if broken else sentence(error, "`{}`", depth=9)
+        raise ValueError(f"{where}: {said}; {remedy}") from None
+
+
+def read_json(kind: type[T], path: Path, remedy: str) -> T:
+    """`parse_json` of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is a directory, or see `parse_json`.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: a directory, where a file is expected; {remedy}")
+    return parse_json(kind, path.read_bytes(), path, remedy)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of names and values.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}, where YAML is expected")
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path}: must hold names and values, not {repr(found)[:60]}")
+    return found
+
+
+@cache
+def _whole(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
 
 
 class Settings:
@@ -98,9 +186,16 @@ class Settings:
     """
 
     form: ClassVar[str] = "{}"
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT  # where one is read from JSON
 
     def __post_init__(self) -> None:
         check(type(self), vars(self), self.form)
+
+
+class Arguments(Settings):
+    """Settings from a command line (`spf.arguments.parse`)."""
+
+    form = "--{}"
 
 
 # To add a setting of the callback: a field here, the argument of the same name in SafetyCallback.__init__ (which hands

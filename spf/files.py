@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, one run at a time in a directory, and going on with one."""
+"""Writing files whole or not at all, reading tensors back, one run at a time in a directory, and going on with one."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 
 @contextmanager
@@ -86,6 +87,22 @@ def check_output_directory(path: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"{path}: nothing can be written in {there} ({error.strerror}); name another place") from error
+
+
+def read_tensors(path: Path, what: str, remedy: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors and header of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or something else: one sentence with the path and what to do.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}, not {what}")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not {what}, or damaged ({' '.join(str(error).split())}); {remedy}") from error
 
 
 @contextmanager

@@ -219,7 +219,12 @@ class Attachment:
         run.steps, run.skipped, run.corrected = state["steps"], state["skipped"], state["corrected"]
         run.rotation.position = state["position"]
         self.monitor.load_state(state["monitor"])
-        self.correction.load_state(state["correction"])
+        try:
+            self.correction.load_state(state["correction"])
+        except KeyError as error:
+            raise ValueError(
+                f"the checkpoint holds no {error} of the rule; go on from an earlier checkpoint"
+            ) from error
         self.stepping.lr_scale = self.correction.lr_scale
         if state["reference_nll"]:
             anchors = [anchor.where for anchor in run.rotation.anchors]

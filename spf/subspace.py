@@ -3,13 +3,15 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, Json
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spf.files import atomic_path
+from spf.config import File, parse_json
+from spf.files import atomic_path, read_tensors
 from spf.linalg import exact_matmul
 
 
@@ -98,8 +100,17 @@ def overlap(U: Tensor, U2: Tensor) -> float:
     return float((U.T @ U2).double().square().sum() / min(U.shape[1], U2.shape[1]))
 
 
-FORMATS = ("spf-subspace-1", "spf-subspace-2")
+FORMAT = "spf-subspace-2"
 """In the first, bases that matrices share were written once for each of them."""
+
+
+START_ANEW = "a safety subspace that is damaged, or not written by spf; start the run anew"
+
+
+class _Header(File):
+    format: Literal["spf-subspace-1", "spf-subspace-2"]
+    spf: Json[dict[str, str]]
+    same: Json[dict[str, str]] = Field(default_factory=dict)
 
 
 @dataclass
@@ -128,7 +139,7 @@ class SafetySubspace:
                 else:
                     written[id(tensor)] = key
                     tensors[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-        header = {"format": FORMATS[-1], "spf": json.dumps(self.metadata), "same": json.dumps(same)}
+        header = {"format": FORMAT, "spf": json.dumps(self.metadata), "same": json.dumps(same)}
         with atomic_path(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=header)
 
@@ -137,23 +148,18 @@ class SafetySubspace:
         """Read what `save` wrote.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is not a subspace of this format, or is damaged.
         """
-        subspace = cls()
+        tensors, header = read_tensors(Path(path), "a safety subspace", START_ANEW)
+        about = parse_json(_Header, json.dumps(header), path, START_ANEW)
+        subspace = cls(metadata=about.spf)
         kinds = {"left": subspace.left, "right": subspace.right, "target": subspace.target}
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") not in FORMATS:
-                    raise ValueError(f"{path}: not a safety subspace written by spf")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-                subspace.metadata = json.loads(header["spf"])
-                tensors |= {key: tensors[first] for key, first in json.loads(header.get("same", "{}")).items()}
-            for key, tensor in tensors.items():
-                kind, name = key.split("/", 1)
-                kinds[kind][name] = tensor
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path}: a damaged safety subspace ({error}); start the run anew") from error
+        for key, first in {**dict(zip(tensors, tensors, strict=True)), **about.same}.items():
+            kind, _, name = key.partition("/")
+            if kind not in kinds or first not in tensors:
+                raise ValueError(f"{path}: holds nothing for {key if kind not in kinds else first}; {START_ANEW}")
+            kinds[kind][name] = tensors[first]
         subspace.check(str(path))
         return subspace
 
@@ -166,6 +172,8 @@ class SafetySubspace:
         checked: set[int] = set()
         for bases in (self.left, self.right):
             for name, V in bases.items():
+                if not V.is_floating_point():
+                    raise ValueError(f"{where}: the basis of {name} is of the type {V.dtype}; {START_ANEW}")
                 if V.dim() != 2 or V.shape[1] == 0:
                     raise ValueError(f"{where}: the basis of {name} has no direction, so nothing would be held there")
                 if id(V) in checked:
@@ -175,7 +183,9 @@ class SafetySubspace:
                 if not float((product - torch.eye(V.shape[1], device=V.device)).abs().max()) <= 1e-3:
                     raise ValueError(f"{where}: the basis of {name} is not orthonormal; it is damaged or not a basis")
         for name, target in self.target.items():
-            if name in self.right and target.shape[1:] != self.right[name].shape[1:]:
+            basis = self.right.get(name)
+            fits = basis is not None and target.dim() == 2 and target.shape[1] == basis.shape[1]
+            if not fits or not target.is_floating_point():
                 raise ValueError(f"{where}: basis and target of {name} do not fit each other")
             if not bool(torch.isfinite(target).all()):
                 raise ValueError(f"{where}: the target of {name} holds NaN or inf")

@@ -1,10 +1,11 @@
 """`spf train`: TRL's SFT arguments, a YAML file or flags, with SafetyCallback added."""
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
+from annotated_types import Ge, Lt
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import (
@@ -20,7 +21,7 @@ from trl import (
 from spf.arguments import TRAIN_NAMES, SafetyArguments, expanded, spelled
 from spf.callback import SafetyCallback
 from spf.checkpoint import STATE_FILE
-from spf.config import CallbackSettings
+from spf.config import CallbackSettings, Count, NotNegative, Positive, Seed, Share, Whole, check, read_yaml
 from spf.data import load_safety_rows
 from spf.errors import keeping, working
 from spf.evaluation.run import parse_options
@@ -30,12 +31,66 @@ from spf.rules import RULES, Rule
 GO_ON = "--resume_from_checkpoint true goes on from it"
 
 
+Beta = Annotated[float, Ge(0), Lt(1)]
+
+
+@dataclass
+class _Limits:
+    """Ranges of TRL's and transformers' arguments that they test late, after the model is loaded, or not at all."""
+
+    learning_rate: NotNegative
+    num_train_epochs: Positive
+    max_steps: Annotated[int, Ge(-1)]
+    per_device_train_batch_size: Count
+    per_device_eval_batch_size: Count
+    gradient_accumulation_steps: Count
+    warmup_steps: NotNegative
+    weight_decay: NotNegative
+    adam_beta1: Beta
+    adam_beta2: Beta
+    adam_epsilon: NotNegative
+    max_grad_norm: NotNegative
+    logging_steps: NotNegative
+    save_steps: NotNegative
+    eval_steps: NotNegative
+    save_total_limit: Count
+    seed: Seed
+    data_seed: Seed
+    dataloader_num_workers: Whole
+    dataset_num_proc: Count
+    max_length: Count
+    lora_r: Count
+    lora_alpha: Count
+    lora_dropout: Share
+
+
 class Parser(TrlParser):
-    """TRL's, with the safety flags first, and the paths and names of spf's other commands."""
+    """TRL's, with the safety flags first, the paths and names of spf's other commands, and values of the right types.
+
+    TRL's own takes from a YAML file whatever type a value has.
+    """
 
     def __init__(self) -> None:
         kinds: Any = (SafetyArguments, ScriptArguments, SFTConfig, ModelConfig)
         super().__init__(kinds, prog="spf train", usage="spf train [CONFIG.yaml] [--option value ...]")
+        self._untouched = {action.dest: action.default for action in self._actions}
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(" ".join(message.split()))
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found, rest = super().parse_known_args(*args, **kwargs)
+        lists = {action.dest for action in self._actions if action.nargs == "+"}
+        # one name stands for a list of one
+        given = {
+            name: [value] if name in lists and isinstance(value, str) else value for name, value in vars(found).items()
+        }
+        for kind in self.dataclass_types:
+            names = [f.name for f in fields(kind) if f.name in given]
+            check(kind, {name: given[name] for name in names if given[name] is not self._untouched[name]})
+        limited = {f.name: given[f.name] for f in fields(_Limits)}
+        check(_Limits, {name: value for name, value in limited.items() if value is not None})
+        return found, rest
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         return super().set_defaults_with_config(
@@ -57,6 +112,11 @@ def main(arguments: list[str]) -> None:
         return
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
+    if "--config" in arguments:
+        named = arguments[arguments.index("--config") + 1 :]
+        if not named:
+            raise ValueError("--config: name a YAML file")
+        read_yaml(Path(named[0]))  # a mistake in its form is named
     safety, script, training, model_config = parser.parse_args_and_config(args=spelled(arguments, TRAIN_NAMES))
     callback = make_callback(safety)
     if model_config.model_name_or_path is None:

@@ -163,7 +163,7 @@ def test_missing_and_truncated_files_are_named(made, tokenizer, rows):
     assert callback.attachment.steps == 4
     state = checkpoint / "spf_state.json"
     state.write_text(state.read_text()[:50])
-    refuses(ValueError, "spf_state.json: damaged")
+    refuses(ValueError, r"spf_state\.json: not a JSON file; damaged")
     state.write_text('{"steps": 2}')
     refuses(ValueError, "written by another version of spf")
 

@@ -160,8 +160,8 @@ def test_first_token_judge_takes_one_token(workspace):
     ("arguments", "message"),
     [
         (["eval"], "needs a model, or --validate_judge FILE"),
-        (["eval", "model", "--batch_size", "-1"], "must be at least 1, not 32 and -1"),
-        (["eval", "model", "--max_new_tokens", "0"], "must be at least 1, not 0 and 32"),
+        (["eval", "model", "--batch_size", "-1"], "--batch_size must be at least 1, not -1"),
+        (["eval", "model", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
         (["eval", "model", "--output", "model"], "model: a directory, which is not replaced"),
         (["eval", "model", "--harmful", "gone.jsonl"], "gone.jsonl: neither a file nor a known suite"),
         (["eval", "model", "--transforms", "hypnosis"], "no transform hypnosis"),
@@ -169,7 +169,10 @@ def test_first_token_judge_takes_one_token(workspace):
         (["eval", "--judge", "first-token", "--validate_judge", "labels.jsonl"], "cannot validate it"),
         (["eval", "model", *SUITES, "--reference", "gone.json"], "gone.json: no such file"),
         (["eval", "model", *SUITES, "--reference", "labels.jsonl"], "labels.jsonl: not a JSON file"),
-        (["eval", "model", *SUITES, "--reference", "other.json"], "other.json: not written by spf eval --output"),
+        (
+            ["eval", "model", *SUITES, "--reference", "other.json"],
+            "other.json: `model` is missing; not written by spf eval --output",
+        ),
         (["eval", "model", *SUITES[:4], "--reference", "ref.json"], "ref.json: measured with max_new_tokens 3, not 32"),
         (["eval", "model", *SUITES, "--judge", "first-token", "--reference", "ref.json"], "ref.json: measured with ju"),
         (["eval", "model", *SUITES[2:], "--reference", "ref.json"], "ref.json: measured on other harmful prompts"),

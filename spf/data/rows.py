@@ -118,6 +118,8 @@ def read_csv(path: Path) -> Iterable[tuple[int, dict]]:
 def _csv_rows(reader: Any, path: Path) -> Iterator[list[str]]:
     try:
         yield from reader
+    except UnicodeDecodeError as error:
+        raise SafetyDataError(f"{path}: not UTF-8 text ({error.reason})") from error
     except csv.Error as error:  # an unclosed quote would swallow the rest of the file
         raise SafetyDataError(f"{path}:{reader.line_num}: not CSV ({error}); close every double quote") from error
 
@@ -128,15 +130,18 @@ def read_jsonl(path: Path) -> Iterable[tuple[int, dict]]:
     Raises:
         SafetyDataError: a line is not a JSON object.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise SafetyDataError(f"{path}: not UTF-8 text ({error.reason})") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
+                said = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
                 raise SafetyDataError(
-                    f"{path}:{number}: not a JSON object ({error.msg}); every line has to be one (JSON Lines)"
+                    f"{path}:{number}: not a JSON object ({said}); every line has to be one (JSON Lines)"
                 ) from error
             if not isinstance(row, dict):
                 raise SafetyDataError(f"{path}:{number}: not a JSON object; every line has to be one (JSON Lines)")

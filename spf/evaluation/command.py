@@ -45,10 +45,6 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
         if args.validate_judge:
             raise ValueError("the first-token judge reads one token of a model, so labelled answers cannot validate it")
         args.max_new_tokens = 1
-    if args.max_new_tokens < 1 or args.batch_size < 1:
-        raise ValueError(
-            f"--max_new_tokens and --batch_size must be at least 1, not {args.max_new_tokens} and {args.batch_size}"
-        )
     if args.output:
         check_output_file(Path(args.output))
     transforms, options = parse_transforms(args.transforms), parse_options(args.chat_template_kwargs)

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spf.config import STRICT, Count, File, Interval, Share, check_values, read_json
 from spf.errors import ChatError
 from spf.evaluation.judges import Judge, prefix_judge
 from spf.evaluation.metrics import Rate, paired_difference
@@ -95,7 +97,7 @@ def parse_transforms(names: str) -> list[str]:
         return list(TRANSFORMS) if names == "all" else []
     chosen = [name.strip() for name in names.split(",")]
     if unknown := [name for name in chosen if name not in TRANSFORMS]:
-        raise ValueError(f"no transform {', '.join(unknown)}; there are {', '.join(TRANSFORMS)}")
+        raise ValueError(f"transforms: no transform {', '.join(unknown)}; there are {', '.join(TRANSFORMS)}")
     return chosen
 
 
@@ -162,6 +164,50 @@ def _hits(figure: str, refused: Sequence[bool]) -> list[bool]:
     return [verdict == (figure == "over_refusal") for verdict in refused]
 
 
+class _Suite(File):
+    name: str
+    where: str
+    count: Count
+    sha256: str
+
+
+class _Suites(File):
+    harmful: _Suite
+    benign: _Suite
+
+
+class _Judge(File):
+    name: str
+    refusal_label: str | None
+
+
+class _Results(File):
+    """What `spf eval --output` writes of a model; of each figure NAME of `refused` there are NAME_ci and NAME_count."""
+
+    model_config = STRICT | {"extra": "allow"}
+
+    model: str
+    suites: _Suites
+    judge: _Judge
+    max_new_tokens: Count
+    refused: dict[str, list[bool]]
+
+    @model_validator(mode="after")
+    def figures_fit(self) -> "_Results":
+        kinds: dict[str, Any] = dict.fromkeys(
+            ("agreement", "over_refusal_judge", "reference", "comparison", "perplexity", "tasks", "versions"), Any
+        )
+        for name, verdicts in self.refused.items():
+            suite = self.suites.benign if name == "over_refusal" else self.suites.harmful
+            if name not in ("over_refusal", "asr") and name.removeprefix("asr/") not in TRANSFORMS:
+                raise ValueError(f"`refused.{name}` is not known")
+            if len(verdicts) != suite.count:
+                raise ValueError(f"`refused.{name}` must be a list of {suite.count}, not of {len(verdicts)}")
+            kinds |= {name: Share, f"{name}_ci": Interval, f"{name}_count": Count}
+        check_values(kinds, self.model_extra or {}, "`{}`")
+        return self
+
+
 def read_reference(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The results of a former evaluation, to compare one with the settings `wanted`.
 
@@ -169,14 +215,10 @@ def read_reference(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no result of `spf eval`, or its prompts, judge or length of answers are others.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; write one with spf eval MODEL --output {path}")
-    try:
-        reference = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(reference, dict) or not {"model", "refused", *wanted} <= set(reference):
-        raise ValueError(f"{path}: not written by spf eval --output")
+    remedy = f"write one with spf eval MODEL --output {path}"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; {remedy}")
+    reference = read_json(_Results, path, f"not written by spf eval --output, or damaged; {remedy}").model_dump()
     for key in ("judge", "max_new_tokens"):
         if wanted[key] != reference[key]:
             raise ValueError(f"{path}: measured with {key} {reference[key]}, not {wanted[key]}")

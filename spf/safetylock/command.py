@@ -1,6 +1,7 @@
 """`spf lock`: extract, apply, remove, inspect and tune a SafetyLock."""
 
 import json
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -105,8 +106,6 @@ def tune_lock(args: TuneArguments) -> None:
     """`spf lock tune`: settings that were measured before are not measured again."""
     lock = SafetyLock.load(args.lock)
     alphas, ks = _numbers("alphas", args.alphas, float), _numbers("ks", args.ks, int)
-    if args.max_over_refusal is not None and not 0 <= args.max_over_refusal <= 1:
-        raise ValueError(f"--max_over_refusal {args.max_over_refusal:g}: a share from 0 to 1, such as 0.3")
     for k in ks:
         lock.top(k)
     output = Path(args.output)
@@ -194,9 +193,12 @@ def _tune(args: TuneArguments, lock: SafetyLock, grid: list[tuple[int, float]], 
 
 def _numbers(name: str, text: str, kind: type[Number]) -> list[Number]:
     try:
-        return [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
+        if not all(map(math.isfinite, found)) or (kind is int and min(found) < 1):
+            raise ValueError
     except ValueError:
         raise ValueError(f"--{name} {text}: {'whole ' if kind is int else ''}numbers separated by commas") from None
+    return found
 
 
 def _show(lock: SafetyLock) -> None:

@@ -6,20 +6,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spf.config import Count, Seed, check
 from spf.models import evaluating
 from spf.safetylock.heads import AttentionOutput, Geometry, Model, attention_outputs
-from spf.safetylock.lock import LockInfo, SafetyLock, locks_on, sketch, template_hash, tokenizer_hash, weights_hash
+from spf.safetylock.lock import (
+    LockInfo,
+    SafetyLock,
+    Score,
+    ValFraction,
+    locks_on,
+    sketch,
+    template_hash,
+    tokenizer_hash,
+    weights_hash,
+)
 from spf.safetylock.pairs import Pair, digest, distinct, encode, mean_words
 from spf.safetylock.probes import fit_logistic, judge_probes, mass_mean, rank_heads, validation_pairs
-
-Score = Literal["val", "val+train"]
 
 
 @dataclass(frozen=True)
@@ -104,13 +113,13 @@ def extract(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
     *,
-    k: int = 24,
-    window: int = 5,
+    k: Count = 24,
+    window: Count = 5,
     alpha: float = 6.0,
-    val_fraction: float = 0.4,
+    val_fraction: ValFraction = 0.4,
     score: Score = "val",
-    seed: int = 0,
-    batch_size: int = 16,
+    seed: Seed = 0,
+    batch_size: Count = 16,
     base_model: str | None = None,
 ) -> SafetyLock:
     """Make a lock from the ORIGINAL aligned model: the k heads that best tell safe from unsafe answers.
@@ -126,11 +135,11 @@ def extract(
             difference between the classes, or activations with NaN or inf.
         SafetyDataError: a pair that cannot be rendered.
     """
+    given = {"k": k, "window": window, "alpha": alpha, "val_fraction": val_fraction, "score": score, "seed": seed}
+    check(extract, given | {"batch_size": batch_size}, "extract: {}")
     _, geometry = attention_outputs(model)
-    if not 1 <= k <= geometry.layers * geometry.heads:
+    if k > geometry.layers * geometry.heads:
         raise ValueError(f"{k} heads asked for; the model has {geometry.layers * geometry.heads}")
-    if window < 1:
-        raise ValueError(f"window = {window}: at least one answer token is needed")
     if locks_on(model):
         raise ValueError("the model is locked; extract from the original model")
     kept = distinct(pairs)

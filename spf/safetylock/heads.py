@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.utils import GgufLinear
 
+from spf.config import Count, Settings
 from spf.errors import UnsupportedModelError
 from spf.models import evaluating
 
@@ -32,13 +33,13 @@ class AttentionOutput:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(Settings):
     """Layers, query heads a layer, numbers a head, and the width of the residual stream."""
 
-    layers: int
-    heads: int
-    head_dim: int
-    hidden_size: int
+    layers: Count
+    heads: Count
+    head_dim: Count
+    hidden_size: Count
 
     def __str__(self) -> str:
         return f"{self.layers} layers of {self.heads} heads of {self.head_dim}, hidden size {self.hidden_size}"

@@ -4,26 +4,30 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
+from annotated_types import Ge, Gt, Le, Lt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
-from spf.files import atomic_path
+from spf.config import Count, NotNegative, Seed, Settings, Whole, check, parse_json
+from spf.files import atomic_path, read_tensors
 from spf.safetylock.heads import AttentionOutput, Geometry, Model, attention_outputs, response
 from spf.safetylock.pairs import digest
 
 Mode = Literal["bias", "hook"]
+Score = Literal["val", "val+train"]
+ValFraction = Annotated[float, Gt(0), Lt(1)]
 Positions = Literal["all", "generated", "last"]
 
 FORMAT = 1
+EXTRACT = "extract the lock again, or copy it anew"
 SAVED_MARK = "spf_safetylock"
 """Key in the configuration of a model that was saved with its lock."""
 
@@ -34,8 +38,10 @@ _SKETCH_ROWS = 64
 
 
 @dataclass(frozen=True)
-class LockInfo:
+class LockInfo(Settings):
     """Where a lock comes from and what it fits; the JSON part of its file."""
+
+    form = "SafetyLock: {}"
 
     base_model: str
     base_hash: str
@@ -44,17 +50,22 @@ class LockInfo:
     tokenizer_hash: str
     template_hash: str
     dtype: str
-    window: int
-    pairs: int
-    duplicates: int
-    words_safe: float
-    words_unsafe: float
+    window: Count
+    pairs: Count
+    duplicates: Whole
+    words_safe: NotNegative
+    words_unsafe: NotNegative
     data_hash: str
-    seed: int
-    val_fraction: float
-    score: str
+    seed: Seed
+    val_fraction: ValFraction
+    score: Score
     alpha: float
     spf_version: str
+
+
+@dataclass(frozen=True)
+class _Stored(LockInfo):
+    format: Annotated[int, Ge(FORMAT), Le(FORMAT)]
 
 
 @dataclass
@@ -95,13 +106,14 @@ class SafetyLock:
         content = b"".join(t.contiguous().numpy().tobytes() for t in (self.heads, self.directions, self.sigmas))
         return hashlib.sha256(content).hexdigest()
 
-    def top(self, k: int) -> "SafetyLock":
+    def top(self, k: Count) -> "SafetyLock":
         """The lock of the k best heads alone.
 
         Raises:
             ValueError: k is not between 1 and the number of heads stored.
         """
-        if not 1 <= k <= len(self.heads):
+        check(SafetyLock.top, {"k": k}, "SafetyLock: {}")
+        if k > len(self.heads):
             raise ValueError(f"{k} heads asked for; the lock holds {len(self.heads)}")
         return replace(self, heads=self.heads[:k], directions=self.directions[:k], sigmas=self.sigmas[:k])
 
@@ -141,6 +153,8 @@ class SafetyLock:
             ValueError: the lock does not fit (see `check`), the model is locked already and `stack` is not set,
                 or `positions` other than all are asked of a bias.
         """
+        given = {"alpha": alpha, "mode": mode, "positions": positions, "stack": stack}
+        check(SafetyLock.apply, given, "SafetyLock: {}")
         if mode == "bias" and positions != "all":
             raise ValueError(f"a bias acts at all positions; use mode='hook' for positions={positions!r}")
         alpha = self.info.alpha if alpha is None else alpha
@@ -236,22 +250,47 @@ class SafetyLock:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is no lock, or of another format version.
+            ValueError: it is no lock, of another format version, or damaged.
         """
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such lock file")
-        try:
-            with safe_open(path, "pt") as file:
-                info = json.loads((file.metadata() or {}).get("safetylock", "{}"))
-                if info.pop("format", None) != FORMAT:
-                    raise ValueError(f"{path}: no SafetyLock file of format {FORMAT}")
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a SafetyLock file ({error})") from error
-        return cls(**tensors, info=LockInfo(**info | {"geometry": Geometry(**info["geometry"])}))
+        tensors, header = read_tensors(Path(path), "a SafetyLock file", EXTRACT)
+        if "safetylock" not in header:
+            raise ValueError(f"{path}: no SafetyLock file of format {FORMAT}; {EXTRACT}")
+        stored = parse_json(_Stored, header["safetylock"], path, f"no SafetyLock file of format {FORMAT}; {EXTRACT}")
+        lock_info = LockInfo(**{f.name: getattr(stored, f.name) for f in fields(LockInfo)})
+        if wrong := _misfit(tensors, lock_info.geometry):
+            raise ValueError(f"{path}: {wrong}; {EXTRACT}")
+        return cls(**tensors, info=lock_info)
 
 
 _TENSORS = ("heads", "directions", "sigmas", "train_accuracy", "val_accuracy", "val_loss", "sketch")
+
+
+def _misfit(tensors: dict[str, Tensor], geometry: Geometry) -> str | None:
+    """The first tensor of a lock file that is not as it must be, in words."""
+    if set(tensors) != set(_TENSORS):
+        return f"holds {', '.join(sorted(tensors)) or 'nothing'} instead of {', '.join(_TENSORS)}"
+    layers, heads, count = geometry.layers, geometry.heads, len(tensors["heads"]) if tensors["heads"].dim() else 0
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("train_accuracy", "val_accuracy", "val_loss"), (layers, heads))
+    shapes |= {"heads": (count, 2), "directions": (count, geometry.head_dim), "sigmas": (count,)}
+    shapes["sketch"] = (layers, min(_SKETCH_ROWS, geometry.hidden_size))
+    for name, shape in shapes.items():
+        tensor, dtype = tensors[name], torch.int64 if name == "heads" else torch.float32
+        if tensor.shape != shape or tensor.dtype != dtype or not count:
+            return f"{name} is {tuple(tensor.shape)}, {tensor.dtype}, and must be {shape}, {dtype}"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds NaN or inf"
+    chosen = tensors["heads"]
+    inside = (chosen >= 0) & (chosen < torch.tensor([layers, heads]))
+    shares = torch.stack([tensors["train_accuracy"], tensors["val_accuracy"]])
+    good = {
+        "heads": bool(inside.all()) and len(chosen.unique(dim=0)) == count,
+        "directions": bool(((tensors["directions"].norm(dim=1) - 1).abs() < 1e-3).all()),
+        "sigmas": bool((tensors["sigmas"] >= 0).all()),
+        "accuracies": bool(((shares >= 0) & (shares <= 1)).all()),
+    }
+    return next((f"its {name} cannot be those of a lock" for name, is_good in good.items() if not is_good), None)
 
 
 def locks_on(model: Model) -> set[str]:

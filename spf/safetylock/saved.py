@@ -3,16 +3,26 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from spf.config import File, parse_json, read_json
+from spf.files import read_tensors
 from spf.safetylock.heads import Model, attention_outputs
 from spf.safetylock.lock import SAVED_MARK, applied_shifts
 
 ORIGINAL_BIASES = "safetylock_original_biases.safetensors"
+
+
+class _Mark(File):
+    """What SAVED_MARK stands for in a model's configuration."""
+
+    fingerprints: list[str]
+    attention_bias_added: bool
 
 
 def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
@@ -75,19 +85,28 @@ def unlock_saved(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
         ValueError: the directory holds no model saved with its lock.
     """
     path = Path(directory) / "config.json"
-    mark = json.loads(path.read_text("utf-8")).get(SAVED_MARK) if path.is_file() else None
-    if mark is None:
-        raise ValueError(f"{directory}: holds no model that was saved with its lock")
+    remedy = "give the directory that `spf lock apply` wrote"
+    config = read_json(dict[str, Any], path, remedy) if path.exists() else {}
+    if SAVED_MARK not in config:
+        raise ValueError(f"{directory}: holds no model that was saved with its lock; {remedy}")
+    mark = parse_json(_Mark, json.dumps(config[SAVED_MARK]), f"{path}: {SAVED_MARK}", remedy)
+    originals = Path(directory) / ORIGINAL_BIASES
+    biases = read_tensors(originals, "biases that `spf lock apply` kept", remedy)[0] if originals.exists() else {}
     model = AutoModelForCausalLM.from_pretrained(directory)
     delattr(model.config, SAVED_MARK)
     outputs, _ = attention_outputs(model)
-    if mark["attention_bias_added"]:
+    if mark.attention_bias_added:
         model.config.attention_bias = False
         with torch.device("meta"):
             wanted = type(model)(model.config).state_dict()
         for name in set(model.state_dict()) - set(wanted):
             model.get_submodule(name.rpartition(".")[0]).register_parameter("bias", None)
-    elif (Path(directory) / ORIGINAL_BIASES).is_file():
-        for layer, bias in load_file(Path(directory) / ORIGINAL_BIASES).items():
-            outputs[int(layer)].base.bias = torch.nn.Parameter(bias)
+    for output in outputs:
+        bias = biases.pop(str(output.layer), None)
+        if bias is not None and bias.shape == (output.base.out_features,):
+            output.base.bias = torch.nn.Parameter(bias)
+        elif bias is not None:
+            raise ValueError(f"{originals}: the bias of layer {output.layer} does not fit the model; {remedy}")
+    if biases:
+        raise ValueError(f"{originals}: the model has no layer {next(iter(biases))}; {remedy}")
     return model, AutoTokenizer.from_pretrained(directory)

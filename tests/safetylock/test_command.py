@@ -115,7 +115,7 @@ def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it
             (("--ks", "2,9"), "9 heads asked for; the lock holds 4"),
             (("--ks", "two"), "--ks two: whole numbers separated by commas"),
             (("--alphas", "1,,2"), "--alphas 1,,2: numbers separated by commas"),
-            (("--ks", "2", "--max_over_refusal", 30), "--max_over_refusal 30: a share from 0 to 1"),
+            (("--ks", "2", "--max_over_refusal", 30), "--max_over_refusal must be at most 1, not 30.0"),
         ):
             assert lock("tune", w / "tuned", w / "my.lock", w / "out", *mistake) == 2
             assert sentence in capsys.readouterr().err

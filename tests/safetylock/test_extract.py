@@ -158,8 +158,8 @@ def test_directions_transfer_to_the_same_model_exactly(tokenizer):
     ("options", "message"),
     [
         ({"k": 9}, "9 heads asked for; the model has 8"),
-        ({"k": 0}, "0 heads asked for"),
-        ({"window": 0}, "at least one answer token"),
+        ({"k": 0}, "k must be at least 1, not 0"),
+        ({"window": 0}, "window must be at least 1, not 0"),
         ({"val_fraction": 0.01}, "cannot be split"),
     ],
 )

@@ -121,8 +121,6 @@ def run_grid(args: BenchArguments, console: Console | None = None) -> int:
 
     A cell is done if its file holds the same settings. An interrupted grid goes on where it stopped.
     """
-    if args.workers < 1:
-        raise ValueError(f"--workers must be at least 1, not {args.workers}")
     cells = read_grid(Path(args.config), args.model)
     output = Path(args.output)
     check_output_directory(Path(args.work))

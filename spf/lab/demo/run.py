@@ -66,8 +66,6 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
 
     An arm that is finished there with the same settings is not run again.
     """
-    if args.safety_rule not in LABELS.keys() & RULES.keys():
-        raise ValueError(f"--safety_rule {args.safety_rule}: null-space, spf or rank1")
     rule = _rule(args)
     if args.quick:
         args.steps, args.sql_eval = min(args.steps, 14), min(args.sql_eval, 30)

@@ -153,8 +153,6 @@ PRESETS: dict[str, Callable[[], Preset]] = {"tiny": tiny, "paper": paper}
 
 def run_study(args: RunArguments) -> None:
     """Run all stages that `args.output` does not hold yet; write results.json, report.html and its plots."""
-    if args.seed < 0:
-        raise ValueError(f"--seed must not be negative, not {args.seed}")
     preset = PRESETS[args.preset]()
     directory = Path(args.output)
     with directory_lock(directory):

@@ -114,7 +114,7 @@ def test_a_directory_keeps_its_settings(smallest, tmp_path):
 
 
 def test_a_negative_seed_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--seed must not be negative"):
+    with pytest.raises(ValueError, match="--seed must be at least 0, not -1"):
         run_study(RunArguments(str(tmp_path), seed=-1))
 
 
