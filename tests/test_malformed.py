@@ -17,6 +17,7 @@ from trl import ModelConfig, SFTConfig
 from spf import SafetyCallback, SafetyProbe, SafetySubspace, attach
 from spf import arguments as given_to
 from spf.checkpoint import read_checkpoint
+from spf.config import CallbackSettings
 from spf.data import load_safety_rows
 from spf.rules import RULES, NullSpace
 from spf.safetylock import SafetyLock, extract, unlock_saved
@@ -162,22 +163,16 @@ def make_attachment(**given):
     return attach(make_probe(), torch.optim.SGD(toy()[0].parameters(), lr=0.1), **{"rule": RULES["mix"]()} | given)
 
 
-SKIPPED = {
-    SafetyCallback.__init__: ("safety_data", "rule"),
-    SafetyProbe.__init__: ("model", "anchors"),
-}
+MADE = {**{kind: kind for kind in RULES.values()}, CallbackSettings: SafetyCallback}
+SKIPPED = ("model", "anchors")
+"""Of the probe: they are no settings."""
 
 
 def of_constructors():
-    made = {
-        **{kind: kind for kind in RULES.values()},
-        SafetyCallback.__init__: SafetyCallback,
-        SafetyProbe.__init__: make_probe,
-    }
-    for kind, make in made.items():
+    for kind, make in {**MADE, SafetyProbe.__init__: make_probe}.items():
         label = getattr(make, "__name__", "")
         for name, hint in hints(kind).items():
-            if name in SKIPPED.get(kind, ()):
+            if make is make_probe and name in SKIPPED:
                 continue
             for value in [*bad_values(hint), *out_of_range(kind, name)]:
                 yield Case(f"{label}: {name} {short(value)}", lambda p, m=make, n=name, v=value: m(**{n: v}), (name,))
@@ -710,6 +705,10 @@ def test_the_table_is_large_enough():
     assert len(CASES) >= 600
 
 
+def test_every_setting_of_the_callback_is_checked():
+    assert {*hints(SafetyCallback.__init__)} == {*hints(CallbackSettings), "safety_data", "rule"}
+
+
 @pytest.mark.parametrize("case", parameters(CASES))
 def test_it_is_refused_in_one_sentence_before_any_work(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -793,12 +792,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
-FIELDS = [
-    (kind, make, name)
-    for kind, make in {**{kind: kind for kind in RULES.values()}, SafetyCallback.__init__: SafetyCallback}.items()
-    for name in hints(kind)
-    if name not in SKIPPED.get(kind, ())
-]
+FIELDS = [(kind, make, name) for kind, make in MADE.items() for name in hints(kind)]
 
 
 def is_of(value, hint):
