@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         if show_traceback:
             traceback.print_exc()
         code, sentence = _verdict(error)
+        _end_bars()
         # of several processes that are interrupted together, one speaks
         if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
             print(f"spf: {sentence}", file=sys.stderr)
@@ -193,6 +194,13 @@ def _completion(arguments: list[str]) -> str:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         (groups[group[0]] if group else commands).add_parser(last, parents=[made], help=made.description)
     return str(shtab.complete(root, arguments[0]))
+
+
+def _end_bars() -> None:
+    """What broke off left its progress bars open: the sentence stands on a line of its own, and is the last one."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
 
 
 class _Terminated(KeyboardInterrupt):

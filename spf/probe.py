@@ -15,6 +15,7 @@ from spf.errors import UnsupportedModelError
 from spf.linalg import project_out_right
 from spf.matrices import find_matrices, used_tokens
 from spf.models import evaluating
+from spf.progress import progress, tracked
 from spf.sharding import reshard, spread_over_ranks
 from spf.subspace import Factors
 
@@ -104,7 +105,7 @@ class SafetyProbe:
         """
         self.reference_nll, self._reference_logprobs = {}, {}
         with self._quiet():
-            for anchor in anchors:
+            for anchor in tracked(anchors, "reference"):
                 batch = self._batch([anchor])
                 nll, used_weights, logits = self._token_nll(batch)
                 self.reference_nll[anchor.where] = (float((nll * used_weights).sum()), float(used_weights.sum()))
@@ -177,7 +178,7 @@ class SafetyProbe:
         total = weight = 0.0
         first: list[int] = []
         with self._quiet():
-            for start in range(0, len(anchors), 8):
+            for start in tracked(range(0, len(anchors), 8), "watched prompts"):
                 chunk = anchors[start : start + 8]
                 nll, weights, logits = self._token_nll(self._batch(chunk))
                 total, weight = total + float((nll * weights).sum()), weight + float(weights.sum())
@@ -220,7 +221,13 @@ class SafetyProbe:
             if sketch.count == 0:
                 raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
         # a sketch leaves when its basis is made, so that they are never all there at once
-        bases = spread_over_ranks(list(sketches), lambda name: sketches.pop(name).basis(rank, energy))
+        with progress(len(sketches), "held directions") as bar:
+
+            def basis(name: str) -> Tensor:
+                bar.update()
+                return sketches.pop(name).basis(rank, energy)
+
+            bases = spread_over_ranks(list(sketches), basis)
         return {name: bases[shared[name]] for name in names}
 
     def _shared_inputs(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, str]:
@@ -295,7 +302,7 @@ class SafetyProbe:
             return hook
 
         with self._quiet(), self._hooked(tap, names):
-            for start in range(0, len(anchors), batch_size):
+            for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
                 batch = self._batch(anchors[start : start + batch_size])
                 mask = batch.attention_mask.bool()
                 # the last prompt token predicts the first refusal token, so it counts with the refusal

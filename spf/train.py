@@ -28,8 +28,6 @@ from spf.evaluation.run import parse_options
 from spf.files import directory_lock
 from spf.rules import RULES, Rule
 
-GO_ON = "--resume_from_checkpoint true goes on from it"
-
 
 Beta = Annotated[float, Ge(0), Lt(1)]
 
@@ -121,6 +119,8 @@ def main(arguments: list[str]) -> None:
     callback = make_callback(safety)
     if model_config.model_name_or_path is None:
         raise ValueError("spf train needs model_name_or_path: a directory or hub id")
+    if str(training.resume_from_checkpoint).lower() in ("true", "false"):  # a flag is text, and true no directory
+        training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
     output = Path(str(training.output_dir))
     first = training.process_index == 0
     with directory_lock(output) if first else nullcontext():
@@ -132,7 +132,8 @@ def main(arguments: list[str]) -> None:
             if saving:
                 return f"the model in {output} may not be whole"
             if new := dict(_checkpoints(output, last).items() - before.items()):
-                return f"the last checkpoint is {max(new, key=lambda place: new[place])}; " + GO_ON
+                place = max(new, key=lambda place: new[place])
+                return f"--resume_from_checkpoint {place} goes on from the last whole checkpoint"
             return "nothing was written" + (f"; {output} holds checkpoints of an earlier run" if before else "")
 
         with keeping(kept) if first else nullcontext():

@@ -37,8 +37,7 @@ safety_monitor_steps: 1
 """
 
 
-@pytest.fixture
-def workspace(tmp_path, tokenizer, rows):
+def make_workspace(tmp_path, tokenizer, rows):
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     messages = [{"role": "user", "content": "Write a poem."}, {"role": "assistant", "content": "Tell me a story."}]
@@ -55,6 +54,11 @@ def workspace(tmp_path, tokenizer, rows):
         )
     )
     return tmp_path
+
+
+@pytest.fixture
+def workspace(tmp_path, tokenizer, rows):
+    return make_workspace(tmp_path, tokenizer, rows)
 
 
 def test_train_then_eval(workspace, capsys):

@@ -19,6 +19,7 @@ from transformers import (
 from spf.evaluation.extras import import_extra
 from spf.evaluation.metrics import Rate
 from spf.models import machine_device
+from spf.progress import tracked
 from spf.text.chat import render_chat
 from spf.text.generation import Messages, complete_texts, generate_answers
 from spf.text.refusal import ADVBENCH_PREFIXES, EXTRA_PREFIXES, is_refusal
@@ -94,7 +95,7 @@ class ClassifierJudge:
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         # One by one: classifiers differ in padding side and token, and short answers make this fast enough.
         verdicts = []
-        for answer in answers:
+        for answer in tracked(answers, "judging"):
             if not answer.strip():
                 verdicts.append(False)
                 continue

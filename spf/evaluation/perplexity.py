@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.evaluation.metrics import Z95
 from spf.models import evaluating
+from spf.progress import tracked
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def perplexity(
         raise ValueError(f"perplexity: none of the {len(texts)} texts has two tokens")
     nats: list[float] = []
     with evaluating(model):
-        for start in range(0, len(encoded), batch_size):
+        for start in tracked(range(0, len(encoded), batch_size), "perplexity"):
             rows = encoded[start : start + batch_size]
             width = max(map(len, rows))
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spf.config import Count, Seed, check
 from spf.models import evaluating
+from spf.progress import tracked
 from spf.safetylock.heads import AttentionOutput, Geometry, Model, attention_outputs
 from spf.safetylock.lock import (
     LockInfo,
@@ -69,7 +70,7 @@ def recorded(
     with tempfile.TemporaryDirectory(prefix="spf-safetylock-") as directory:
         files = [Path(directory) / f"layer{output.layer}.f32" for output in outputs]
         with evaluating(model):
-            for start in range(0, len(chats), batch_size):
+            for start in tracked(range(0, len(chats), batch_size), "answers of all pairs"):
                 batch = chats[start : start + batch_size]
                 _record(model, outputs, files, [(ids, kept) for ids, kept, _, _ in batch])
         yield Recording(
@@ -151,7 +152,7 @@ def extract(
     sigmas = torch.zeros(geometry.layers, geometry.heads)
     with recorded(model, tokenizer, kept, window, batch_size) as recording:
         held_out = validation[recording.pair]
-        for layer in range(geometry.layers):
+        for layer in tracked(range(geometry.layers), "probes"):
             X = recording.layer(layer)
             if not torch.isfinite(X).all():
                 raise ValueError(f"layer {layer}: the activations hold NaN or inf")

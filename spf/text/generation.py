@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.models import evaluating
+from spf.progress import progress as progress_bar
 from spf.sharding import shares_parameters
 from spf.text.chat import Messages, check_tokens, render_chat
 
@@ -111,7 +111,7 @@ def complete_texts(
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     pad = pad_id(tokenizer)
     answers = [""] * len(encoded)
-    with evaluating(model), tqdm(total=len(encoded), desc=description, disable=not progress, leave=False) as bar:
+    with evaluating(model), progress_bar(len(encoded), description, shown=progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             width = max(len(encoded[i]) for i in rows)

@@ -18,12 +18,13 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from spf.arguments import BenchArguments, expanded
-from spf.errors import RunFailedError, keeping
+from spf.errors import RunFailedError, keeping, working
 from spf.files import check_output_directory, directory_lock, write_json
 from spf.lab.bench.cell import Cell, Split, Tuning, prepare, run_cell
-from spf.lab.bench.methods import METHODS, check_settings, refuse_text
+from spf.lab.bench.methods import METHODS, Workspace, check_settings, refuse_text
 from spf.lab.bench.report import write_bench_report
 from spf.lab.bench.scenarios import SCENARIOS
+from spf.progress import progress, tracked
 
 GRID_KEYS = ("scenarios", "methods", "seeds", "tunings", "variants")
 
@@ -146,41 +147,54 @@ def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
     output = Path(args.output)
     pending = [cell for cell in cells if not _done(cell, output)]
     console.print(f"{len(cells)} cells, {len(cells) - len(pending)} of them done.", highlight=False)
-    if args.report_only:
-        pending = []
     failed = 0
-    if pending:
-        workspaces = {name: prepare(name, Path(args.work)) for name in dict.fromkeys(cell.model for cell in pending)}
-        context = multiprocessing.get_context("forkserver")
-        # every cell starts from a fresh fork that has imported everything, so its peak memory is its own
-        context.set_forkserver_preload(["spf.lab.bench.cell"])
-        threads = max(1, (os.cpu_count() or 1) // args.workers)
-        started = time.perf_counter()
-        with ProcessPoolExecutor(args.workers, context, _set_up, (threads,), max_tasks_per_child=1) as pool:
-            futures = {pool.submit(run_cell, cell, workspaces[cell.model]): cell for cell in pending}
-            try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    cell = futures[future]
-                    try:
-                        result = future.result()
-                    except BrokenProcessPool:
-                        raise
-                    except Exception as error:
-                        failed += 1
-                        console.print(
-                            f"[{done}/{len(pending)}] {cell.path(Path())}: failed: {error!r}", highlight=False
-                        )
-                        continue
+    if pending and not args.report_only:
+        models = dict.fromkeys(cell.model for cell in pending)
+        workspaces = {name: prepare(name, Path(args.work)) for name in tracked(models, "models")}
+        with working():
+            failed = _run_cells(pending, workspaces, args.workers, output, console)
+    with working():
+        for place in write_bench_report(output):
+            console.print(str(place), highlight=False, soft_wrap=True)
+    return failed
+
+
+def _run_cells(
+    pending: list[Cell], workspaces: dict[str, Workspace], workers: int, output: Path, console: Console
+) -> int:
+    """How many failed; the results of the others are written as they come."""
+    context = multiprocessing.get_context("forkserver")
+    # every cell starts from a fresh fork that has imported everything, so its peak memory is its own
+    context.set_forkserver_preload(["spf.lab.bench.cell"])
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    started = time.perf_counter()
+    failed = 0
+    with (
+        ProcessPoolExecutor(workers, context, _set_up, (threads,), max_tasks_per_child=1) as pool,
+        progress(len(pending), "cells") as bar,
+    ):
+        futures = {pool.submit(run_cell, cell, workspaces[cell.model]): cell for cell in pending}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                cell = futures[future]
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:
+                    failed += 1
+                    line = f"{cell.path(Path())}: failed: {error!r}"
+                else:
                     write_json(cell.path(output), result)
-                    minutes = (time.perf_counter() - started) / 60
-                    console.print(f"[{done}/{len(pending)}] {_line(result)}  ({minutes:.0f} min)", highlight=False)
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in multiprocessing.active_children():
-                    worker.kill()
-                raise
-    for place in write_bench_report(output):
-        console.print(str(place), highlight=False, soft_wrap=True)
+                    line = f"{_line(result)}  ({(time.perf_counter() - started) / 60:.0f} min)"
+                with bar.external_write_mode():
+                    console.print(f"[{done}/{len(pending)}] {line}", highlight=False)
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
     return failed
 
 

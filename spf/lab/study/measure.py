@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.arguments import MeasureArguments
@@ -27,6 +26,7 @@ from spf.lab.analysis.activations import Activations, capture, find_mlps, local_
 from spf.lab.analysis.gradients import captured_energy, chance_overlap
 from spf.lab.analysis.inputs import Prompts
 from spf.probe import SafetyProbe
+from spf.progress import progress, tracked
 from spf.subspace import cumulative_energy_ratio, effective_rank, overlap, svd_dense
 from spf.text.generation import context_length, pad_id
 
@@ -129,7 +129,7 @@ def measure_update(
     result: dict[str, Any] = {"matrices": [], "rows": [], "angles": {}}
     squares = [0.0, 0.0]
     transposed = _transposed(before)
-    for layer, mlp in enumerate(tqdm(find_mlps(before), desc="weights", leave=False)):
+    for layer, mlp in enumerate(tracked(find_mlps(before), "weights")):
         rows: dict[str, Any] = {}
         for name in mlp.weight_names():
             W, W2 = weight_before[name].detach().float(), weight_after[name].detach().float()
@@ -239,7 +239,7 @@ def measure_gradients(
     first: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     transposed = _transposed(base)
     weight_before = dict(base.named_parameters())
-    for name in tqdm(["base", *tuned], desc="gradients", leave=False):
+    for name in tracked(["base", *tuned], "gradients"):
         model = base if name == "base" else tuned[name]
         found = {kind: mean_gradients(model, anchors[kind], pad_token_id) for kind in ("safety", "utility")}
         triplets = {matrix: svd_dense(G, k) for matrix, G in found["safety"].items()}
@@ -291,7 +291,7 @@ def scale_curve(
     kept = {name: parameters[name].detach().clone() for name in before}
     curve = []
     try:
-        for alpha in tqdm(alphas, desc="alpha", leave=False):
+        for alpha in tracked(alphas, "alpha"):
             weights.scale_update(model, before, after, alpha)
             curve.append({"alpha": alpha, **evaluate(model)})
     finally:
@@ -377,7 +377,7 @@ def measure_world(
         "seconds": {},
     }
     before: dict[str, Activations] = {}
-    with tqdm(total=(1 + len(tuned)) * len(sets) * 2, desc="measuring", leave=False) as bar:
+    with progress((1 + len(tuned)) * len(sets) * 2, "measuring") as bar:
         for name in ("base", *tuned):
             model = base if name == "base" else tuned[name]
             started = time.perf_counter()

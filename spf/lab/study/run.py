@@ -39,6 +39,7 @@ from spf.lab.study.training import (
     run_stage,
 )
 from spf.models import machine_device
+from spf.progress import progress, tracked
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,8 @@ class Study:
         path = self.directory / f"{name}.json"
         if not path.is_file():
             start = time.perf_counter()
-            content = compute()
+            with progress(None, name):
+                content = compute()
             write_json(path, {"seconds": round(time.perf_counter() - start, 1), "content": content})
         stored = json.loads(path.read_text("utf-8"))
         self.seconds[name] = stored["seconds"]
@@ -314,7 +316,7 @@ class Study:
         embeds: dict[str, dict[str, torch.Tensor]] = {}
         works: dict[str, dict[str, list[bool]]] = {}
         test = self.tests["unsafe"][: self.preset.attack_prompts]
-        for name, model in models.items():
+        for name, model in tracked(list(models.items()), "attacks"):
             radius = mean_embedding_norm(model)
             rates[name], embeds[name], works[name] = {}, {}, {}
             for tokens in self.preset.attack_tokens:

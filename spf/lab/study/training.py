@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from spf.files import atomic_path, write_json
 from spf.lab.study.data import SEGMENT_1, SEGMENT_2, TEXT, Sampler, Samples, WorldSettings
+from spf.progress import progress
 
 Protocol = Literal["instruct", "ssft", "dpo", "unlearning"]
 PROTOCOLS: tuple[Protocol, ...] = ("ssft", "dpo", "unlearning")
@@ -248,7 +248,7 @@ def run_stage(
     start = time.perf_counter() - seconds
     window: list[float] = []
     model.train()
-    with tqdm(total=schedule.steps, initial=first, desc=name, unit="step", mininterval=1) as bar:
+    with progress(schedule.steps, name, initial=first, unit="step", mininterval=1, leave=True) as bar:
         for step in range(first, schedule.steps):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate_at(step)

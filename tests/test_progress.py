@@ -1,0 +1,65 @@
+"""A sign of life where something takes long, nothing where it does not, and one process that gives it."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from spf import progress as module
+from spf.probe import SafetyProbe
+from spf.progress import progress, tracked
+from tests.conftest import make_model
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    monkeypatch.setattr(module, "DELAY", 0.05)
+    monkeypatch.setattr(module, "BEAT", 0.02)
+
+
+def test_what_is_over_soon_says_nothing(capsys):
+    assert list(tracked(range(3), "quick")) == [0, 1, 2]
+    with progress(None, "quick"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("total", "shown"), [(2, "0/2"), (None, "slow: 00:00")])
+def test_one_long_step_shows_life(soon, capsys, total, shown):
+    with progress(total, "slow"):
+        time.sleep(0.3)
+        alive = capsys.readouterr().err
+    assert alive.count("\rslow: ") > 2
+    assert shown in alive
+    assert capsys.readouterr().err.endswith("\r")  # it goes when it is done
+
+
+@pytest.mark.parametrize("reason", ["another rank", "turned off", "not asked for"])
+def test_it_is_silent_where_it_should_be(soon, capsys, monkeypatch, reason):
+    if reason == "another rank":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    elif reason == "turned off":
+        monkeypatch.setattr(module, "is_progress_bar_enabled", lambda: False)
+    with progress(2, "slow", shown=reason != "not asked for") as bar:
+        time.sleep(0.1)
+        bar.update()
+    assert capsys.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+
+
+def test_set_up_shows_its_passes_and_bases(soon, monkeypatch, capsys, anchors):
+    monkeypatch.setattr(module, "DELAY", 0.0)
+    probe = SafetyProbe(make_model(), anchors, pad_token_id=1)
+    probe.input_bases(anchors, list(probe.matrices), rank=4)
+    said = capsys.readouterr().err
+    assert "safety samples: " in said
+    assert "held directions: " in said
+
+
+def test_bars_are_made_in_one_place():
+    root = Path(module.__file__).parent
+    files = [path for path in root.rglob("*.py") if "import tqdm" in path.read_text("utf-8")]
+    assert files == [root / "progress.py"]
