@@ -28,7 +28,6 @@ from spf.evaluation.run import parse_options
 from spf.files import directory_lock
 from spf.rules import RULES, Rule
 
-
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
