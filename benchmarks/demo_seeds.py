@@ -5,14 +5,14 @@ python benchmarks/demo_seeds.py --seeds 0 1 2 --output demo-seeds
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from spf.files import write_json
 from spf.lab.demo.run import DemoArguments, run_demo
+from spf.lab.report.stats import spread
+from spf.lab.report.tables import of_text, rich_table
 
 METRICS = ("asr", "over_refusal", "utility", "seconds_per_step")
 
@@ -23,12 +23,8 @@ def summarise(runs: list[dict]) -> dict:
     for arm in runs[0]["arms"]:
         for metric in METRICS:
             values = [run["arms"][arm][metric] for run in runs]
-            if values[0] is not None:
-                summary.setdefault(arm, {})[metric] = {
-                    "values": values,
-                    "mean": statistics.mean(values),
-                    "std": statistics.stdev(values) if len(values) > 1 else None,
-                }
+            if found := spread(values):
+                summary.setdefault(arm, {})[metric] = {"values": values, "mean": found.mean, "std": found.sd}
     return summary
 
 
@@ -47,15 +43,12 @@ def main() -> None:
             else run_demo(DemoArguments(output=str(directory), seed=seed))
         )
         write_json(args.output / "summary.json", {"seeds": args.seeds[: len(runs)], "arms": summarise(runs)})
-    table = Table("arm", *METRICS)
+    rows = []
     for arm, metrics in summarise(runs).items():
-        cells = []
-        for metric in METRICS:
-            found = metrics.get(metric)
-            spread = "" if not found or found["std"] is None else f" ± {found['std']:.3f}"
-            cells.append("" if not found else f"{found['mean']:.3f}{spread}")
-        table.add_row(arm, *cells)
-    Console().print(table)
+        found = [metrics.get(metric) for metric in METRICS]
+        spreads = ["" if not f or f["std"] is None else f" ± {f['std']:.3f}" for f in found]
+        rows.append([arm, *(f"{f['mean']:.3f}{sd}" if f else "" for f, sd in zip(found, spreads, strict=True))])
+    Console().print(rich_table(of_text(["arm", *METRICS], rows)))
     Console().print(f"Summary of {len(runs)} seeds: {args.output / 'summary.json'}")
 
 

@@ -6,7 +6,6 @@ OMP_NUM_THREADS=1 python benchmarks/gradient_insights.py --seeds 0 1 2 --output 
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -14,14 +13,15 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from importlib.metadata import version
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
@@ -40,6 +40,9 @@ from spf.files import write_json
 from spf.lab.analysis.gradients import captured_energy, chance_overlap, group_cosine, sample_gram
 from spf.lab.demo.run import HARMLESS_STUB, DemoArguments, training_data
 from spf.lab.demo.sql import make_sql_examples
+from spf.lab.report import stats
+from spf.lab.report.charts import INK, LOOKS, MORE_COLOURS, Panel, Row, chart, draw_lines, draw_panels, save_figure
+from spf.lab.study.measure import finished, rounded
 from spf.lab.trainer import collate_answers
 from spf.models import DEMO_MODEL, load_aligned_demo_model, load_model
 from spf.probe import SafetyProbe
@@ -89,15 +92,6 @@ def mean_by(values: dict[str, float], key: Callable[[str], Any]) -> dict[Any, fl
     for name, value in values.items():
         groups[key(name)].append(value)
     return {group: statistics.mean(found) for group, found in groups.items()}
-
-
-def rounded(content: Any) -> Any:
-    """The same content with floats at five significant digits."""
-    if isinstance(content, dict):
-        return {str(key): rounded(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [rounded(value) for value in content]
-    return float(f"{content:.5g}") if isinstance(content, float) else content
 
 
 # ------------------------------------------------------------------------------------------------- samples
@@ -436,11 +430,14 @@ def measure_training(
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (None for one value) and number of values."""
-    return {
-        "mean": statistics.mean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
-        "n": len(values),
-    }
+    found = stats.spread(values)
+    assert found
+    return {"mean": found.mean, "sd": found.sd, "n": found.seeds}
+
+
+def over(parts: Sequence[Any], *path: Any) -> dict[str, Any]:
+    """The spread of what stands at a path in every part, a number or a list of them."""
+    return spread(np.ravel([reduce(getitem, path, part) for part in parts]).tolist())
 
 
 def share_negative(values: Sequence[float]) -> dict[str, Any]:
@@ -455,24 +452,15 @@ def summarise_subspaces(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for s in SETS:
         points = parts[0]["growth"][s]
         summary["growth"][s] = {
-            p: {
-                "samples": spread([part["growth"][s][p]["samples"] for part in parts]),
-                "tokens": spread([part["growth"][s][p]["tokens"] for part in parts]),
-                "effective_rank": spread([part["growth"][s][p]["effective_rank"] for part in parts]),
-                **{f"cer@{k}": spread([part["growth"][s][p]["cer"][k - 1] for part in parts]) for k in KS},
-            }
+            p: {name: over(parts, "growth", s, p, name) for name in ("samples", "tokens", "effective_rank")}
+            | {f"cer@{k}": over(parts, "growth", s, p, "cer", k - 1) for k in KS}
             for p in points
         }
-        summary["ratio_to_sql"][s] = {
-            p: spread(
-                [part["growth"][s][p]["effective_rank"] / part["growth"]["sql"][p]["effective_rank"] for part in parts]
-            )
-            for p in points
-        }
+        ranks = {p: [(part["growth"][of][p]["effective_rank"] for of in (s, "sql")) for part in parts] for p in points}
+        summary["ratio_to_sql"][s] = {p: spread([a / b for a, b in found]) for p, found in ranks.items()}
         for what in ("overlap", "own", "captured") if s in GROWN else ("overlap", "captured"):
             summary[what][s] = {
-                side: {str(k): spread([v for part in parts for v in part[what][s][side][str(k)]["values"]]) for k in KS}
-                for side in ("left", "right")
+                side: {str(k): over(parts, what, s, side, str(k), "values") for k in KS} for side in ("left", "right")
             }
     summary["layers"] = {
         s: {
@@ -481,12 +469,10 @@ def summarise_subspaces(parts: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for s, found in parts[0]["layers"].items()
     }
-    summary["loss"] = {s: spread([v for part in parts for v in part["loss"][s]]) for s in SETS}
-    summary["norm"] = {s: spread([v for part in parts for v in part["norm"][s]]) for s in SETS}
+    for what in ("loss", "norm"):
+        summary[what] = {s: over(parts, what, s) for s in SETS}
     summary["chance"] = parts[0]["chance"]
-    summary["cer_many"] = {
-        s: {str(k): spread([part["cer_many"][s][str(k)] for part in parts]) for k in KS} for s in GROWN
-    }
+    summary["cer_many"] = {s: {str(k): over(parts, "cer_many", s, str(k)) for k in KS} for s in GROWN}
     return summary
 
 
@@ -533,178 +519,121 @@ def summarise_training(parts: dict[str, list[list[dict[str, Any]]]]) -> dict[str
 
 # ------------------------------------------------------------------------------------------------- figures
 
-_INK, _MUTED, _GRID = "#1f2933", "#5f6b7a", "#e3e7ec"
-_COLOURS = {"safety": "#0072b2", "sql": "#d55e00", "benign": "#6b7280", "refused": "#b5568c"}
-_MARKERS = {"safety": "o", "sql": "D", "benign": "s", "refused": "^"}
-_PAIR_COLOURS = {"safety-utility": "#0072b2", "benign-utility": "#6b7280", "safety-benign": "#00805c"}
+ADAPTER = ", LoRA's weights"
+STYLES: dict[str, dict[str, Any]] = {
+    name: {"color": look.colour, "marker": look.marker, "markersize": 4.5}
+    for name, look in zip(SETS, (LOOKS["spf"], LOOKS["plain"], LOOKS["base"], LOOKS["paper"]), strict=True)
+}
+STYLES |= {
+    "chance (random subspace)": {"color": INK, "linestyle": ":", "marker": ""},
+    "best possible, CER(k)": {"color": INK, "linestyle": "--", "linewidth": 1, "marker": ""},
+}
+for _pair, _colour in zip(PAIRS, (LOOKS["spf"].colour, LOOKS["base"].colour, MORE_COLOURS[0]), strict=True):
+    STYLES[_pair], STYLES[_pair + ADAPTER] = {"color": _colour}, {"color": _colour, "linestyle": ":", "marker": "x"}
 
 
-def _axes(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(title, loc="left", fontsize=10, color=_INK)
-    ax.set_xlabel(x, fontsize=9, color=_INK)
-    ax.set_ylabel(y, fontsize=9, color=_INK)
-    ax.grid(color=_GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=8, colors=_MUTED)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+def label(name: str) -> str:
+    said = (LABELS | PAIR_LABELS).get(name.removesuffix(ADAPTER), name)
+    return said + ADAPTER if name.endswith(ADAPTER) else said
 
 
-def _legend(figure: Figure, handles: list[Any], labels: list[str]) -> None:
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=9, frameon=False)
-
-
-def _band(ax: Axes, x: Sequence[float], rows: list[list[float]], **style: Any) -> Any:
-    """A line of means over rows with the standard deviation as a band."""
-    means = [statistics.mean(values) for values in zip(*rows, strict=True)]
-    deviations = [statistics.stdev(values) if len(rows) > 1 else 0.0 for values in zip(*rows, strict=True)]
-    (line,) = ax.plot(x, means, linewidth=1.6, markersize=4.5, **style)
-    low = [m - d for m, d in zip(means, deviations, strict=True)]
-    high = [m + d for m, d in zip(means, deviations, strict=True)]
-    ax.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-    return line
+def lines(rows: Sequence[Row]) -> Callable[[Axes], None]:
+    """What draws the rows: means, and a standard deviation as a band."""
+    return partial(draw_lines, rows=rows, style=STYLES.__getitem__, label=label, band="sd")
 
 
 def plot_ranks(parts: list[dict[str, Any]], path: Path) -> None:
     """Insight I: CER(k) and effective rank against tokens, and the ratio safety / SQL by layer and kind."""
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained", facecolor="white")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    tokens = round(statistics.mean(p["growth"][s]["budget"]["tokens"] for p in parts for s in SETS))
-    _axes(left, f"Energy in k directions, {tokens} tokens each", "k", "CER(k)")
-    _axes(middle, "Effective rank against tokens", "tokens", "effective rank")
-    handles = []
+    energy, ranks = [], []
     for s in SETS:
-        style = {"color": _COLOURS[s]}
-        handles.append(
-            _band(left, range(1, CURVE + 1), [p["growth"][s]["budget"]["cer"] for p in parts],
-                  marker=_MARKERS[s], markevery=[0, 4, 9, 19, 31], **style)
-        )  # fmt: skip
         points = sorted((q for q in parts[0]["growth"][s] if q.isdigit()), key=int)
-        x = [statistics.mean(p["growth"][s][q]["tokens"] for p in parts) for q in points]
-        rows = [[p["growth"][s][q]["effective_rank"] for q in points] for p in parts]
-        _band(middle, x, rows, marker=_MARKERS[s], **style)
-    middle.set_xscale("log")
-    middle.xaxis.set_major_formatter(ScalarFormatter())
-    middle.xaxis.set_minor_formatter(NullFormatter())
-    left.set_ylim(None, 1.005)
-    _legend(figure, handles, [LABELS[s] for s in SETS])
-    kinds = list(parts[0]["layers"]["safety"])
-    ratio = [
-        [
-            statistics.mean(
-                p["layers"]["safety"][kind]["effective_rank"][i] / p["layers"]["sql"][kind]["effective_rank"][i]
-                for p in parts
-            )
-            for i in range(len(parts[0]["layers"]["safety"][kind]["effective_rank"]))
-        ]
-        for kind in kinds
-    ]
+        tokens = {q: over(parts, "growth", s, q, "tokens")["mean"] for q in points}
+        for seed, growth in enumerate(part["growth"][s] for part in parts):
+            energy += [("", s, seed, k, cer) for k, cer in enumerate(growth["budget"]["cer"], 1)]
+            ranks += [("", s, seed, tokens[q], growth[q]["effective_rank"]) for q in points]
+
+    def draw_ratio(ax: Axes) -> None:
+        kinds = list(parts[0]["layers"]["safety"])
+        found = np.asarray([
+            [[part["layers"][s][kind]["effective_rank"] for kind in kinds] for s in ("safety", "sql")] for part in parts
+        ])  # fmt: skip
+        ratio = (found[:, 0] / found[:, 1]).mean(0)
+        image = ax.pcolormesh(ratio, cmap="RdBu", vmin=0.25, vmax=1.75)
+        ax.set_yticks(np.arange(len(kinds)) + 0.5, [kind.removesuffix("_proj") for kind in kinds])
+        ax.invert_yaxis()
+        ax.figure.colorbar(image, ax=ax, shrink=0.9).set_label("below 1: safety lower", fontsize=8, color=INK)
+
+    budget = round(statistics.mean(p["growth"][s]["budget"]["tokens"] for p in parts for s in SETS))
     count = max(int(q) for q in parts[0]["growth"]["safety"] if q.isdigit())
-    _axes(right, f"Effective rank, safety / SQL, {count} samples each", "layer", "")
-    right.grid(False)
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    image = right.imshow(ratio, aspect="auto", cmap="RdBu", vmin=0.25, vmax=1.75, interpolation="nearest")
-    right.set_yticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
-    bar = figure.colorbar(image, ax=right, shrink=0.9)
-    bar.set_label("below 1: safety lower", fontsize=8, color=_INK)
-    bar.ax.tick_params(labelsize=8, colors=_MUTED)
-    figure.savefig(path, dpi=130)
+    panels = [
+        Panel(f"Energy in k directions, {budget} tokens each", lines(energy), grid="both", x="k", y="CER(k)"),
+        Panel("Effective rank against tokens", lines(ranks), grid="both", x="tokens", y="effective rank"),
+        Panel(f"Effective rank, safety / SQL, {count} samples each", draw_ratio, x="layer"),
+    ]
+    figure = draw_panels(panels, 4.1, 3.9, legend_columns=2)
+    figure.axes[1].set_xscale("log")
+    save_figure(figure, path, dpi=130)
 
 
 def plot_cosines(parts: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     """Insight II: cosines of sample pairs at the start, by layer, and over training."""
-    figure = Figure(figsize=(12.5, 7.6), layout="constrained", facecolor="white")
-    (start, layers), (first, second) = figure.subplots(2, 2)
     starts = [draw for run in parts["harmless"] for draw in run[0]["draws"]]
-    _axes(start, "Before training: pairs of single samples", "cosine of full-weight gradients", "share of pairs")
-    _axes(layers, f"Before training: by layer, batches of 4 (mean and sd of {len(starts)})", "layer", "cosine")
-    every = [v for draw in starts for pair in PAIRS for v in draw[pair]["singles"]]
-    low, high = min(-0.02, min(every)), max(0.02, max(every))
-    bins = [low + (high - low) * i / 20 for i in range(21)]
-    handles = []
-    for pair in PAIRS:
-        colour = _PAIR_COLOURS[pair]
-        values = singles([run[0] for run in parts["harmless"]], pair, stub=False)
-        start.hist(values, bins, weights=[1 / len(values)] * len(values), histtype="step", color=colour, linewidth=1.6)
-        rows = [draw[pair]["by_layer"] for draw in starts]
-        handles.append(_band(layers, range(len(rows[0])), rows, color=colour))
-    for ax, data, title in (
-        (first, "harmless", "Training on text-to-SQL"),
-        (second, "harmful-10", "Training on text-to-SQL with 10 % harmful stubs"),
-    ):
-        _axes(ax, f"{title} (bars: sd)", "step", "cosine")
-        runs = parts[data]
-        for shift, pair in enumerate(PAIRS):
-            for what, dash, marker in (("full", "-", "o"), ("adapter", ":", "x")):
-                x, means, deviations = [], [], []
-                for entries in zip(*runs, strict=True):
-                    values = [draw[pair][what] for entry in entries for draw in entry["draws"]]
-                    x.append(entries[0]["step"] + 0.25 * (shift - 1))
-                    means.append(statistics.mean(values))
-                    deviations.append(statistics.stdev(values) if len(values) > 1 else 0.0)
-                ax.errorbar(x, means, deviations, color=_PAIR_COLOURS[pair], linestyle=dash, marker=marker,
-                            markersize=4.5, linewidth=1.4, elinewidth=0.9, capsize=2)  # fmt: skip
-    second.sharey(first)
-    for ax in (layers, first, second):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.axhline(0, color=_INK, linewidth=0.8)
-    start.axvline(0, color=_INK, linewidth=0.8)
-    dotted = first.plot([], [], color=_MUTED, linestyle=":", marker="x", markersize=4.5)
-    solid = first.plot([], [], color=_MUTED, linestyle="-", marker="o", markersize=4.5)
-    labels = [*(PAIR_LABELS[p] for p in PAIRS), "all weights, as in full fine-tuning", "LoRA's weights"]
-    _legend(figure, [*handles, *solid, *dotted], labels)
-    figure.savefig(path, dpi=130)
+    by_layer = [
+        ("", p, i, layer, v) for p in PAIRS for i, d in enumerate(starts) for layer, v in enumerate(d[p]["by_layer"])
+    ]
+
+    def over_steps(data: str) -> list[Row]:
+        return [
+            ("", pair + suffix, (seed, i), entry["step"], draw[pair][what])
+            for pair in PAIRS
+            for what, suffix in (("full", ""), ("adapter", ADAPTER))
+            for seed, run in enumerate(parts[data])
+            for entry in run
+            for i, draw in enumerate(entry["draws"])
+        ]
+
+    def draw_pairs(ax: Axes) -> None:
+        values = {p: singles([run[0] for run in parts["harmless"]], p, stub=False) for p in PAIRS}
+        ends = [-0.02, 0.02, *(v for draw in starts for p in PAIRS for v in draw[p]["singles"])]
+        for p, found in values.items():
+            weights = [1 / len(found)] * len(found)
+            bins = np.linspace(min(ends), max(ends), 21)
+            ax.hist(found, bins, weights=weights, histtype="step", color=STYLES[p]["color"], linewidth=1.6)
+        ax.axvline(0, color=INK, linewidth=0.8)
+
+    zero, start = {"grid": "both", "y": "cosine", "levels": [(0.0, "")]}, "Before training: "
+    pairs = {"x": "cosine of full-weight gradients", "y": "share of pairs"}
+    panels = [
+        Panel(start + "pairs of single samples", draw_pairs, grid="both", **pairs),
+        Panel(f"{start}by layer, batches of 4 (mean and sd of {len(starts)})", lines(by_layer), x="layer", **zero),
+        Panel("Training on text-to-SQL", lines(over_steps("harmless")), x="step", **zero),
+        Panel("Training on text-to-SQL with 10 % harmful stubs", lines(over_steps("harmful-10")), x="step", **zero),
+    ]
+    figure = draw_panels(panels, 4.1, 3.5, columns=2, legend_columns=3)
+    figure.axes[3].sharey(figure.axes[2])
+    figure.axes[3].autoscale_view()
+    save_figure(figure, path, dpi=130)
 
 
-def plot_overlap(summary: dict[str, Any], path: Path) -> None:
+def plot_overlap(parts: list[dict[str, Any]], path: Path) -> None:
     """Insight III: overlap with, and energy captured of, the many-sample safety gradient; left and right."""
-    figure = Figure(figsize=(10, 7.6), layout="constrained", facecolor="white")
-    grid = figure.subplots(2, 2, sharey=True, sharex=True)
-    rows = (
-        ("overlap", "overlap of the subspaces", "overlap"),
-        ("captured", "energy of the safety gradient held", "share of energy"),
-    )
-    for (what, title, y), row in zip(rows, grid, strict=True):
-        for side, ax in zip(("left", "right"), row, strict=True):
-            _axes(ax, f"{side.capitalize()} ({'outputs' if side == 'left' else 'inputs'}): {title}", "k", y)
-            handles = []
-            for shift, s in enumerate(SETS):
-                found = [summary[what][s][side][str(k)] for k in KS]
-                x = [i + 0.08 * (shift - 1.5) for i in range(len(KS))]
-                handles.append(
-                    ax.errorbar(x, [f["mean"] for f in found], [f["sd"] or 0.0 for f in found], color=_COLOURS[s],
-                                marker=_MARKERS[s], markersize=4.5, linewidth=1.4, elinewidth=0.9, capsize=2)
-                )  # fmt: skip
-            chance = ax.plot(range(len(KS)), [summary["chance"][side][str(k)] for k in KS], color=_INK, linestyle=":")
-            labels = [LABELS[s] for s in SETS] + ["chance (random subspace)"]
-            best = ax.plot(
-                range(len(KS)),
-                [summary["cer_many"]["safety"][str(k)]["mean"] if what == "captured" else float("nan") for k in KS],
-                color=_INK, linestyle="--", linewidth=1,
-            )  # fmt: skip
-            ax.set_xticks(range(len(KS)), [str(k) for k in KS])
-            ax.set_ylim(0, 1.02)
-    _legend(figure, [*handles, *chance, *best], [*labels, "best possible, CER(k)"])
-    figure.savefig(path, dpi=130)
+    rows: list[Row] = []
+    for what, title in (("overlap", "overlap of the subspaces"), ("captured", "energy of the safety gradient held")):
+        for side, of in (("left", "Left (outputs)"), ("right", "Right (inputs)")):
+            panel = f"{of}: {title}"
+            for seed, part in enumerate(parts):
+                for s, k in ((s, str(k)) for s in SETS for k in KS):
+                    values = part[what][s][side][k]["values"]
+                    rows += [(panel, s, (seed, i), k, value) for i, value in enumerate(values)]
+            rows += [(panel, "chance (random subspace)", 0, str(k), parts[0]["chance"][side][str(k)]) for k in KS]
+            if what == "captured":
+                best = [(str(k), over(parts, "cer_many", "safety", str(k))["mean"]) for k in KS]
+                rows += [(panel, "best possible, CER(k)", 0, *point) for point in best]
+    options = {"grid": "both", "x": "k", "y": "share", "limits": (0, 1.02), "columns": 2, "legend_columns": 3}
+    save_figure(chart(rows, (3.3, 3.5), STYLES.__getitem__, label, "sd", **options), path, dpi=130)
 
 
 # ---------------------------------------------------------------------------------------------------- main
-
-
-def part(path: Path, config: dict[str, Any], measure: Callable[[], Any]) -> Any:
-    """What `path` holds if it was measured with this config, else measured now and written there."""
-    config = json.loads(json.dumps(config))
-    if path.is_file():
-        done = json.loads(path.read_text("utf-8"))
-        if done["config"] == config:
-            print(f"{path.name}: done before, kept")
-            return done["result"]
-    started = time.perf_counter()
-    result = rounded(measure())
-    seconds = round(time.perf_counter() - started, 1)
-    write_json(path, {"config": config, "seconds": seconds, "result": result})
-    print(f"{path.name}: {seconds:.0f} s")
-    return json.loads(path.read_text("utf-8"))["result"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -735,7 +664,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = args.samples + args.singles
     counts = sorted({*(c for c in (4, 16, 64) if c < args.samples), args.samples})
     subspaces = [
-        part(
+        finished(
             args.output / f"subspaces-seed-{seed}.json",
             {**common, **subspace_settings, "seed": seed},
             lambda seed=seed: measure_subspaces(model, choose(pools, count, seed), args.singles, counts, pad),
@@ -743,7 +672,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in args.seeds
     ]
     few = min(16, args.samples)
-    reference = part(
+    reference = finished(
         args.output / "reference.json",
         {**common, "samples": few, "seed": args.seeds[0]},
         lambda: measure_reference(model, choose(pools, count, args.seeds[0]), few, pad),
@@ -757,7 +686,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 return measure_training(model, tokenizer, pools, share, seed, args.steps, args.every, 4, args.draws)
 
             settings = {**common, **training_settings, "harmful_share": share, "seed": seed}
-            training[data].append(part(args.output / f"training-{data}-seed-{seed}.json", settings, train))
+            training[data].append(finished(args.output / f"training-{data}-seed-{seed}.json", settings, train))
     summary = {
         "config": {
             **common,
@@ -774,7 +703,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(args.output / "summary.json", rounded(summary))
     plot_ranks(subspaces, args.output / "insight-1-rank.png")
     plot_cosines(training, args.output / "insight-2-cosine.png")
-    plot_overlap(rounded(summary["subspaces"]), args.output / "insight-3-overlap.png")
+    plot_overlap(subspaces, args.output / "insight-3-overlap.png")
     print(f"Summary: {args.output / 'summary.json'}, {summary['config']['seconds'] / 60:.1f} minutes")
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +28,7 @@ from spf.evaluation import Rate, generate_answers, is_refusal, neutral_texts, pe
 from spf.files import write_json
 from spf.lab.demo.run import DemoArguments, evaluate, fine_tune
 from spf.lab.demo.sql import execution_match, make_sql_examples
+from spf.lab.report.charts import chart, save_figure
 from spf.models import cpu_dtype
 from spf.safetylock import (
     Pair,
@@ -248,22 +248,20 @@ def climbed(bench: Bench) -> dict:
 
 def plot_ladder(result: dict[str, Any], path: Path) -> None:
     """Share of prompts refused by the first token, and perplexity, against alpha; a line for each attack."""
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    grid = figure.subplots(2, 4, sharex=True)
-    for row, name in zip(grid, ("echoed", "answers"), strict=True):
-        for ax, kind in zip(row, ("harmful", "benign", "sql", "perplexity"), strict=True):
-            for rate, points in result.items():
-                values = [p["perplexity"] if kind == "perplexity" else 100 * p[kind]["refusing"] for p in points[name]]
-                ax.plot([p["alpha"] for p in points[name]], values, "o-", markersize=4, label=f"attack at {rate}")
-            ax.grid(alpha=0.25)
-            if kind == "perplexity":
-                ax.set(yscale="log", title=f"{name}: perplexity")
-            else:
-                ax.set(ylim=(-3, 103), title=f"{name}: {kind}, refused %")
-    for ax in grid[1]:
-        ax.set_xlabel("alpha (K = 24)")
-    grid[0][1].legend(fontsize=8, loc="upper left")
-    figure.savefig(path, dpi=130)
+    rows, each = [], {}
+    for name, kind in ((n, k) for n in ("echoed", "answers") for k in ("harmful", "benign", "sql", "perplexity")):
+        refused = kind != "perplexity"
+        title = f"{name}: {kind}{', refused %' if refused else ''}"
+        each[title] = {"limits": (-3, 103)} if refused else {}
+        for rate, points in result.items():
+            values = [100 * p[kind]["refusing"] if refused else p[kind] for p in points[name]]
+            attack = f"attack at {rate}"
+            rows += [(title, attack, 0, p["alpha"], value) for p, value in zip(points[name], values, strict=True)]
+    colours = {f"attack at {rate}": f"C{i}" for i, rate in enumerate(result)}
+    figure = chart(rows, (2.9, 2.9), lambda name: {"color": colours[name]}, each=each, grid="both", x="alpha (K = 24)")
+    for ax in figure.axes[3::4]:
+        ax.set_yscale("log")
+    save_figure(figure, path, dpi=130)
 
 
 def widened(bench: Bench) -> dict:

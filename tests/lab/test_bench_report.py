@@ -18,7 +18,7 @@ from spf.files import write_json
 from spf.lab.bench import plots, report
 from spf.lab.bench import summary as of_cells
 from spf.lab.bench.plots import plot_curves, plot_jailbreaks, plot_pareto
-from spf.lab.bench.report import ablation_table, markdown_table, write_bench_report
+from spf.lab.bench.report import scenario_table, write_bench_report
 from spf.lab.bench.scenarios import SCENARIOS
 from spf.lab.bench.summary import (
     Difference,
@@ -28,7 +28,8 @@ from spf.lab.bench.summary import (
     missing,
     summarise,
 )
-from spf.lab.report.stats import pooled_difference
+from spf.lab.report.stats import held_to, pooled_difference
+from spf.lab.report.tables import markdown_table
 from tests.conftest import assert_apart
 
 COUNT = 100
@@ -280,16 +281,16 @@ def change(mean, half):
     [
         (change(0.0, 0.01), "met"),
         (change(0.01, 0.01), "met"),
-        (change(0.01, 0.011), "interval not clear"),
+        (change(0.01, 0.011), "unclear"),
         (change(0.02, 0.0), "met"),
-        (change(0.021, 0.0), "not met"),
+        (change(0.021, 0.0), "missed"),
         (change(-0.5, 0.1), "met"),
-        (Difference(0.0, None, None, 1), "interval not clear"),
-        (None, "not run"),
+        (Difference(0.0, None, None, 1), "unclear"),
+        (None, "unknown"),
     ],
 )
 def test_status_of_a_bar(found, status):
-    assert of_cells._status(found, 0.02) == status
+    assert held_to(found, 0.02) == status
 
 
 def test_bars_of_the_default_rule():
@@ -303,19 +304,19 @@ def test_bars_of_the_default_rule():
             )
         )  # fmt: skip
     found = {(b.scenario, b.metric): b for b in bars(summarise(cells))}
-    assert found["benign", "asr"].status == "not met"
+    assert found["benign", "asr"].status == "missed"
     assert found["benign", "asr"].allowed == 0.02
-    assert found["harmful-100", "asr"].status == "interval not clear"  # 4 points of 5
+    assert found["harmful-100", "asr"].status == "unclear"  # 4 points of 5
     assert ("dpo", "asr") not in found
     assert ("harmful-100", "utility") not in found
     assert found["benign", "over_refusal"].status == "met"
     assert found["benign", "utility"].change.mean == pytest.approx(0.02)  # a loss counts upwards
-    assert found["benign", "utility"].status == "not met"
-    assert found["dpo", "jailbreak/base64"].status == "not met"
+    assert found["benign", "utility"].status == "missed"
+    assert found["dpo", "jailbreak/base64"].status == "missed"
     assert found["dpo", "jailbreak/prefill"].status == "met"
     no_rule = bars(summarise([aligned(), cell()]))
-    assert {(b.metric, b.status) for b in no_rule} == {(m, "not run") for m in ("asr", "over_refusal", "utility")}
-    assert all(b.status == "not run" for b in bars(summarise([cell(), cell(method="null-space")])) if b.metric == "asr")
+    assert {(b.metric, b.status) for b in no_rule} == {(m, "unknown") for m in ("asr", "over_refusal", "utility")}
+    assert all(b.status == "unknown" for b in bars(summarise([cell(), cell(method="null-space")])) if b.metric == "asr")
 
 
 def test_one_aligned_cell_serves_both_tunings_of_its_model_only():
@@ -377,20 +378,20 @@ def test_tables():
     cells = [aligned(asr=5, jailbreaks={"base64": 10})]
     cells += [cell(seed=s, asr=88 + 2 * s, jailbreaks={"base64": 40, "prefill": 45}) for s in range(3)]
     cells += [cell(method="null-space", utility=42), cell(method="null-space", variant="rank|32", utility=41)]
-    table = rows(markdown_table(summarise(cells), "benign").replace("\N{NO-BREAK SPACE}", " "))
+    table = rows(markdown_table(scenario_table(summarise(cells), "benign")).replace("\N{NO-BREAK SPACE}", " "))
     assert list(table) == ["aligned model (not trained)", "plain", "null-space"]
     assert "| 90.0 ± 2.0 |" in table["plain"]
     assert "| 90.0 ± 0.0 (prefill) |" in table["plain"]
     assert table["plain"].endswith("| 12.00 ± 0.00 | 5.0 GiB | 3 |")
     assert re.search(r"\| \+2\.0 \(\S+ to \S+\) \|", table["null-space"])
     assert "| 3.0 |" in table["aligned model (not trained)"]
-    ablation = rows(ablation_table(summarise(cells), "benign"))
+    ablation = rows(markdown_table(scenario_table(summarise(cells), "benign", variants=True)))
     assert list(ablation) == ["null-space", "null-space@rank\\|32"]
-    assert ablation_table(summarise(cells[:-1]), "benign") == ""
-    head = markdown_table(summarise(cells), "benign").splitlines()[0]
+    assert markdown_table(scenario_table(summarise(cells[:-1]), "benign", variants=True)) == ""
+    head = markdown_table(scenario_table(summarise(cells), "benign")).splitlines()[0]
     assert {len(re.split(r"(?<!\\)\|", line)) for line in (head, *table.values(), *ablation.values())} == {12}
     with pytest.raises(ValueError, match="pick one with of_setting"):
-        markdown_table(summarise([*cells, cell(tuning="full")]), "benign")
+        scenario_table(summarise([*cells, cell(tuning="full")]), "benign")
 
 
 # ---------------------------------------------------------------------------------------------------- plots
@@ -534,8 +535,8 @@ def test_the_headline_counts_every_bar():
     cells = [aligned(), cell(), cell(method="null-space", asr=50, over_refusal=0)]
     found = bars(summarise(cells))
     # ASR 45 points up, over-refusal 30 points down, utility the same but with an interval past 1 point or not
-    counts = {status: sum(b.status == status for b in found) for status in report._BAR_STATUS}
+    counts = {said: sum(b.status == status for b in found) for status, said in report.STATUS.items()}
     assert sum(counts.values()) == 3
     headline = report._headline(found)
-    for status, number in counts.items():
-        assert (f"{number} {status}" in headline) == (number > 0)
+    for said, number in counts.items():
+        assert (f"{number} {said}" in headline) == (number > 0)

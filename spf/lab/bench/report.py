@@ -33,8 +33,7 @@ from spf.lab.bench.summary import (
 )
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.stats import Difference, Spread
-from spf.lab.report.tables import Cell, Table, join_words, of_text
-from spf.lab.report.tables import markdown_table as in_markdown
+from spf.lab.report.tables import Cell, Table, join_words, markdown_table, of_text, signed
 
 COLUMNS: dict[str, str] = {
     "ASR": "attack success rate: the share of harmful prompts that the model does not refuse; lower is better.",
@@ -60,17 +59,13 @@ def _cell(spread: Spread | None, scale: float = 1.0, digits: int = 1) -> str:
     return f"{scale * spread.mean:.{digits}f}{tail}"
 
 
-def _signed(share: float) -> str:
-    return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")
-
-
 def _points(difference: Difference | None) -> str:
     if difference is None:
         return "–"
     if difference.low is None or difference.high is None:
-        return _signed(difference.mean)
-    interval = f"({_signed(difference.low)} to {_signed(difference.high)})"
-    return f"{_signed(difference.mean)} " + interval.replace(" ", "\N{NO-BREAK SPACE}")
+        return signed(difference.mean)
+    interval = f"({signed(difference.low)} to {signed(difference.high)})"
+    return f"{signed(difference.mean)} " + interval.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _worst_jailbreak(group: Group) -> str:
@@ -81,13 +76,20 @@ def _worst_jailbreak(group: Group) -> str:
     return f"{_cell(shares[name], 100)} ({name.removeprefix('jailbreak/')})"
 
 
-def _table(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group]) -> Table:
-    """A table of ``shown``; ``groups`` are all of the scenario."""
+def scenario_table(summary: Sequence[Group], scenario: str, variants: bool = False) -> Table:
+    """The table of one scenario: the aligned model, then a row a method; or the methods that have variants, with them.
+
+    Raises:
+        ValueError: the summary holds several models or tunings.
+    """
+    aligned, groups = of_scenario(summary, scenario)
+    varied = {g.method for g in groups if g.variant != "default"}
+    shown = [g for g in groups if (g.method in varied if variants else g.variant == "default")]
     task = scenario_task(groups)
     head = [UTILITY_NAMES[task] if name == "Utility" else name for name in COLUMNS]
-    head = ["Method", *(f"{name} (%)" if name in ("ASR", "Over-refusal", "Worst jailbreak") else name for name in head)]
+    head = [f"{name} (%)" if name in ("ASR", "Over-refusal", "Worst jailbreak") else name for name in head]
     rows = []
-    for group in shown:
+    for group in shown if variants or aligned is None else [aligned, *shown]:
         m = group.metrics
         memory = m.get("peak_memory_mb")
         rows.append(
@@ -104,42 +106,13 @@ def _table(aligned: Group | None, groups: Sequence[Group], shown: Sequence[Group
                 str(len(group.seeds)),
             ]
         )
-    return of_text(head, rows, DEFAULT_RULE)
-
-
-def _scenario_table(summary: Sequence[Group], scenario: str) -> Table:
-    aligned, groups = of_scenario(summary, scenario)
-    return _table(aligned, groups, [*([aligned] if aligned else []), *(g for g in groups if g.variant == "default")])
-
-
-def _ablation_table(summary: Sequence[Group], scenario: str) -> Table:
-    aligned, groups = of_scenario(summary, scenario)
-    varied = {g.method for g in groups if g.variant != "default"}
-    return _table(aligned, groups, [g for g in groups if g.method in varied])
-
-
-def markdown_table(summary: Sequence[Group], scenario: str) -> str:
-    """The table of one scenario in Markdown: the aligned model, then a row a method (default variants).
-
-    Raises:
-        ValueError: the summary holds several models or tunings.
-    """
-    return in_markdown(_scenario_table(summary, scenario))
-
-
-def ablation_table(summary: Sequence[Group], scenario: str) -> str:
-    """The methods that have variants, each variant a row under the default one; "" where there are none.
-
-    Raises:
-        ValueError: the summary holds several models or tunings.
-    """
-    return in_markdown(_ablation_table(summary, scenario))
+    return of_text(["Method", *head], rows, DEFAULT_RULE)
 
 
 # ------------------------------------------------------------------------------------------------------ page
 
-_BAR_STATUS = {"met": "met", "interval not clear": "unclear", "not met": "missed", "not run": "unknown"}
-"""A bar's status and the sign it has in tables."""
+STATUS = {"met": "met", "unclear": "interval not clear", "missed": "not met", "unknown": "not run"}
+"""A bar's status in words."""
 
 _TITLE = "Safety and utility after fine-tuning: the benchmark"
 
@@ -182,38 +155,46 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _bar_table(held: Sequence[Bar]) -> Table:
     """One row a scenario; a cell is its status and its text. Jailbreaks share a cell: the worst one."""
-    severity = {"met": 0, "interval not clear": 1, "not run": 2, "not met": 3}
+    severity = ("met", "unclear", "unknown", "missed")
     rows = []
     for place in dict.fromkeys((b.model, b.tuning, b.scenario) for b in held):
-        mine = {b.metric: b for b in held if (b.model, b.tuning, b.scenario) == place}
+        mine = [b for b in held if (b.model, b.tuning, b.scenario) == place]
         row = [Cell(", ".join(place))]
         for metric in ("asr", "over_refusal", "utility"):
-            bar = mine.get(metric)
-            row.append(Cell(_bar_text(bar), (), _BAR_STATUS[bar.status]) if bar else Cell("no bar"))
-        jailbreaks = [b for b in mine.values() if b.metric.startswith("jailbreak/")]
+            found = [Cell(_bar_text(bar), (), bar.status) for bar in mine if bar.metric == metric]
+            row += found or [Cell("no bar")]
+        jailbreaks = [b for b in mine if b.metric.startswith("jailbreak/")]
         if jailbreaks:
-            worst = max(jailbreaks, key=lambda b: (severity[b.status], b.change.mean if b.change else 0.0))
-            counts = [(s, sum(b.status == s for b in jailbreaks)) for s in _BAR_STATUS]
-            tally = ", ".join(f"{n} {status}" for status, n in counts if n)
-            said = f"{tally}; {worst.metric.removeprefix('jailbreak/')}: {_bar_text(worst)}"
-            row.append(Cell(said, (), _BAR_STATUS[worst.status]))
+            worst = max(jailbreaks, key=lambda b: (severity.index(b.status), b.change.mean if b.change else 0.0))
+            said = f"{', '.join(_tally(jailbreaks))}; {worst.metric.removeprefix('jailbreak/')}: {_bar_text(worst)}"
+            row.append(Cell(said, (), worst.status))
         else:
             row.append(Cell("not run", (), "unknown"))
         rows.append(row)
-    over = [f"{name} over aligned" for name in ("ASR", "Over-refusal", "Jailbreaks")]
-    return Table(["Scenario", *over[:2], "Utility below plain", over[2]], rows, words=frozenset(range(5)))
+    head = [
+        "Scenario",
+        "ASR over aligned",
+        "Over-refusal over aligned",
+        "Utility below plain",
+        "Jailbreaks over aligned",
+    ]
+    return Table(head, rows, words=frozenset(range(5)))
 
 
 def _bar_text(bar: Bar) -> str:
     if bar.change is None:
-        return "not run"
+        return STATUS[bar.status]
     seeds = f"{bar.change.seeds} seed{'' if bar.change.seeds == 1 else 's'}"
-    return f"{bar.status}: {_points(bar.change)}, at most {100 * bar.allowed:g}, {seeds}"
+    return f"{STATUS[bar.status]}: {_points(bar.change)}, at most {100 * bar.allowed:g}, {seeds}"
+
+
+def _tally(found: Sequence[Bar]) -> list[str]:
+    counts = {said: sum(b.status == status for b in found) for status, said in STATUS.items()}
+    return [f"{n} {said}" for said, n in counts.items() if n]
 
 
 def _headline(found: Sequence[Bar]) -> str:
-    counts = {status: sum(b.status == status for b in found) for status in _BAR_STATUS}
-    said = join_words([f"{n} {status}" for status, n in counts.items() if n]) if found else "none could be judged"
+    said = join_words(_tally(found)) if found else "none could be judged"
     return f"{len(found)} bars of the default rule ({DEFAULT_RULE}): {said}"
 
 
@@ -279,7 +260,7 @@ def write_bench_report(directory: str | Path) -> list[Path]:
     summary = summarise(cells)
     held, lacking, notes = bars(summary), missing(summary), _notes(cells)
     bar_table = _bar_table(held)
-    text = [f"# {_TITLE}\n", _INTRODUCTION, f"\n## {_headline(held)}\n", in_markdown(bar_table), _BAR_NOTE]
+    text = [f"# {_TITLE}\n", _INTRODUCTION, f"\n## {_headline(held)}\n", markdown_table(bar_table), _BAR_NOTE]
     text += ["\n## What the columns mean\n", *(f"- **{name}**: {said}" for name, said in COLUMNS.items())]
     text += ["\n## About the numbers\n", *(f"- {note}" for note in notes)]
     parts: list[dict[str, Any]] = []
@@ -292,12 +273,12 @@ def write_bench_report(directory: str | Path) -> list[Path]:
                 continue
             name, said = f"{model}, {tuning}: {scenario}", _describe(scenario)
             stem = re.sub(r"[^\w.-]+", "-", f"{model}-{tuning}-{scenario}")
-            table, ablation = _scenario_table(chosen, scenario), _ablation_table(chosen, scenario)
+            table, ablation = (scenario_table(chosen, scenario, variants) for variants in (False, True))
             front = _dominance(chosen, scenario)
             pictures = _pictures(chosen, mine, scenario, directory / "plots" / stem)
-            text += [f"\n## {name}\n", said + "\n", in_markdown(table), front]
+            text += [f"\n## {name}\n", said + "\n", markdown_table(table), front]
             if ablation.rows:
-                text += ["\nVariants (settings or ablations), under the default one:\n", in_markdown(ablation)]
+                text += ["\nVariants (settings or ablations), under the default one:\n", markdown_table(ablation)]
             text += [f"\n![{name}, {shown}](plots/{path.name})" for shown, path in pictures.items()]
             embedded = [Picture(f"{name}, {shown}", path.read_bytes()) for shown, path in pictures.items()]
             parts.append(
@@ -315,7 +296,7 @@ def write_bench_report(directory: str | Path) -> list[Path]:
         subtitle="",
         introduction=_INTRODUCTION,
         headline=_headline(held),
-        tone="bad" if "not met" in states else "" if states == {"met"} else "warn",
+        tone="bad" if "missed" in states else "" if states == {"met"} else "warn",
         bars=bar_table,
         bar_note=_BAR_NOTE,
         columns=COLUMNS,

@@ -32,8 +32,9 @@ from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise
 from spf.errors import keeping
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
 from spf.files import directory_lock, write_json
-from spf.lab.demo.report import demo_table, plot_demo, write_report
+from spf.lab.demo.report import demo_table, overhead_table, plot_demo, write_report
 from spf.lab.demo.sql import SQLExample, execution_match, make_sql_examples
+from spf.lab.report.tables import rich_table
 from spf.lab.trainer import AnswerTrainer, collate_answers
 from spf.models import cpu_dtype, load_aligned_demo_model
 from spf.rules import RULES, NullSpace, Rule
@@ -144,7 +145,7 @@ def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> d
     plot_demo(results, output / "safety_utility.png")
     report = write_report(results, output)
     console.print(demo_table(results))
-    _print_overhead(results["arms"], console)
+    console.print(rich_table(overhead_table(results), "What a step's time is made of"))
     kept = results["arms"]["spf"]
     console.print(
         f"Harmful requests answered: {base['asr']:.1%} before, {plain['asr']:.1%} after plain fine-tuning, "
@@ -234,7 +235,6 @@ def fine_tune(
         seconds = safety.attachment.seconds
         result["overhead"] = {
             "setup_seconds": seconds["setup"],
-            "probe_per_step": True,
             "probe_seconds": seconds["probe"] / args.steps,
             "projection_seconds": seconds["projection"] / args.steps,
             "step_seconds": sum(clock.seconds) / args.steps,
@@ -291,16 +291,3 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
-
-
-def _print_overhead(arms: dict[str, Any], console: Console) -> None:
-    for arm in arms.values():
-        spent = arm["overhead"]
-        if spent:
-            added = spent["probe_seconds"] + spent["projection_seconds"]
-            console.print(
-                f"{arm['label']}: {spent['step_seconds']:.2f} s a step, of which probe {spent['probe_seconds']:.3f} s, "
-                f"projection {spent['projection_seconds']:.3f} s, rest {spent['step_seconds'] - added:.2f} s; "
-                f"once before training {spent['setup_seconds']:.1f} s",
-                highlight=False,
-            )

@@ -198,7 +198,8 @@ def draw_panels(
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
-    for i, (ax, panel) in enumerate(zip(figure.axes, panels, strict=True)):
+    pairs = list(zip(figure.axes, panels, strict=True))
+    for i, (ax, panel) in enumerate(pairs):
         style_axes(ax, panel.grid, panel.title, panel.note)
         panel.draw(ax)
         for value, name in panel.levels:
@@ -212,7 +213,7 @@ def draw_panels(
         if i % columns == 0 or not options.get("sharey"):
             ax.set_ylabel(panel.y, fontsize=8.5, color=MUTED)
     # Last: setting a limit ends autoscaling, of every panel where they share an axis.
-    for ax, panel in zip(figure.axes, panels, strict=True):
+    for ax, panel in pairs:
         if panel.limits != (None, None):
             (ax.set_xlim if panel.grid == "x" else ax.set_ylim)(*panel.limits)
     legend(figure, legend_columns)

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -73,6 +74,22 @@ def rounded(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [rounded(value) for value in content]
     return float(f"{content:.5g}") if isinstance(content, float) else content
+
+
+def finished(path: Path, config: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+    """What `path` holds if it was computed with this config, else computed now, rounded and written there."""
+    config = json.loads(json.dumps(config))
+    if path.is_file():
+        done = json.loads(path.read_text("utf-8"))
+        if done["config"] == config:
+            print(f"{path.name}: done before, kept")
+            return done["result"]
+    started = time.perf_counter()
+    result = rounded(compute())
+    seconds = round(time.perf_counter() - started, 1)
+    write_json(path, {"config": config, "seconds": seconds, "result": result})
+    print(f"{path.name}: {seconds:.0f} s")
+    return json.loads(path.read_text("utf-8"))["result"]
 
 
 def measure_model(
@@ -470,30 +487,19 @@ def _measure_checkpoints(args: MeasureArguments, output: Path) -> None:
         return found
 
     versions = {name: version(name) for name in ("spf", "torch", "transformers", "peft")}
-    parts = _Parts(output / "parts", {**vars(args), "versions": versions})
-    measured = parts.get(
-        "models",
-        lambda: measure_world(
-            base,
-            tuned,
-            sets,
-            positions=args.positions,
-            generated=0,
-            prompts=args.prompts,
-            lipschitz_prompts=args.lipschitz_prompts,
-            batch_size=args.batch_size,
-            autocast=args.bfloat16,
-        ),
-    )
+    settings = {**vars(args), "versions": versions}
+
+    def part(name: str, compute: Callable[..., dict[str, Any]], *given: Any, **more: Any) -> Any:
+        return finished(output / "parts" / f"{name}.json", settings, partial(compute, *given, **more))
+
+    measured = part(
+        "models", measure_world, base, tuned, sets, positions=args.positions, generated=0, prompts=args.prompts,
+        lipschitz_prompts=args.lipschitz_prompts, batch_size=args.batch_size, autocast=args.bfloat16,
+    )  # fmt: skip
     if args.gradient_prompts:
-        measured["gradients"] = parts.get(
-            "gradients",
-            lambda: measure_gradients(
-                base,
-                tuned,
-                _anchors(rows, base, tokenizer, args.gradient_prompts),
-                pad_token_id=pad_id(tokenizer),
-            ),
+        anchors = _anchors(rows, base, tokenizer, args.gradient_prompts)
+        measured["gradients"] = part(
+            "gradients", measure_gradients, base, tuned, anchors, pad_token_id=pad_id(tokenizer)
         )
 
     def scaled(name: str) -> dict[str, Any]:
@@ -501,7 +507,7 @@ def _measure_checkpoints(args: MeasureArguments, output: Path) -> None:
         return {"all": scale_curve(model, *_parts(base, model, "all"), refusals, alphas)}
 
     if alphas:
-        measured["alpha"] = {name: parts.get(f"alpha-{i}", partial(scaled, name)) for i, name in enumerate(names)}
+        measured["alpha"] = {name: part(f"alpha-{i}", scaled, name) for i, name in enumerate(names)}
     results = {
         "kind": "measure",
         "aligned": args.aligned,
@@ -515,33 +521,10 @@ def _measure_checkpoints(args: MeasureArguments, output: Path) -> None:
         "measurements": measured,
     }
     write_json(output / "results.json", results)
-    parts.remove()
+    shutil.rmtree(output / "parts")
     console = Console()
     console.print(measure_table(results))
     console.print(f"Figures: {output / 'results.json'}\nReport:  {write_report(results, output)}")
-
-
-class _Parts:
-    """Finished parts of an interrupted run, one JSON each; those made with other settings are made again."""
-
-    def __init__(self, directory: Path, settings: dict[str, Any]):
-        self.directory, self.settings = directory, settings
-
-    def get(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self.directory / f"{name}.json"
-        if path.is_file():
-            kept = json.loads(path.read_text("utf-8"))
-            if kept["settings"] == self.settings:
-                found: dict[str, Any] = kept["found"]
-                return found
-        found = rounded(compute())
-        write_json(path, {"settings": self.settings, "found": found})
-        return found
-
-    def remove(self) -> None:
-        for path in self.directory.glob("*.json"):
-            path.unlink()
-        self.directory.rmdir()
 
 
 class _Loaded(Mapping[str, PreTrainedModel]):

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import LlamaForCausalLM
 
 from spf.arguments import RunArguments
 from spf.errors import keeping, working
 from spf.files import claim, directory_lock, write_json
+from spf.lab.report.tables import rich_table
 from spf.lab.study import grammar
 from spf.lab.study.bridge import BridgeSettings, run_bridge
 from spf.lab.study.data import BASE, TEST_SETS, EvalSet, Sampler, WorldSettings
@@ -23,7 +23,7 @@ from spf.lab.study.evaluation import evaluate, quick_rates, rate_dict
 from spf.lab.study.jailbreaks import Place, mean_embedding_norm, soft_token_attack
 from spf.lab.study.measure import measure_world
 from spf.lab.study.model import SIZES, build_model
-from spf.lab.study.report import write_report
+from spf.lab.study.report import READINGS, success_table, write_report
 from spf.lab.study.training import (
     PROTOCOLS,
     STAGE_NUMBER,
@@ -161,7 +161,8 @@ def run_study(args: RunArguments) -> None:
         study.claim()
         with keeping(study.kept), working():
             results = study.run()
-            Console().print(study_table(results))
+            title = f"Study, {results['preset']}, {results['grammar']} grammar, seed {results['seed']}"
+            Console().print(rich_table(success_table([results], "free_running"), title, READINGS["free_running"]))
             Console().print(f"Figures: {directory / 'results.json'}", soft_wrap=True)
             Console().print(f"Report:  {write_report(results, directory)}", soft_wrap=True)
 
@@ -336,19 +337,3 @@ class Study:
                 works[name][f"m={tokens}"] = found.success.tolist()
         self.seconds["attack"] = round(time.perf_counter() - start, 1)
         return rates, embeds, works
-
-
-def study_table(results: dict[str, Any]) -> Table:
-    """Free-running rates of every model: executing safe prompts, refusing unsafe ones, success of the jailbreaks."""
-    table = Table(
-        title=f"Study, {results['preset']}, {results['grammar']} grammar, seed {results['seed']}",
-        caption="% of prompts: unsafe ones refused, all others executed, the whole output right",
-    )
-    sets = list(next(iter(results["evaluation"].values())))
-    table.add_column("model", no_wrap=True)
-    for name in sets:
-        table.add_column(name.removeprefix("jb_").replace("_", "\n"), justify="right")
-    for name, found in results["evaluation"].items():
-        rates = [found[s]["null" if s == "unsafe" else "instruct"]["free_running"] for s in sets]
-        table.add_row(name, *(f"{100 * rate['value']:.1f}" for rate in rates))
-    return table
