@@ -158,7 +158,7 @@ def test_scenarios_hold_what_they_say():
 
 def test_committed_grids_are_readable_and_have_the_headline_cells():
     asked = read_grid(Path("recipes/bench/headline.yaml"))
-    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (187, 32)
+    assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (187, 47)
     assert len(read_grid(Path("recipes/bench/second_model.yaml"))) == 18
     assert len({cell.path(Path()) for cell in asked}) == len(asked)
     have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
@@ -167,7 +167,8 @@ def test_committed_grids_are_readable_and_have_the_headline_cells():
             assert {(scenario, method, seed) for seed in (0, 1, 2)} <= have, (scenario, method)
     locks = {(cell.scenario, cell.method) for cell in read_grid(Path("recipes/bench/safetylock.yaml"))}
     assert {(s, m) for s in ("harmful-50", "harmful-100") for m in ("safetylock", "null-space-safetylock")} <= locks
-    assert {method for _, method, _ in have} | {method for _, method in locks} == {*METHODS, "aligned"}
+    lines = {cell.method for cell in read_grid(Path("recipes/bench/second_lines.yaml"))}
+    assert {method for _, method, _ in have} | {method for _, method in locks} | lines == {*METHODS, "aligned"}
 
 
 @pytest.mark.parametrize("method", ["safetylock", "null-space-safetylock"])

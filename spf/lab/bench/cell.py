@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,7 +41,7 @@ from spf.evaluation import (
 )
 from spf.evaluation.run import renders
 from spf.files import replace_file, write_json
-from spf.lab.bench.methods import Method, Workspace, make_method
+from spf.lab.bench.methods import Method, Workspace, add_adapter, make_method
 from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, training_rows
 from spf.lab.demo.preferences import make_preferences
 from spf.lab.demo.sql import execution_match, make_sql_examples
@@ -219,8 +219,7 @@ def fine_tune(
     dtype = cpu_dtype() if cell.tuning == "lora" else torch.float32
     base = _load_aligned(workspace.aligned, dtype)
     tokenizer = load_tokenizer(workspace.aligned)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
-    model = get_peft_model(base, lora) if cell.tuning == "lora" else base
+    model = add_adapter(cell.method, base, cell.rule) if cell.tuning == "lora" else base
     method = make_method(cell.method, cell.rule, cell.seed, workspace, model, tokenizer)
     clock = _Clock()
     # the clock first: what a rule does when a step begins is part of the step

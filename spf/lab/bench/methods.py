@@ -8,13 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from spf.callback import SafetyCallback
 from spf.data import SafetyRow, load_safety_rows, reworded_anchors, tokenise
-from spf.lab.baselines import constrained_sft, kl, lisa, one_shot, projection, resta, safe_lora, safeinstr, sppft
+from spf.lab.baselines import (
+    constrained_sft,
+    der,
+    ema,
+    kl,
+    lisa,
+    one_shot,
+    osf,
+    projection,
+    replay,
+    resta,
+    safe_lora,
+    safeinstr,
+    sbr,
+    sppft,
+)
 from spf.lab.trainer import AnswerLoss, answer_logits
 from spf.probe import SafetyProbe
 from spf.rules import SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad, null_space_bases
@@ -40,7 +55,12 @@ RULES: dict[str, tuple[type, dict[str, Any], int | None]] = {
 OTHERS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "safeinstr": ("share",),
+    "ema": ("decay",),
     "kl": ("weight",),
+    "kl-replay": ("weight", "refusals_per_step", "benign_per_step"),
+    "der": ("alpha", "beta", "refusals_per_step", "benign_per_step"),
+    "sbr": ("weight", "size", "layers"),
+    "osf": ("preserved",),
     "constrained-sft": (),
     "lisa": ("finetune_steps", "alignment_steps", "rho", "batch_size"),
     "sppft": ("first", "last"),
@@ -80,6 +100,13 @@ class Method:
     finish_merged: Callable[[Any], object] | None = None
 
 
+def add_adapter(name: str, model: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
+    """The adapter that the method trains: LoRA's of rank 8 on every linear layer, or the method's own."""
+    if name == "osf":
+        return osf.add_osf(model, **settings)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
+
+
 def make_method(
     name: str, settings: dict[str, Any], seed: int, workspace: Workspace, model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> Method:
@@ -103,6 +130,26 @@ def make_method(
         case "kl":
             weight = settings.get("weight", 1.0)
             return Method(answer_loss=partial(_kl_loss, weight=weight, reference=_Reference(workspace, model)))
+        case "kl-replay":
+            weight = settings.get("weight", 1.0)
+            replayed = _replay(workspace, model, tokenizer, rows, seed, settings)
+            return _with_term(lambda tuned: weight * kl.kl_to_aligned(*replayed(tuned)[:2]))
+        case "der":
+            alpha, beta = settings.get("alpha", 0.5), settings.get("beta", 0.5)
+            replayed = _replay(workspace, model, tokenizer, rows, seed, settings)
+            return _with_term(lambda tuned: der.replay_loss(*replayed(tuned), alpha, beta))
+        case "sbr":
+            weight = settings.get("weight", 50.0)
+            own = {key: value for key, value in settings.items() if key != "weight"}
+            prompts = [a.prompt_ids for a in tokenise(rows, tokenizer, context_length(model, tokenizer))]
+            anchor = sbr.HiddenStateAnchor(prompts, pad_id(tokenizer), seed=seed, **own)
+            return _with_term(lambda tuned: weight * anchor(tuned))
+        case "ema":
+            return Method([ema.EMACallback(**settings)])
+        case "osf":
+            if not isinstance(model, PeftModel):
+                raise ValueError("osf is an adapter, and all weights are trained here")
+            return Method()
         case "constrained-sft":
             return Method(answer_loss=partial(_constrained_loss, reference=_Reference(workspace, model)))
         case "lisa":
@@ -207,6 +254,40 @@ class _Reference:
     def logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         with nullcontext() if self.copy is not None else model.disable_adapter():
             return answer_logits(model if self.copy is None else self.copy, inputs)[0]
+
+
+def _replay(
+    workspace: Workspace,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[SafetyRow],
+    seed: int,
+    settings: dict[str, Any],
+) -> Callable[[Any], tuple[Tensor, Tensor, Tensor]]:
+    """Each call replays the next samples: the tuned and the aligned model's logits (P, V), and the tokens (P,)."""
+    limit = context_length(model, tokenizer)
+    benign = replay.benign_answers(workspace.refusals.with_name("benign.jsonl"), model, tokenizer)
+    sizes = {key: value for key, value in settings.items() if key.endswith("_per_step")}
+    turn = replay.Replay(
+        tokenise(rows, tokenizer, limit), tokenise(benign, tokenizer, limit), pad_id(tokenizer), seed=seed, **sizes
+    )
+    reference = _Reference(workspace, model)
+
+    def replayed(tuned: Any) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = {key: value.to(tuned.device) for key, value in next(turn).items()}
+        logits, targets, _ = answer_logits(tuned, inputs)
+        return logits, reference.logits(tuned, inputs), targets
+
+    return replayed
+
+
+def _with_term(term: Callable[[Any], Tensor]) -> Method:
+    """Plain fine-tuning with a term of the tuned model added to its loss."""
+
+    def loss(model: nn.Module, inputs: dict[str, Tensor], logits: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, targets) + term(model)
+
+    return Method(answer_loss=loss)
 
 
 def _kl_loss(
