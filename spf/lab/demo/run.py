@@ -29,14 +29,14 @@ from transformers.utils import logging as transformers_logging
 from spf.arguments import DemoArguments
 from spf.callback import SafetyCallback
 from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise
-from spf.errors import keeping
+from spf.errors import keeping, working
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
 from spf.files import directory_lock, write_json
 from spf.lab.demo.report import demo_table, overhead_table, plot_demo, write_report
 from spf.lab.demo.sql import SQLExample, execution_match, make_sql_examples
 from spf.lab.report.tables import rich_table
 from spf.lab.trainer import AnswerTrainer, collate_answers
-from spf.models import cpu_dtype, load_aligned_demo_model
+from spf.models import cpu_dtype, load_aligned_demo_model, save_whole
 from spf.rules import RULES, NullSpace, Rule
 from spf.text.generation import context_length, pad_id
 
@@ -71,13 +71,14 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
     if args.quick:
         args.steps, args.sql_eval = min(args.steps, 14), min(args.sql_eval, 30)
     output = Path(args.output)
-    with directory_lock(output), keeping(lambda: _kept(output)):
+    with directory_lock(output), keeping(lambda: "no arm is finished"):
         return _run(args, rule, output, console or Console())
 
 
-def _kept(output: Path) -> str:
-    finished = len(list((output / "arms").glob("*.json")))
-    return f"{finished} finished arms are kept in {output / 'arms'}; the same command goes on"
+def _read_arm(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of an arm that is finished with these settings."""
+    done = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return done["result"] if done is not None and done["config"] == config else None
 
 
 def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> dict[str, Any]:
@@ -86,10 +87,7 @@ def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> d
     aligned = output / "aligned-model"
     if not (aligned / "config.json").is_file():
         console.print("Preparing the aligned model (SmolLM2-135M-Instruct with the packaged safety adapter) ...")
-        model, tokenizer = load_aligned_demo_model()
-        model.save_pretrained(aligned)
-        tokenizer.save_pretrained(aligned)
-        del model
+        save_whole(aligned, *load_aligned_demo_model())
     every = 3 if args.quick else 1
     harmful_eval, benign_eval = packaged_prompts("harmful_eval")[::every], packaged_prompts("benign_eval")[::every]
     sql_eval = make_sql_examples(args.sql_eval, args.seed, "eval")
@@ -116,29 +114,36 @@ def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> d
         },
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "spf")},
     }
+    paths = {arm: output / "arms" / f"{arm}.json" for arm in arms}
+
+    def finished_arms() -> str:
+        finished = sum(_read_arm(path, config) is not None for path in paths.values())
+        return f"{finished} of {len(arms)} arms are finished and kept in {output / 'arms'}; the same command goes on"
+
     results: dict[str, Any] = {"arms": {}, "config": config}
-    for number, (arm, (label, rule, anchors)) in enumerate(arms.items(), 1):
-        path = output / "arms" / f"{arm}.json"
-        done = json.loads(path.read_text("utf-8")) if path.is_file() else None
-        if done is not None and done["config"] == config:
-            console.print(f"[{number}/{len(arms)}] {LABELS[label]}: done before, kept")
-            results["arms"][arm] = done["result"]
-            continue
-        console.print(f"[{number}/{len(arms)}] {LABELS[label]}")
-        result: dict[str, Any] = {"label": LABELS[label], "seconds_per_step": None, "overhead": None, "history": []}
-        if arm == "base":
-            model = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype())
-            tokenizer = AutoTokenizer.from_pretrained(aligned)
-            saved: Path | None = None
-        else:
-            saved = output / arm
-            model, tokenizer = fine_tune(args, aligned, train, rule, anchors, saved, result)
-        result |= evaluate(model, tokenizer, harmful_eval, benign_eval, sql_eval)
-        result["saved_to"] = str(saved) if saved else None
-        results["arms"][arm] = result
-        write_json(path, {"config": config, "result": result})
-        del model
-        gc.collect()
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    with keeping(finished_arms), working():
+        for number, (arm, (label, rule, anchors)) in enumerate(arms.items(), 1):
+            if done := _read_arm(paths[arm], config):
+                console.print(f"[{number}/{len(arms)}] {LABELS[label]}: done before, kept")
+                results["arms"][arm] = done
+                continue
+            console.print(f"[{number}/{len(arms)}] {LABELS[label]}")
+            result: dict[str, Any] = {"label": LABELS[label], "seconds_per_step": None, "overhead": None, "history": []}
+            if arm == "base":
+                model = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype())
+                tokenizer = AutoTokenizer.from_pretrained(aligned)
+                saved: Path | None = None
+            else:
+                saved = output / arm
+                model, tokenizer = fine_tune(args, aligned, train, rule, anchors, saved, result)
+            result |= evaluate(model, tokenizer, harmful_eval, benign_eval, sql_eval)
+            result["saved_to"] = str(saved) if saved else None
+            results["arms"][arm] = result
+            write_json(paths[arm], {"config": config, "result": result})
+            del model
+            gc.collect()
     base, plain = results["arms"]["base"], results["arms"]["plain"]
     results["config"]["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / "results.json", results)
