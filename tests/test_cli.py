@@ -118,6 +118,27 @@ def test_mistakes_end_in_one_sentence(workspace, capsys, change, message):
     assert message in error
 
 
+def test_the_file_knows_home_directories_and_the_names_of_the_other_commands(workspace, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(workspace))
+    monkeypatch.chdir(workspace)
+    names = "model: ~/model\ndata: ~/gone.jsonl\noutput: ~/there\nsafety_data: ~/safety.jsonl\nbatch_size: 3\n"
+    (workspace / "short.yaml").write_text(names + "use_cpu: true\nbf16: false\n")
+    assert cli.main(["train", "~/short.yaml"]) == 2
+    assert capsys.readouterr().err == f"spf: {workspace}/gone.jsonl: no such training data file\n"
+    assert (workspace / "there").is_dir()
+    given = {}
+
+    def trainer(model, args, **more):
+        given.update(more, args=args)
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr("spf.train.SFTTrainer", trainer)
+    assert cli.main(["train", "~/short.yaml", "--data=~/data.jsonl", "--output", "~/elsewhere"]) == 2
+    assert (given["args"].output_dir, given["args"].per_device_train_batch_size) == (f"{workspace}/elsewhere", 3)
+    assert len(given["train_dataset"]) == 12
+    assert not list(workspace.glob("~*"))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_weights_and_the_evaluation_split_are_not_ignored(workspace, monkeypatch, bits):
     """What the trainer is given; nothing is trained."""
