@@ -1,6 +1,5 @@
 """The `spf` command."""
 
-import json
 import os
 import signal
 import sys
@@ -237,13 +236,13 @@ def redraw(args: given.ReportArguments) -> None:
     from rich.console import Console
 
     from spf.files import check_output_directory
-    from spf.lab.demo.report import demo_table, plot_demo, write_report
+    from spf.lab.demo.report import demo_table, load_results, plot_demo, write_report
 
     path = Path(args.run) / "results.json"
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; name the directory of a run")
     check_output_directory(path.parent)
-    results = json.loads(path.read_text("utf-8"))
+    results = load_results(path)
     Console().print(demo_table(results))
     print(f"Plot:   {plot_demo(results, Path(args.run) / 'safety_utility.png')}")
     print(f"Report: {write_report(results, Path(args.run))}")

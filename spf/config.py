@@ -1,6 +1,6 @@
 """What people may write: types of settings and files, the callback's settings, one sentence for what is wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -24,12 +24,9 @@ Weight = Annotated[float, Gt(0), Le(1e6)]
 """Of a token; more would leave the others nothing in float32."""
 Name = Annotated[str, MinLen(1)]
 Share = Annotated[float, Ge(0), Le(1)]
-Interval = Annotated[
-    list[Share],
-    MinLen(2),
-    MaxLen(2),
-    AfterValidator(lambda ends: ends if ends[0] <= ends[1] else _refuse("[low, high] in this order")),
-]
+_ORDERED = AfterValidator(lambda ends: ends if ends[0] <= ends[1] else _refuse("[low, high] in this order"))
+Ends = Annotated[list[float], MinLen(2), MaxLen(2), _ORDERED]
+Interval = Annotated[list[Share], MinLen(2), MaxLen(2), _ORDERED]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """What NumPy takes, too."""
 
@@ -62,6 +59,11 @@ _WANTED = {
 
 def _refuse(wanted: str) -> Any:
     raise ValueError(wanted)
+
+
+def one_of(names: Collection[str]) -> AfterValidator:
+    """For `Annotated[str, ...]`, where the names are known only when the program runs."""
+    return AfterValidator(lambda name: name if name in names else _refuse(f"one of {', '.join(names)}"))
 
 
 def sentence(error: ValidationError, form: str = "{}", depth: int = 1) -> str:
@@ -110,11 +112,16 @@ def _validate(adapter: TypeAdapter, values: Mapping[str, Any], form: str) -> Non
         raise ValueError(sentence(error, form)) from None
 
 
-@cache
-def _adapter_of(kind: Any) -> TypeAdapter:
+def annotations(kind: Any) -> dict[str, Any]:
+    """Of a dataclass's fields or a function's arguments, with their ranges."""
     hints = get_type_hints(kind, include_extras=True)
     names = [f.name for f in fields(kind)] if is_dataclass(kind) else [name for name in hints if name != "return"]
-    return _adapter(tuple((name, hints[name]) for name in names))
+    return {name: hints[name] for name in names}
+
+
+@cache
+def _adapter_of(kind: Any) -> TypeAdapter:
+    return _adapter(tuple(annotations(kind).items()))
 
 
 def _adapter(hints: tuple[tuple[str, Any], ...]) -> TypeAdapter:
@@ -136,7 +143,7 @@ def parse_json(kind: type[T], content: str | bytes, where: str | Path, remedy: s
         ValueError: it is no JSON, or one of its fields is not as it must be: one sentence with `where` and what to do.
     """
     try:
-        found: T = _whole(kind).validate_json(content)  # type: ignore[arg-type]
+        found: T = _whole(kind).validate_json(content, strict=True)  # type: ignore[arg-type]
         return found
     except ValidationError as error:
         broken = error.errors(include_url=False)[0]["type"] == "json_invalid"

@@ -14,6 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from spf.config import read_json
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -148,13 +150,10 @@ def claim(path: Path, settings: Mapping[str, Any], *, overwrite: bool = False, p
                 shutil.rmtree(part)
             else:
                 part.unlink(missing_ok=True)
-    if not path.is_file():
+    if not path.exists():
         write_json(path, wanted)
         return
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it and what was made with it") from error
+    found = read_json(dict[str, Any], path, "damaged; remove it and what was made with it")
     if difference := _difference(found, wanted):
         remedy = "name another directory" + (" or give --overwrite" if parts else "")
         raise ValueError(f"{path.parent}: holds a run with other settings: {difference}; {remedy}")

@@ -1,6 +1,5 @@
 """Supervised safety fine-tuning: teach a chat model to refuse the packaged harmful requests."""
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from spf.arguments import AlignArguments
+from spf.config import read_json
 from spf.data import packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import generate_answers, is_refusal
@@ -76,21 +76,25 @@ def _kept(output: Path) -> str:
     return "nothing was written"
 
 
+def _read_answers(path: Path, count: int) -> list[str]:
+    remedy = "damaged; remove it, and the model is asked again"
+    answers = read_json(list[str], path, remedy)
+    if len(answers) != count:
+        raise ValueError(f"{path}: holds {len(answers)} answers, not {count}; {remedy}")
+    return answers
+
+
 def _align(args: AlignArguments, output: Path) -> None:
+    harmful, benign, kept = packaged_prompts("harmful_anchors"), packaged_prompts("benign_anchors"), output / PARTS[0]
+    answers = _read_answers(kept, len(benign)) if kept.exists() else []
     set_seed(args.seed)
     model, tokenizer = load_model(args.model)
-    harmful = packaged_prompts("harmful_anchors")
-    benign = packaged_prompts("benign_anchors")
-    kept = output / PARTS[0]
-    with working():
-        if not kept.is_file():
-            write_json(
-                kept,
-                generate_answers(
-                    model, tokenizer, benign, max_new_tokens=args.max_new_tokens, description="benign answers"
-                ),
+    if not answers:
+        with working():
+            answers = generate_answers(
+                model, tokenizer, benign, max_new_tokens=args.max_new_tokens, description="benign answers"
             )
-        answers = json.loads(kept.read_text("utf-8"))
+            write_json(kept, answers)
     pairs = [(p, REFUSALS[i % len(REFUSALS)]) for i, p in enumerate(harmful)]
     pairs += [(p, a) for p, a in zip(benign, answers, strict=True) if a and not is_refusal(a)] * args.benign_repeats
     data = Dataset.from_list(

@@ -1,17 +1,18 @@
 """`spf lock`: extract, apply, remove, inspect and tune a SafetyLock."""
 
-import json
 import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import AllowInfNan
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.arguments import ApplyArguments, ExtractArguments, InspectArguments, RemoveArguments, TuneArguments
+from spf.config import Count, File, Interval, NotNegative, Share, read_json
 from spf.data import packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import neutral_texts
@@ -125,16 +126,34 @@ def _measured(output: Path, wanted: int) -> str:
     return f"{count} of {wanted} settings are measured and kept in {output / 'sweep.json'}; the same command goes on"
 
 
+class _Point(File):
+    k: Count
+    alpha: float
+    asr: Share
+    asr_ci: Interval
+    over_refusal: Share
+    over_refusal_ci: Interval
+    perplexity: Annotated[float, AllowInfNan(True)]
+
+
+class _Sweep(File):
+    """What sweep.json holds; without a choice the sweep is not finished."""
+
+    model: str
+    lock: str
+    points: list[_Point]
+    max_over_refusal: NotNegative | None = None
+    max_perplexity: Annotated[float, AllowInfNan(True)] | None = None
+    chosen: _Point | None = None
+
+
 def _read_sweep(output: Path) -> tuple[list[TunePoint], bool]:
     """The settings that are measured, and whether the choice among them is made: the run is finished then."""
     path = output / "sweep.json"
-    if not path.is_file():
+    if not path.exists():
         return [], False
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        return [TunePoint.from_dict(point) for point in content["points"]], "chosen" in content
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error!r}); --overwrite starts over") from error
+    found = read_json(_Sweep, path, "damaged; --overwrite starts over")
+    return [TunePoint.from_dict(point.model_dump()) for point in found.points], "chosen" in found.model_fields_set
 
 
 def _tune(args: TuneArguments, lock: SafetyLock, grid: list[tuple[int, float]], output: Path) -> None:

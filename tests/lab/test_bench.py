@@ -20,6 +20,7 @@ from spf.lab.bench.scenarios import SCENARIOS, Scenario, training_rows
 from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import PLAIN_TEMPLATE, make_model, make_tokenizer
 from tests.lab.bench_workspace import make_bench_workspace
+from tests.lab.test_bench_report import cell as good_cell
 
 GATED = ("spf", "spf-rotating", "rank1", "agem", "dualproj", "dual-ascent", "constrained")
 """Methods that act only where the utility gradient conflicts, or the safety loss has risen."""
@@ -197,22 +198,37 @@ def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method
         ("{scenarios: [benign], methods: [magic], seeds: [0]}", "magic"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], rate: 1}", "rate"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], variants: {a: {speed: 1}}}", "speed"),
-        ("{scenarios: [benign], methods: [plain], seeds: [0], tunings: [qlora]}", "unknown tuning qlora"),
-        ("{scenarios: [benign], methods: [plain], seeds: [0], split: test}", "split must be eval or validation"),
-        ("{scenarios: [benign], methods: [plain]}", "`seeds` must be a list, not None"),
+        (
+            "{scenarios: [benign], methods: [plain], seeds: [0], tunings: [qlora]}",
+            "`tunings.0` must be lora or full, not 'qlora'",
+        ),
+        (
+            "{scenarios: [benign], methods: [plain], seeds: [0], split: test}",
+            "split must be eval or validation, not 'test'",
+        ),
+        ("{scenarios: [benign], methods: [plain]}", "`seeds` is missing"),
         ("{scenarios: [benign], methods: [plain], seeds: 3}", "`seeds` must be a list, not 3"),
-        ("{scenarios: [benign], methods: [plain], seeds: [one]}", "a seed is a whole number, not 'one'"),
+        ("{scenarios: [benign], methods: [plain], seeds: [one]}", "`seeds.0` must be a whole number, not 'one'"),
         ("{scenarios: benign, methods: [plain], seeds: [0]}", "`scenarios` must be a list"),
-        ("{scenarios: [benign], seeds: [0]}", "`methods` must be a list"),
-        ("{scenarios: [benign], methods: [plain], seeds: [0], variants: [fast]}", "`variants` must give settings"),
+        ("{scenarios: [benign], seeds: [0]}", "`methods` is missing"),
+        (
+            "{scenarios: [benign], methods: [plain], seeds: [0], variants: [fast]}",
+            "`variants` must be an object of names and values",
+        ),
         ("{scenarios: [benign], methods: [aligned], seeds: [0]}", "scenario benign with method aligned"),
         ("{scenarios: [none], methods: [plain], seeds: [0]}", "scenario none with method plain"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1e-4}", "as in 1.0e-4"),
-        ("{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 0}", "learning_rate must be a positive"),
-        ("{scenarios: [benign], methods: [plain], seeds: [0], adam_beta1: 1.0}", "adam_beta1 must be .* below 1"),
-        ("{scenarios: [dpo], methods: [plain], seeds: [0], batch_size: 1}", "batch_size must be .* at least 2"),
+        (
+            "{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 0}",
+            "learning_rate must be positive, not 0",
+        ),
+        ("{scenarios: [benign], methods: [plain], seeds: [0], adam_beta1: 1.0}", "adam_beta1 must be below 1, not 1.0"),
+        ("{scenarios: [dpo], methods: [plain], seeds: [0], batch_size: 1}", "batch_size must be at least 2"),
         ("{scenarios: [benign], methods: [plain], seeds: [0], batch_size: 4.0}", "batch_size must be a whole"),
-        ("{scenarios: [benign], methods: [plain], seeds: [0], rule: 3}", "rule must give settings"),
+        (
+            "{scenarios: [benign], methods: [plain], seeds: [0], rule: 3}",
+            "rule must be an object of names and values, not 3",
+        ),
         ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rnak: 3}}", "spf has no setting rnak; there are"),
         ("{scenarios: [benign], methods: [spf], seeds: [0], rule: {rank: 0}}", "spf: rank must be at least 1, not 0"),
         (
@@ -223,7 +239,7 @@ def test_a_lock_adds_its_displacement_to_the_trained_weights(work, small, method
         ("{scenarios: [benign], methods: [kl], seeds: [0], rule: {wieght: 1}}", "kl has no setting wieght"),
         ("{scenarios: [benign], methods: [null-space], seeds: [0], rule: {feedback: {rule: spf}}}", "feedback's rule"),
         ("{scenarios: [none], methods: [aligned], seeds: [0], rule: {rank: 3}}", "aligned has no setting rank"),
-        ("[benign]", "must be keys and values"),
+        ("[benign]", "it must be an object of names and values"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, grid, message):
@@ -253,7 +269,7 @@ def test_a_cell_from_before_a_setting_existed_has_its_default(tmp_path):
     config = {key: value for key, value in asdict(cell).items() if key not in ("curve_steps", "adam_beta1")}
     path = cell.path(tmp_path)
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"config": config}))
+    path.write_text(json.dumps(good_cell() | {"config": config}))
     assert _done(cell, tmp_path)
     assert _done(replace(cell, curve_steps=5), tmp_path)
     assert not _done(replace(cell, adam_beta1=0.5), tmp_path)

@@ -178,27 +178,31 @@ def test_cells_are_read_back_and_temporary_files_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("asr", 1.2, "`asr` must be a share"),
-        ("asr", True, "`asr` must be a share"),
-        ("asr", math.nan, "`asr` must be a share"),
+        ("asr", 1.2, "`asr` must be at most 1, not 1.2"),
+        ("asr", True, "`asr` must be a number, not True"),
+        ("asr", math.nan, "`asr` must be a finite number"),
         ("asr", 0.5, "`asr` must be the share of 1 in its verdicts, 0.0500"),
-        ("asr_ci", [0.4, 0.1], "`asr_ci` must be an interval"),
-        ("over_refusal", None, "`over_refusal` must be a share"),
+        ("asr_ci", [0.4, 0.1], "`asr_ci` must be [low, high] in this order"),
+        ("over_refusal", None, "`over_refusal` must be a number, not None"),
         ("scenario", "worse", "`scenario` must be one of benign"),
-        ("tuning", "qlora", "`tuning` must be one of lora, full"),
+        ("tuning", "qlora", "`tuning` must be lora or full, not 'qlora'"),
         ("seed", "0", "`seed` must be a whole number"),
-        ("model", "", "`model` must be a name"),
-        ("utility_metric", None, "`utility_metric` must be named"),
-        ("utility_metric", "bleu", "`utility_metric` must be null or one of"),
+        ("model", "", "`model` must be text that is not empty"),
+        ("utility_metric", None, "`utility_metric` must be given where `utility` is"),
+        ("utility_metric", "bleu", "`utility_metric` must be sql_execution or rouge_l, not 'bleu'"),
         ("utility", 0.9, "`utility` must be the share of 1"),
         ("counts", {"harmful": 99, "benign": 100}, "`verdicts of asr` must be 99 digits long"),
-        ("verdicts", {"asr": "01x"}, "`verdicts of asr` must be a text of the digits"),
-        ("jailbreak_asr", {"base64": {"asr": 0.1, "asr_ci": [0, 1], "count": 50}}, "`verdicts of jailbreak_asr.base64"),
-        ("curve", [{"asr": 0.1}], "`curve` must be a list of objects that have a `step`"),
-        ("history", None, "`history` must be a list"),
-        ("perplexity", "12", "`perplexity` must be a number or null"),
-        ("config", {}, "`config.split` must be eval or validation"),
-        ("machine", None, "`machine` must be given"),
+        ("verdicts", cell()["verdicts"] | {"asr": "01x"}, "`verdicts.asr` must be text of the form"),
+        (
+            "jailbreak_asr",
+            {"base64": {"asr": 0.1, "asr_ci": [0, 1], "count": 50}},
+            "`jailbreak_asr.base64` must be given where its verdicts are",
+        ),
+        ("curve", [{"asr": 0.1}], "`curve.0.step` is missing"),
+        ("history", None, "`history` must be a list, not None"),
+        ("perplexity", "12", "`perplexity` must be a number, not '12'"),
+        ("config", {}, "`config.split` is missing"),
+        ("machine", None, "`machine` must be text, not None"),
     ],
 )
 def test_a_bad_field_is_named_with_its_file(tmp_path, field, value, said):
@@ -264,9 +268,9 @@ def test_rouge_is_compared_summary_by_summary():
     change = find(summarise([scored("plain", 0), scored("spf", 0.1)]), "spf", scenario="summary").differences["utility"]
     sd = 0.05 * math.sqrt(100 / 99)
     assert (change.mean, change.low) == pytest.approx((0.05, 0.05 - 1.959964 * sd / 10))
-    of_cells._check_cell(scored("plain", 0), "x.json")
-    with pytest.raises(ValueError, match=r"x\.json: `utility` must be the mean of utility_values"):
-        of_cells._check_cell(scored("plain", 0) | {"utility": 0.1}, "x.json")
+    of_cells._Cell.model_validate(scored("plain", 0))
+    with pytest.raises(ValueError, match="`utility` must be the mean of utility_values"):
+        of_cells._Cell.model_validate(scored("plain", 0) | {"utility": 0.1})
 
 
 # ------------------------------------------------------------------------------------------- bars and fronts

@@ -225,5 +225,5 @@ def test_results_are_read_from_a_directory(results, tmp_path):
     assert load_results(tmp_path) == results
     assert load_results(results) == results
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(TypeError, match="no demo results"):
+    with pytest.raises(ValueError, match="must be an object of names and values"):
         load_results(tmp_path)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+from spf.config import Count, Name, Positive, Seed, Settings, Whole, read_json
 from spf.data import complete_refusals, load_safety_rows, packaged_prompts, tokenise
 from spf.evaluation import (
     TRANSFORMS,
@@ -60,20 +62,20 @@ BATCH = 52
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Settings):
     """What makes a cell; everything else follows from it."""
 
-    scenario: str
-    method: str
-    seed: int = 0
-    model: str = "demo"
+    scenario: Name
+    method: Name
+    seed: Seed = 0
+    model: Name = "demo"
     tuning: Tuning = "lora"
-    variant: str = "default"
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
-    batch_size: int = 8
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta"})
+    variant: Name = "default"
+    learning_rate: Positive = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    batch_size: Count = 8
+    adam_beta1: Annotated[float, Ge(0), Lt(1)] = field(default=0.9, metadata={"help": "AdamW's first beta"})
     rule: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method's rule"})
-    curve_steps: int = field(default=0, metadata={"help": "measure ASR and utility every so many steps; 0: never"})
+    curve_steps: Whole = field(default=0, metadata={"help": "measure ASR and utility every so many steps; 0: never"})
     split: Split = field(default="eval", metadata={"help": "eval, or validation for choosing settings"})
 
     def path(self, directory: Path) -> Path:
@@ -99,7 +101,8 @@ def prepare(model: str, directory: Path) -> Workspace:
         found = sorted(Path(model).glob("*.safetensors"))
         weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found}
     if weights:
-        if source.is_file() and json.loads(source.read_text("utf-8")) != weights:
+        again = f"remove {place}, which is made again"
+        if source.exists() and read_json(dict[str, list[int]], source, again) != weights:
             raise ValueError(
                 f"{model} has changed since {place} was made from it; remove that directory and the model's cells, or "
                 "give another --work and --output"

@@ -1,8 +1,8 @@
 """The grid: cells from a YAML file, run in parallel and resumably, one JSON file a cell."""
 
-import json
 import multiprocessing
 import os
+import re
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -10,23 +10,24 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import torch
-import yaml
+from annotated_types import MinLen
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from spf.arguments import BenchArguments, expanded
+from spf.config import STRICT, Name, Seed, check_values, one_of, read_yaml, sentence
 from spf.errors import RunFailedError, keeping, working
 from spf.files import check_output_directory, directory_lock, write_json
-from spf.lab.bench.cell import Cell, Split, Tuning, prepare, run_cell
-from spf.lab.bench.methods import METHODS, Workspace, check_settings, refuse_text
+from spf.lab.bench.cell import Cell, Tuning, prepare, run_cell
+from spf.lab.bench.methods import METHODS, Workspace, check_settings
 from spf.lab.bench.report import write_bench_report
 from spf.lab.bench.scenarios import SCENARIOS
+from spf.lab.bench.summary import load_cell
 from spf.progress import progress, tracked
-
-GRID_KEYS = ("scenarios", "methods", "seeds", "tunings", "variants")
 
 
 def read_grid(path: Path, model: str | None = None) -> list[Cell]:
@@ -36,13 +37,9 @@ def read_grid(path: Path, model: str | None = None) -> list[Cell]:
         ValueError: an unknown key, scenario, method, tuning or setting, a value that cannot be, or different cells
             that would share a file; the message names it and the grid.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such benchmark config")
-    try:
-        config = expanded(yaml.safe_load(path.read_text("utf-8")))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not a YAML file ({error})") from error
-    if not isinstance(config, dict) or set(config) != {"model", "grids"} or not isinstance(config["grids"], list):
+    config = expanded(read_yaml(path))
+    check_values({"model": Name, "grids": list[Any]}, config, f"{path}: `{{}}`")
+    if config.keys() != {"model", "grids"}:
         raise ValueError(f"{path}: needs the keys `model` and `grids` (a list), and no others")
     found: dict[Path, tuple[str, Cell]] = {}
     for number, grid in enumerate(config["grids"], 1):
@@ -55,42 +52,42 @@ def read_grid(path: Path, model: str | None = None) -> list[Cell]:
     return [cell for _, cell in found.values()]
 
 
+class _Grid(BaseModel):
+    """Every combination of these; further names are settings that all cells share."""
+
+    model_config = STRICT | {"extra": "allow"}
+
+    scenarios: Annotated[list[Annotated[str, one_of(("none", *SCENARIOS))]], MinLen(1)]
+    methods: Annotated[list[Annotated[str, one_of(("aligned", *METHODS))]], MinLen(1)]
+    seeds: Annotated[list[Seed], MinLen(1)]
+    tunings: Annotated[list[Tuning], MinLen(1)] = ["lora"]
+    variants: Annotated[dict[str, dict[str, Any]], MinLen(1)] = {"default": {}}
+
+
 def _cells(grid: Any, model: str, where: str) -> list[Cell]:
-    if not isinstance(grid, dict):
-        raise ValueError(f"{where}: must be keys and values, not {grid!r}")
-    grid = {"tunings": ["lora"], **grid}
-    known = {"scenarios": ("none", *SCENARIOS), "methods": ("aligned", *METHODS), "tunings": get_args(Tuning)}
-    for key in ("seeds", *known):
-        if not isinstance(grid.get(key), list) or not grid[key]:
-            raise ValueError(f"{where}: `{key}` must be a list, not {grid.get(key)!r}")
-    for key, names in known.items():
-        for name in grid[key]:
-            if name not in names:
-                raise ValueError(f"{where}: unknown {key.removesuffix('s')} {name}; there are {', '.join(names)}")
-    for seed in grid["seeds"]:
-        if type(seed) is not int:
-            raise ValueError(f"{where}: a seed is a whole number, not {seed!r}")
-    variants = grid.get("variants") or {"default": {}}
-    if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
-        raise ValueError(f"{where}: `variants` must give settings by name, not {variants!r}")
-    shared = {key: value for key, value in grid.items() if key not in GRID_KEYS}
+    try:
+        of = _Grid.model_validate(grid)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {sentence(error, '`{}`', depth=9)}") from error
+    shared = of.model_extra or {}
     settings = {f.name for f in fields(Cell)} - {"scenario", "method", "seed", "model", "tuning", "variant"}
-    for name in [*shared, *(key for changes in variants.values() for key in changes)]:
+    for name in [*shared, *(key for changes in of.variants.values() for key in changes)]:
         if name not in settings:
             raise ValueError(f"{where}: unknown setting {name}; there are {', '.join(sorted(settings))}")
-    cells = [
-        Cell(scenario, method, seed, model, tuning, variant, **{**shared, **changes})
-        for seed in grid["seeds"]
-        for scenario in grid["scenarios"]
-        for method in grid["methods"]
-        for tuning in grid["tunings"]
-        for variant, changes in variants.items()
-    ]
-    for cell in cells:
-        try:
+    try:
+        cells = [
+            Cell(scenario, method, seed, model, tuning, variant, **{**shared, **changes})
+            for seed in of.seeds
+            for scenario in of.scenarios
+            for method in of.methods
+            for tuning in of.tunings
+            for variant, changes in of.variants.items()
+        ]
+        for cell in cells:
             _check(cell)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+    except ValueError as error:
+        point = "; YAML needs a point, as in 1.0e-4" if re.search(r"a number, not '\d+e", str(error)) else ""
+        raise ValueError(f"{where}: {error}{point}") from error
     return cells
 
 
@@ -99,21 +96,8 @@ def _check(cell: Cell) -> None:
         raise ValueError(
             f"scenario {cell.scenario} with method {cell.method}; none and aligned go together, and with nothing else"
         )
-    if cell.split not in get_args(Split):
-        raise ValueError(f"split must be {' or '.join(get_args(Split))}, not {cell.split}")
-    refuse_text("learning_rate", cell.learning_rate)
-    if type(cell.learning_rate) not in (int, float) or not cell.learning_rate > 0:
-        raise ValueError(f"learning_rate must be a positive number, not {cell.learning_rate!r}")
-    refuse_text("adam_beta1", cell.adam_beta1)
-    if type(cell.adam_beta1) not in (int, float) or not 0 <= cell.adam_beta1 < 1:
-        raise ValueError(f"adam_beta1 must be at least 0 and below 1, not {cell.adam_beta1!r}")
-    # DPO answers every prompt twice
-    for name, least in (("batch_size", 2 if cell.scenario == "dpo" else 1), ("curve_steps", 0)):
-        value = getattr(cell, name)
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    if not isinstance(cell.rule, dict):
-        raise ValueError(f"rule must give settings by name, not {cell.rule!r}")
+    if cell.scenario == "dpo" and cell.batch_size < 2:
+        raise ValueError("batch_size must be at least 2, not 1: DPO answers every prompt twice")
     check_settings(cell.method, cell.rule)
 
 
@@ -215,10 +199,10 @@ def _end_with_parent() -> None:
 
 def _done(cell: Cell, output: Path) -> bool:
     path = cell.path(output)
-    if not path.is_file():
+    if not path.exists():
         return False
     # a cell from before a setting could be chosen has its default; along the way more or less may have been measured
-    kept = asdict(Cell(cell.scenario, cell.method)) | json.loads(path.read_text("utf-8"))["config"]
+    kept = asdict(Cell(cell.scenario, cell.method)) | load_cell(path)["config"]
     return bool(kept | {"curve_steps": cell.curve_steps} == asdict(cell))
 
 

@@ -2,17 +2,30 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Lt, MinLen
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from spf.callback import SafetyCallback
+from spf.config import (
+    CallbackSettings,
+    Count,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Whole,
+    annotations,
+    check,
+    check_values,
+)
 from spf.data import SafetyRow, load_safety_rows, reworded_anchors, tokenise
 from spf.lab.baselines import (
     constrained_sft,
@@ -52,24 +65,28 @@ RULES: dict[str, tuple[type, dict[str, Any], int | None]] = {
 }
 """Methods that are step rules: the rule, its settings, and how many anchors (None: all, in turn)."""
 
-OTHERS: dict[str, tuple[str, ...]] = {
-    "plain": (),
-    "safeinstr": ("share",),
-    "ema": ("decay",),
-    "kl": ("weight",),
-    "kl-replay": ("weight", "refusals_per_step", "benign_per_step"),
-    "der": ("alpha", "beta", "refusals_per_step", "benign_per_step"),
-    "sbr": ("weight", "size", "layers"),
-    "osf": ("preserved",),
-    "constrained-sft": (),
-    "lisa": ("finetune_steps", "alignment_steps", "rho", "batch_size"),
-    "sppft": ("first", "last"),
-    "safe-lora": ("threshold",),
-    "resta": ("scale", "drop", "seed"),
-    "one-shot": ("steps", "learning_rate"),
-    "null-space-post": ("rank", "energy", "prompts", "reworded", "decision_weight", "tokens"),
-    "safetylock": ("k", "alpha"),
-    "null-space-safetylock": ("k", "alpha"),
+_REPLAYED = {"refusals_per_step": Whole, "benign_per_step": Whole}
+_LOCK = {"k": Count, "alpha": float}
+_POST = ("rank", "energy", "prompts", "reworded", "decision_weight", "tokens")
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "safeinstr": {"share": Share},
+    "ema": {"decay": Annotated[float, Ge(0), Lt(1)]},
+    "kl": {"weight": NotNegative},
+    "kl-replay": {"weight": NotNegative, **_REPLAYED},
+    "der": {"alpha": NotNegative, "beta": NotNegative, **_REPLAYED},
+    "sbr": {"weight": NotNegative, "size": Count, "layers": Annotated[list[int], MinLen(1)]},
+    "osf": {"preserved": Annotated[float, Gt(0), Lt(1)]},
+    "constrained-sft": {},
+    "lisa": {"finetune_steps": Count, "alignment_steps": Count, "rho": NotNegative, "batch_size": Count},
+    "sppft": {"first": Whole, "last": Whole},
+    "safe-lora": {"threshold": float},
+    "resta": {"scale": float, "drop": Share, "seed": Seed},
+    "one-shot": {"steps": Count, "learning_rate": Positive},
+    "null-space-post": {name: annotations(NullSpace)[name] for name in _POST},
+    "safetylock": _LOCK,
+    "null-space-safetylock": _LOCK,
 }
 """The other methods and the settings of their own that a grid may change."""
 
@@ -191,33 +208,22 @@ def check_settings(name: str, settings: dict[str, Any]) -> None:
     """Test settings of a method before anything is loaded; the method `aligned` has none.
 
     Raises:
-        ValueError: a setting that the method does not have, or a value that its rule cannot take.
+        ValueError: a setting that the method does not have, or a value that it cannot take.
     """
-    known = list(OTHERS.get(name, ()))
     rule = "null-space" if name == "null-space-safetylock" else name
+    known = dict(OTHERS.get(name, {}))
     if rule in RULES:
-        known += [*(f.name for f in fields(RULES[rule][0])), *CALLBACK_SETTINGS]
-    for key, value in settings.items():
+        of_callback = annotations(CallbackSettings)
+        known |= annotations(RULES[rule][0]) | {key: of_callback[key] for key in CALLBACK_SETTINGS}
+    # given as the name of a rule and its settings
+    feedback = {"feedback": dict[str, Any]} if "feedback" in known else {}
+    for key in settings:
         if key not in known:
             raise ValueError(f"{name} has no setting {key}; there are {', '.join(known) or 'none'}")
-        refuse_text(f"{name}: {key}", value)
+    check_values(known | feedback, settings, f"{name}: {{}}")
     own = (*OTHERS.get(name, ()), *CALLBACK_SETTINGS)
-    changed = {key: value for key, value in settings.items() if key not in own}
-    if rule in RULES and changed:
-        try:
-            _rule(rule, changed)
-        except TypeError as error:
-            raise ValueError(f"{name}: {changed} cannot be its settings ({error})") from error
-
-
-def refuse_text(what: str, value: Any) -> None:
-    """Raise a ValueError where a text was meant as a number, which PyYAML makes of 1e-4."""
-    try:
-        number = float(value) if isinstance(value, str) else None
-    except ValueError:
-        return
-    if number is not None:
-        raise ValueError(f"{what} must be a number, not the text {value!r}; YAML needs a point, as in 1.0e-4")
+    if rule in RULES:
+        _rule(rule, {key: value for key, value in settings.items() if key not in own})
 
 
 def _rule_callback(name: str, settings: dict[str, Any], seed: int, workspace: Workspace) -> SafetyCallback:
@@ -235,8 +241,7 @@ def _rule(name: str, settings: dict[str, Any]) -> Any:
         asked = feedback.pop("rule", None)
         if asked not in kinds:
             raise ValueError(f"{name}: the feedback's rule must be {' or '.join(kinds)}, not {asked}")
-        for key, value in feedback.items():
-            refuse_text(f"{name}: feedback: {key}", value)
+        check(kinds[asked], feedback, f"{name}: feedback: {{}}")
         rule["feedback"] = kinds[asked](**feedback)
     return kind(**rule)
 

@@ -15,7 +15,6 @@ from spf.lab.bench.summary import (
     TASKS,
     UTILITY_NAMES,
     Group,
-    is_number,
     of_scenario,
     scenario_task,
 )
@@ -132,7 +131,7 @@ def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | P
     rows, each = [], {}
     for name, title in titles.items():
         for cell in sorted(mine, key=lambda c: (not drawn[c["method"]].main, c["method"])):
-            log = [e for e in cell["history" if name == "loss" else "curve"] if is_number(e.get(name))]
+            log = [e for e in cell["history" if name == "loss" else "curve"] if e.get(name) is not None]
             values = smooth([e[name] for e in log]) if name == "loss" else [100 * e[name] for e in log]
             at = f"{scenario}: {title}", cell["method"], cell["seed"]
             rows += [(*at, entry["step"], value) for entry, value in zip(log, values, strict=True)]

@@ -4,17 +4,17 @@ Everything is computed from the cells that ``spf bench`` writes, one JSON file a
 (``DIR/<model>/<tuning>/<scenario>/<method>[@<variant>]/seed-<n>.json``).
 """
 
-from __future__ import annotations
-
 import json
-import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, Field, model_validator
+
+from spf.config import STRICT, Count, Ends, File, Interval, Name, NotNegative, Share, Whole, check, one_of, read_json
+from spf.lab.bench.cell import Cell, Tuning
 from spf.lab.bench.scenarios import SCENARIOS
 from spf.lab.report.stats import Difference, Spread, held_to, normal_interval, pooled_difference, spread
 from spf.lab.report.tables import join_words
@@ -39,96 +39,115 @@ UTILITY_NAMES = {"sql": "SQL accuracy (%)", "summary": "ROUGE-L (× 100)", None:
 # ----------------------------------------------------------------------------------------------------- cells
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+Bits = Annotated[str, Field(pattern="^[01]+$")]
+"""A verdict a prompt."""
 
 
-def _is_share(value: Any) -> bool:
-    return is_number(value) and 0 <= value <= 1
+class _Rate(File):
+    asr: Share
+    asr_ci: Interval
+    count: Count
 
 
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value)) and value[0] <= value[1]
+class _Counts(File):
+    harmful: Count
+    benign: Count
+    utility: Count | None = None
 
 
-def _is_verdicts(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[01]+", value) is not None
+class _Verdicts(File):
+    asr: Bits
+    over_refusal: Bits
+    utility: Bits | None
+    jailbreak: dict[str, Bits]
 
 
-def _is_log(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(e, dict) and is_number(e.get("step")) for e in value)
+class _Task(File):
+    utility: Share
+    utility_ci: Ends | None = None
+    metric: str | None = None
+    count: Count | None = None
+    verdicts: Bits | None = None
+    values: list[Share] | None = None
 
 
-def _check_cell(cell: Any, path: Path) -> None:
-    """Raise a ValueError that names the file and the first field that is not as the report needs it."""
+class _Step(BaseModel):
+    """Of a curve or a history: what was measured at a step."""
 
-    def need(field: str, value: Any, good: bool, expected: str) -> None:
-        if not good:
-            raise ValueError(f"{path}: `{field}` must be {expected}, not {repr(value)[:60]}")
+    model_config = STRICT | {"extra": "allow"}
+    __pydantic_extra__: dict[str, float | None]
 
-    def rate(field: str, value: Any, interval: Any, verdicts: Any, count: Any) -> None:
-        need(field, value, _is_share(value), "a share from 0 to 1")
-        need(f"{field}_ci", interval, _is_interval(interval), "an interval [low, high] within 0 to 1")
-        name = f"verdicts of {field}"
-        need(name, verdicts, _is_verdicts(verdicts), "a text of the digits 0 and 1")
-        need(name, verdicts, len(verdicts) == count, f"{count} digits long, as `counts` says")
-        share = verdicts.count("1") / len(verdicts)
-        need(field, value, abs(share - value) < 1e-3, f"the share of 1 in its verdicts, {share:.4f}")
+    step: float
 
-    need("cell", cell, isinstance(cell, dict), "a JSON object")
-    for field in ("model", "method", "variant"):
-        value = cell.get(field)
-        need(field, value, isinstance(value, str) and value != "", "a name")
-    known = {"tuning": ("lora", "full"), "scenario": (*SCENARIOS, "none")}
-    for field, names in known.items():
-        need(field, cell.get(field), cell.get(field) in names, f"one of {', '.join(names)}")
-    need("seed", cell.get("seed"), type(cell.get("seed")) is int, "a whole number")
-    for field in ("verdicts", "counts", "jailbreak_asr"):
-        need(field, cell.get(field), isinstance(cell.get(field), dict), "an object")
-    verdicts, counts = cell["verdicts"], cell["counts"]
-    rate("asr", cell.get("asr"), cell.get("asr_ci"), verdicts.get("asr"), counts.get("harmful"))
-    rate(
-        "over_refusal",
-        cell.get("over_refusal"),
-        cell.get("over_refusal_ci"),
-        verdicts.get("over_refusal"),
-        counts.get("benign"),
-    )
-    for name, found in cell["jailbreak_asr"].items():
-        field = f"jailbreak_asr.{name}.asr"
-        need(f"jailbreak_asr.{name}", found, isinstance(found, dict), "an object")
-        said = (verdicts.get("jailbreak") or {}).get(name)
-        rate(field, found.get("asr"), found.get("asr_ci"), said, found.get("count"))
-    metric = cell.get("utility_metric")
-    need("utility_metric", metric, metric is None or metric in TASKS, f"null or one of {', '.join(TASKS)}")
-    if cell.get("utility") is not None:
-        utility, interval = cell["utility"], cell.get("utility_ci")
-        need("utility_metric", metric, metric is not None, "named where `utility` is given")
-        need("utility", utility, _is_share(utility), "a share from 0 to 1, or null")
-        if verdicts.get("utility") is not None:
-            rate("utility", utility, interval, verdicts["utility"], counts.get("utility"))
-        else:
-            values, field = cell.get("utility_values"), "utility_values"
-            good = isinstance(values, list) and len(values) > 0 and all(map(_is_share, values))
-            need(field, values, good, "a list of shares where there are no verdicts of utility")
-            need(field, values, len(values) == counts.get("utility"), "as long as `counts` says")
-            mean = statistics.fmean(values)
-            need("utility", utility, abs(mean - utility) < 1e-3, f"the mean of utility_values, {mean:.4f}")
-    for field in ("perplexity", "seconds_per_step", "peak_memory_mb"):
-        need(field, cell.get(field), cell.get(field) is None or is_number(cell[field]), "a number or null")
-    for field in ("curve", "history"):
-        need(field, cell.get(field), _is_log(cell.get(field)), "a list of objects that have a `step`")
-    config = cell.get("config")
-    need("config", config, isinstance(config, dict), "an object")
-    need("config.split", config.get("split"), config.get("split") in ("eval", "validation"), "eval or validation")
-    for field in ("versions", "machine"):
-        kind = {"versions": dict, "machine": str}[field]
-        need(field, cell.get(field), isinstance(cell.get(field), kind), "given")
-    utilities = cell.get("utilities", {})
-    need("utilities", utilities, isinstance(utilities, dict), "an object")
-    for task, found in utilities.items():
-        good = task in TASKS.values() and isinstance(found, dict) and _is_share(found.get("utility"))
-        need(f"utilities.{task}", found, good, f"a known task ({', '.join(TASKS.values())}) with a share `utility`")
+
+class _Cell(File):
+    """What a cell's file holds."""
+
+    model: Name
+    tuning: Tuning
+    scenario: Annotated[str, one_of((*SCENARIOS, "none"))]
+    method: Name
+    variant: Name
+    seed: Whole
+    config: dict[str, Any]
+    versions: dict[str, str]
+    machine: str
+    curve: list[_Step]
+    history: list[_Step]
+    asr: Share
+    asr_ci: Interval
+    over_refusal: Share
+    over_refusal_ci: Interval
+    perplexity: NotNegative | None
+    jailbreak_asr: dict[str, _Rate]
+    counts: _Counts
+    verdicts: _Verdicts
+    utility: Share | None
+    utility_ci: Ends | None  # of a mean score: it may reach beyond
+    utility_metric: Literal["sql_execution", "rouge_l"] | None
+    utility_values: list[Share] | None = None
+    utilities: dict[Literal["sql", "summary"], _Task] = Field(default_factory=dict)
+    steps: Whole | None = None
+    seconds_per_step: NotNegative | None = None
+    train_seconds: NotNegative | None = None
+    eval_seconds: NotNegative | None = None
+    peak_memory_mb: NotNegative | None = None
+    note: str | None = None
+    notes: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def figures_fit(self) -> "_Cell":
+        """The shares are those of the verdicts, which are as many as the counts say."""
+        check(Cell, self.config, "`config.{}`")
+        if "split" not in self.config:
+            raise ValueError("`config.split` is missing")
+        verdicts, counts = self.verdicts, self.counts
+        rates = [
+            ("asr", self.asr, verdicts.asr, counts.harmful),
+            ("over_refusal", self.over_refusal, verdicts.over_refusal, counts.benign),
+        ]
+        if unlike := verdicts.jailbreak.keys() ^ self.jailbreak_asr.keys():
+            raise ValueError(f"`jailbreak_asr.{min(unlike)}` must be given where its verdicts are")
+        for name, found in self.jailbreak_asr.items():
+            rates.append((f"jailbreak_asr.{name}.asr", found.asr, verdicts.jailbreak.get(name, ""), found.count))
+        if self.utility is not None:
+            if self.utility_metric is None or self.utility_ci is None:
+                missing = "utility_ci" if self.utility_metric else "utility_metric"
+                raise ValueError(f"`{missing}` must be given where `utility` is")
+            if verdicts.utility is not None:
+                rates.append(("utility", self.utility, verdicts.utility, counts.utility or 0))
+            elif not self.utility_values or len(self.utility_values) != counts.utility:
+                raise ValueError("`utility_values` must be as many as `counts` says where there are no verdicts")
+            elif not abs((mean := statistics.fmean(self.utility_values)) - self.utility) < 1e-3:
+                raise ValueError(f"`utility` must be the mean of utility_values, {mean:.4f}, not {self.utility}")
+        for field, share, bits, count in rates:
+            if len(bits) != count:
+                raise ValueError(f"`verdicts of {field}` must be {count} digits long, as `counts` says")
+            if not abs(bits.count("1") / count - share) < 1e-3:
+                raise ValueError(
+                    f"`{field}` must be the share of 1 in its verdicts, {bits.count('1') / count:.4f}, not {share}"
+                )
+        return self
 
 
 _Key = tuple[str, str, str, str, str]
@@ -137,6 +156,18 @@ _Key = tuple[str, str, str, str, str]
 
 def _key(cell: Mapping[str, Any]) -> _Key:
     return cell["model"], cell["tuning"], cell["scenario"], cell["method"], cell["variant"]
+
+
+def load_cell(path: Path) -> dict[str, Any]:
+    """One cell from its file.
+
+    Raises:
+        ValueError: the file is no JSON, or a field is missing or wrong; the message names both.
+    """
+    remedy = "remove it, and the same grid makes it anew"
+    read_json(_Cell, path, remedy)
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
 
 
 def load_cells(directory: str | Path) -> list[dict[str, Any]]:
@@ -149,11 +180,7 @@ def load_cells(directory: str | Path) -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = []
     seen: dict[tuple[str | int, ...], Path] = {}
     for path in sorted(Path(directory).rglob("seed-*.json")):
-        try:
-            cell = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
-        _check_cell(cell, path)
+        cell = load_cell(path)
         place = (*_key(cell), cell["seed"])
         if place in seen:
             raise ValueError(f"{path}: the same cell as {seen[place]} ({', '.join(map(str, place))})")

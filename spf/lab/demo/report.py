@@ -5,15 +5,15 @@ Everything is computed from the run's ``results.json``: nothing here loads a mod
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import rich.table
 
+from spf.config import Count, File, Interval, Name, NotNegative, Share, read_json
 from spf.evaluation.metrics import newcombe_interval
 from spf.lab.report.charts import (
     INK,
@@ -58,17 +58,63 @@ THIN = "measured: "
 # --------------------------------------------------------------------------------------------------- results
 
 
+REDO = "not what spf demo writes, or damaged; remove it, and the same spf demo makes it again"
+
+
+class _Counts(File):
+    harmful: Count
+    benign: Count
+    sql: Count
+
+
+class _Overhead(File):
+    setup_seconds: NotNegative
+    probe_per_step: bool | None = None
+    probe_seconds: NotNegative
+    projection_seconds: NotNegative
+    step_seconds: NotNegative
+
+
+class _Example(File):
+    kind: Literal["harmful", "benign", "sql"]
+    prompt: str
+    answer: str
+
+
+class Measured(File):
+    """What is known of an arm."""
+
+    label: Name
+    seconds_per_step: NotNegative | None
+    overhead: _Overhead | None
+    history: list[dict[str, float]]
+    asr: Share
+    asr_ci: Interval
+    over_refusal: Share
+    over_refusal_ci: Interval
+    utility: Share
+    utility_ci: Interval
+    counts: _Counts
+    examples: list[_Example]
+    saved_to: str | None
+
+
+class _Results(File):
+    arms: dict[str, Measured]
+    config: dict[str, Any]
+
+
 def load_results(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    """Return a run's results from a dict, a JSON file or a directory that holds ``results.json``."""
+    """Return a run's results from a dict, a JSON file or a directory that holds ``results.json``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else.
+    """
     if isinstance(source, Mapping):
         return dict(source)
     path = Path(source)
-    if path.is_dir():
-        path = path / "results.json"
-    loaded = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("arms"), dict):
-        raise TypeError(f"{path} holds no demo results: an object with 'arms' is expected")
-    return loaded
+    return read_json(_Results, path / "results.json" if path.is_dir() else path, REDO).model_dump(exclude_unset=True)
 
 
 @dataclass(frozen=True)

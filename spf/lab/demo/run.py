@@ -1,7 +1,6 @@
 """The demo: fine-tune an aligned model on text-to-SQL with a little harmful data, with and without spf."""
 
 import gc
-import json
 import math
 import os
 import platform
@@ -28,11 +27,12 @@ from transformers.utils import logging as transformers_logging
 
 from spf.arguments import DemoArguments
 from spf.callback import SafetyCallback
+from spf.config import File, read_json
 from spf.data import HARMLESS_STUB, SafetyRow, packaged_prompts, tokenise
 from spf.errors import keeping, working
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal
 from spf.files import directory_lock, write_json
-from spf.lab.demo.report import demo_table, overhead_table, plot_demo, write_report
+from spf.lab.demo.report import REDO, Measured, demo_table, overhead_table, plot_demo, write_report
 from spf.lab.demo.sql import SQLExample, execution_match, make_sql_examples
 from spf.lab.report.tables import rich_table
 from spf.lab.trainer import AnswerTrainer, collate_answers
@@ -75,15 +75,24 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
         return _run(args, rule, output, console or Console())
 
 
+class _Finished(File):
+    """An arm's file."""
+
+    config: dict[str, Any]
+    result: Measured
+
+
 def _read_arm(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The result of an arm that is finished with these settings."""
-    done = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    return done["result"] if done is not None and done["config"] == config else None
+    done = read_json(_Finished, path, REDO) if path.exists() else None
+    return done.result.model_dump(exclude_unset=True) if done is not None and done.config == config else None
 
 
 def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     started = time.perf_counter()
+    for path in (output / "arms").glob("*.json"):
+        _read_arm(path, {})  # a damaged one is named before any work
     aligned = output / "aligned-model"
     if not (aligned / "config.json").is_file():
         console.print("Preparing the aligned model (SmolLM2-135M-Instruct with the packaged safety adapter) ...")

@@ -3,7 +3,6 @@
 Plain fine-tuning, the null-space rule held during it (full fine-tuning), and SafetyLock put on either afterwards.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +97,14 @@ def run_bridge(
         return sequence_nll(forward(model, samples), samples.labels(SEGMENT_1, SEGMENT_2).to(model.device)).mean()
 
     models: dict[str, LlamaForCausalLM] = {}
+    curves: dict[str, Any] = {}
     for name in ("plain", "null-space"):
         model = copied(safe)
 
         def hold(optimizer: torch.optim.Optimizer, model: LlamaForCausalLM = model) -> None:
             attach(SafetyProbe(model, anchors_of(anchor_set), pad_token_id=PAD, seed=seed), optimizer, NullSpace())
 
-        models[name], _ = run_stage(
+        models[name], history = run_stage(
             model,
             settings.schedule,
             step_loss,
@@ -112,6 +112,7 @@ def run_bridge(
             f"new operators, {name}",
             prepare=hold if name == "null-space" else None,
         )
+        curves[name] = history["loss"]
     lock = extract(safe, toy_tokenizer(), pairs_of(anchor_set), k=settings.heads, alpha=settings.alpha, seed=seed)
     for name in ("plain", "null-space"):
         locked = copied(models[name])
@@ -120,8 +121,4 @@ def run_bridge(
         models[f"{name}+lock"] = locked
     evaluation = {name: evaluate(model, tests) for name, model in {"before": safe, **models}.items()}
     measurements = measure_world(safe, models, prompts, seed=seed, batch_size=128)
-    curves = {
-        name: json.loads((directory / name / "history.json").read_text("utf-8"))["loss"]
-        for name in ("plain", "null-space")
-    }
     return {"evaluation": evaluation, "measurements": measurements, "loss": curves}

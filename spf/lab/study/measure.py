@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.arguments import MeasureArguments
+from spf.config import File, NotNegative, read_json
 from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise
 from spf.errors import keeping
 from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
@@ -76,20 +77,32 @@ def rounded(content: Any) -> Any:
     return float(f"{content:.5g}") if isinstance(content, float) else content
 
 
+class Part(File):
+    """What `finished` writes."""
+
+    config: dict[str, Any]
+    seconds: NotNegative
+    result: Any
+
+    @classmethod
+    def read(cls, path: Path) -> "Part":
+        return read_json(cls, path, "damaged; remove it, and it is computed again")
+
+
 def finished(path: Path, config: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
     """What `path` holds if it was computed with this config, else computed now, rounded and written there."""
     config = json.loads(json.dumps(config))
-    if path.is_file():
-        done = json.loads(path.read_text("utf-8"))
-        if done["config"] == config:
+    if path.exists():
+        done = Part.read(path)
+        if done.config == config:
             print(f"{path.name}: done before, kept")
-            return done["result"]
+            return done.result
     started = time.perf_counter()
     result = rounded(compute())
     seconds = round(time.perf_counter() - started, 1)
     write_json(path, {"config": config, "seconds": seconds, "result": result})
     print(f"{path.name}: {seconds:.0f} s")
-    return json.loads(path.read_text("utf-8"))["result"]
+    return Part.read(path).result
 
 
 def measure_model(
@@ -469,6 +482,8 @@ def _measure_checkpoints(args: MeasureArguments, output: Path) -> None:
     transforms = parse_transforms(args.transforms)
     for name in transforms:
         rows[f"jailbreak: {name}"] = [_transformed(row, name) for row in rows["unsafe"]]
+    for path in (output / "parts").glob("*.json"):
+        Part.read(path)
     started = time.perf_counter()
     device = machine_device().type
     base, tokenizer = load_model(args.aligned, torch.float32)
@@ -619,6 +634,9 @@ def _parse_alphas(text: str) -> list[float]:
     if text == "none":
         return []
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
+        if not all(map(math.isfinite, found)):
+            raise ValueError
     except ValueError:
         raise ValueError(f"--alphas {text}: numbers separated by commas, or none") from None
+    return found

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import rich.table
+from annotated_types import MinLen
 
 from spf.arguments import SeedsArguments
+from spf.config import File, Name, NotNegative, Whole, read_json
 from spf.errors import working
 from spf.files import check_output_directory
 from spf.lab.report.charts import (
@@ -569,6 +570,42 @@ def gradient_table(runs: Sequence[Run]) -> Table:
     return of_text(head, rows)
 
 
+REDO = "not what spf study writes, or damaged; remove it, and the same command makes it again"
+
+
+class _Measured(File):
+    config: dict[str, Any]
+    models: Annotated[dict[str, dict[str, Any]], MinLen(1)]
+    updates: dict[str, dict[str, Any]]
+    alpha: dict[str, dict[str, list[dict[str, Any]]]]
+    gradients: dict[str, Any] | None = None
+    seconds: dict[str, NotNegative]
+
+
+class _Results(File):
+    """What `spf study run` and `measure` write."""
+
+    kind: Literal["measure"] | None = None
+    measurements: _Measured
+    command: str
+    versions: dict[str, str]
+    machine: str | dict[str, str | int] | None = None
+    seconds: NotNegative | dict[str, NotNegative] | None = None
+    preset: Name | None = None
+    grammar: Name | None = None
+    seed: Whole | None = None
+    settings: dict[str, Any] | None = None
+    aligned: str | None = None
+    tuned: dict[str, str] | None = None
+    safe: str | None = None
+    unsafe: str | None = None
+    data: dict[str, dict[str, Any]] | None = None
+    training: dict[str, dict[str, Any]] | None = None
+    evaluation: dict[str, dict[str, dict[str, Any]]] | None = None
+    attack: dict[str, dict[str, dict[str, Any]]] | None = None
+    bridge: dict[str, dict[str, Any]] | None = None
+
+
 def report_runs(args: SeedsArguments) -> None:
     """`spf study report`: read the runs and write their report.
 
@@ -580,14 +617,17 @@ def report_runs(args: SeedsArguments) -> None:
     found = []
     for run in args.runs:
         path = Path(run) / "results.json"
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; name the directory of a run")
-        found.append(json.loads(path.read_text("utf-8")))
+        found.append(read_json(_Results, path, REDO).model_dump(exclude_unset=True))
     kinds = {(r.get("kind"), r.get("preset"), r.get("grammar")) for r in found}
     if len(kinds) > 1:
         raise ValueError(f"spf study report: the runs differ in preset or grammar: {sorted(map(str, kinds))}")
-    with working():
-        print(f"Report: {write_report(found, Path(args.output))}")
+    try:
+        with working():
+            print(f"Report: {write_report(found, Path(args.output))}")
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{', '.join(args.runs)}: results.json lacks {error!r}; {REDO}") from error
 
 
 _Plot = Callable[[Sequence[Run]], "Figure"]

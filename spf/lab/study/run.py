@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from spf.arguments import RunArguments
+from spf.config import File, NotNegative, read_json
 from spf.errors import keeping, working
 from spf.files import claim, directory_lock, write_json
 from spf.lab.report.tables import rich_table
@@ -167,6 +168,13 @@ def run_study(args: RunArguments) -> None:
             Console().print(f"Report:  {write_report(results, directory)}", soft_wrap=True)
 
 
+class _Stage(File):
+    """A finished stage's file."""
+
+    seconds: NotNegative
+    content: dict[str, Any]
+
+
 class Study:
     """One seed of the study in one directory."""
 
@@ -257,17 +265,15 @@ class Study:
 
     def _stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A stage whose result is a JSON file, computed unless it is there."""
-        import json
-
         path = self.directory / f"{name}.json"
-        if not path.is_file():
+        if not path.exists():
             start = time.perf_counter()
             with progress(None, name):
                 content = compute()
             write_json(path, {"seconds": round(time.perf_counter() - start, 1), "content": content})
-        stored = json.loads(path.read_text("utf-8"))
-        self.seconds[name] = stored["seconds"]
-        return stored["content"]
+        stored = read_json(_Stage, path, "damaged; remove it, and the stage is done again")
+        self.seconds[name] = stored.seconds
+        return stored.content
 
     def _data(self) -> dict[str, Any]:
         level5, leaf = self.world.level5, self.world.leaf

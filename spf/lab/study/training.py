@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
-from safetensors.torch import load_file, save_file
+from annotated_types import MaxLen, MinLen
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from spf.files import atomic_path, write_json
+from spf.config import Count, File, NotNegative, parse_json, read_json
+from spf.files import atomic_path, read_tensors, write_json
 from spf.lab.study.data import SEGMENT_1, SEGMENT_2, TEXT, Sampler, Samples, WorldSettings
 from spf.progress import progress
 
@@ -27,6 +29,9 @@ PROTOCOLS: tuple[Protocol, ...] = ("ssft", "dpo", "unlearning")
 
 STAGE_NUMBER = {"pretraining": 0, "instruct": 1, "ssft": 2, "dpo": 2, "unlearning": 2, "test": 3, "bridge": 4}
 """Second part of a batch's seed. The safety protocols see the same prompts."""
+
+
+AGAIN = "remove it, and the stage is done again"
 
 
 @dataclass(frozen=True)
@@ -226,9 +231,10 @@ def run_stage(
         ValueError: the loss is not finite, or `directory` holds a stage with another schedule.
     """
     done = directory / "history.json"
-    if done.is_file():
-        history = json.loads(done.read_text("utf-8"))
-        _same_schedule(history["schedule"], schedule, done)
+    if done.exists():
+        kept = read_json(_History, done, f"damaged; {AGAIN}")
+        _same_schedule(kept.schedule, schedule, done)
+        history = kept.model_dump()
         stored = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
         return stored.to(model.device), history  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(
@@ -288,6 +294,26 @@ def _same_schedule(stored: dict[str, Any], schedule: Schedule, where: Path) -> N
         raise ValueError(f"{where}: was made with {stored}, not {vars(schedule)}; name another directory")
 
 
+class _Run(File):
+    """What a stage did so far."""
+
+    schedule: dict[str, int | float]
+    seconds: NotNegative
+    loss: list[Annotated[list[int | float], MinLen(2), MaxLen(2)]]
+
+
+class _About(_Run):
+    """In the header of its state."""
+
+    step: Count
+
+
+class _History(_Run):
+    """When it is finished."""
+
+    steps: Count
+
+
 def _save_state(
     path: Path,
     model: LlamaForCausalLM,
@@ -308,17 +334,17 @@ def _save_state(
 def _load_state(
     path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, schedule: Schedule
 ) -> tuple[int, float, list[list[float]]]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["about"])
-    _same_schedule(about["schedule"], schedule, path)
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    return about["step"], about["seconds"], about["loss"]
+    tensors, header = read_tensors(path, "the state of a stage", AGAIN)
+    about = parse_json(_About, header.get("about", ""), path, f"damaged; {AGAIN}")
+    _same_schedule(about.schedule, schedule, path)
+    try:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+                optimizer.state[parameter] = {
+                    key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: not the state of this model ({' '.join(str(error).split())}); {AGAIN}") from error
+    return about.step, about.seconds, about.loss
