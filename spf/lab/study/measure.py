@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spf.arguments import MeasureArguments
 from spf.config import File, NotNegative, read_json
 from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise
-from spf.errors import keeping
+from spf.errors import keeping, working
 from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
 from spf.files import directory_lock, write_json
 from spf.lab.analysis import clusters, weights
@@ -100,7 +100,8 @@ def finished(path: Path, config: Mapping[str, Any], compute: Callable[[], Any]) 
     started = time.perf_counter()
     result = rounded(compute())
     seconds = round(time.perf_counter() - started, 1)
-    write_json(path, {"config": config, "seconds": seconds, "result": result})
+    with working():
+        write_json(path, {"config": config, "seconds": seconds, "result": result})
     print(f"{path.name}: {seconds:.0f} s")
     return Part.read(path).result
 
@@ -535,11 +536,13 @@ def _measure_checkpoints(args: MeasureArguments, output: Path) -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "measurements": measured,
     }
-    write_json(output / "results.json", results)
-    shutil.rmtree(output / "parts")
-    console = Console()
-    console.print(measure_table(results))
-    console.print(f"Figures: {output / 'results.json'}\nReport:  {write_report(results, output)}")
+    with working():
+        write_json(output / "results.json", results)
+        shutil.rmtree(output / "parts")
+        console = Console()
+        console.print(measure_table(results))
+        report = write_report(results, output)
+        console.print(f"Figures: {output / 'results.json'}\nReport:  {report}", soft_wrap=True)
 
 
 class _Loaded(Mapping[str, PreTrainedModel]):

@@ -253,7 +253,7 @@ def test_command_writes_figures_a_page_and_a_table(checkpoints, capsys):
     assert str(checkpoints / "out") in said.replace("\n", "")
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(checkpoints, monkeypatch):
+def test_an_interrupted_run_goes_on_where_it_stopped(checkpoints, monkeypatch, capsys):
     options = ["--alphas", "0", "--alpha_prompts", "2", "--positions", "2", "--gradient_prompts", "0"]
 
     def interrupted(*args):
@@ -262,7 +262,17 @@ def test_an_interrupted_run_goes_on_where_it_stopped(checkpoints, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(measure, "scale_curve", interrupted)
         assert command(checkpoints, *options) == 130
+    kept = f"finished parts are kept in {checkpoints}/out/parts (models)"
+    assert capsys.readouterr().err.splitlines()[-1] == f"spf: interrupted; {kept}"
     assert [path.name for path in (checkpoints / "out" / "parts").iterdir()] == ["models.json"]
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "write_json", full)
+        assert command(checkpoints, *options) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"spf: [Errno 28] No space left on device; {kept}"
     calls = []
     measured = measure.measure_world
     monkeypatch.setattr(measure, "measure_world", lambda *a, **k: calls.append(1) or measured(*a, **k))
