@@ -225,6 +225,7 @@ def fine_tune(
             logging_steps=5,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=False,  # else off, as only errors of transformers are shown
             remove_unused_columns=False,
             # autocast computes the adapter in bfloat16 too; its weights and the optimizer stay float32
             bf16=cpu_dtype() == torch.bfloat16,
