@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torchjd.aggregation import PCGrad
 from torchjd.autojac import backward, jac_to_grad
@@ -39,6 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spf.data import Anchor
 from spf.files import write_json
+from spf.lab.report.tables import of_text, rich_table
 from spf.lab.trainer import IGNORED, answer_logits
 from spf.models import cpu_dtype, machine_device, peak_memory_mb
 from spf.optimizer import SafetyOptimizer
@@ -351,30 +351,15 @@ def peak_since_mb() -> float:
 
 
 def show(result: dict) -> None:
-    table = Table(title=f"{result['size']}, {result['tuning']}, {result['batch']} x {result['tokens']} tokens")
-    for column in (
-        "rule",
-        "time x plain",
-        "range",
-        "by operations",
-        "memory x plain",
-        "MiB kept, at least",
-        "set-up s",
-    ):
-        table.add_column(column)
-    label = "seconds_ratio" if torch.cuda.is_available() else "processor_seconds_ratio"
+    head = ["rule", "time x plain", "range", "by operations", "memory x plain", "MiB kept, at least", "set-up s"]
+    rows = []
     for name, arm in result["arms"].items():
-        ratio = arm[label]
-        table.add_row(
-            name,
-            f"{ratio['median']:.3f}",
-            f"{ratio['low']:.3f} to {ratio['high']:.3f}",
-            f"{arm['operations_limit']:.4f}",
-            f"{arm['peak_ratio']:.3f}" if "peak_ratio" in arm else "-",
-            f"{arm['extra_mb_limit']:.0f}",
-            f"{arm['setup_seconds']:.1f}",
-        )
-    Console().print(table)
+        ratio = arm["seconds_ratio" if torch.cuda.is_available() else "processor_seconds_ratio"]
+        row = [name, f"{ratio['median']:.3f}", f"{ratio['low']:.3f} to {ratio['high']:.3f}"]
+        row += [f"{arm['operations_limit']:.4f}", f"{arm['peak_ratio']:.3f}" if "peak_ratio" in arm else "-"]
+        rows.append([*row, f"{arm['extra_mb_limit']:.0f}", f"{arm['setup_seconds']:.1f}"])
+    title = f"{result['size']}, {result['tuning']}, {result['batch']} x {result['tokens']} tokens"
+    Console().print(rich_table(of_text(head, rows), title))
 
 
 if __name__ == "__main__":

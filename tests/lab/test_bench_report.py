@@ -408,7 +408,7 @@ def crowd(count, **more):
 @pytest.mark.parametrize("values", [{"asr": 0}, {"asr": 100}, {"asr": 50}])
 def test_names_do_not_collide_when_twenty_methods_coincide(tmp_path, monkeypatch, values):
     drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(plots.charts, "save_figure", lambda figure, path: drawn.append(figure) or path)
     plot_pareto(summarise(crowd(20, **values)), "benign", tmp_path / "p.png")
     [figure] = drawn
     figure.canvas.draw()
@@ -419,7 +419,7 @@ def test_names_do_not_collide_when_twenty_methods_coincide(tmp_path, monkeypatch
 
 def test_the_first_plot_shows_the_headline_methods_only(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.update({path: figure}) or path)
+    monkeypatch.setattr(plots.charts, "save_figure", lambda figure, path: drawn.update({path: figure}) or path)
     cells = [aligned(), cell(), cell(method="null-space"), cell(method="lisa")]
     plot_pareto(summarise(cells), "benign", "five", of_cells.HEADLINE)
     plot_pareto(summarise(cells), "benign", "all")
@@ -450,7 +450,7 @@ def test_hollow_markers_mean_over_refusal():
 
 def test_curves_are_means_over_seeds_and_leave_out_steps_that_some_lack(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots.charts, "save_figure", lambda figure, path: drawn.append(figure))
     logs = [[{"step": 0, "asr": 0.1}, {"step": 5, "asr": 0.3}], [{"step": 0, "asr": 0.3}, {"step": 5, "asr": None}]]
     plot_curves(
         [aligned(asr=7), *(cell(seed=s, curve=log) for s, log in enumerate(logs))], "benign", tmp_path / "p.png"

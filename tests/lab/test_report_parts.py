@@ -52,9 +52,13 @@ def test_a_running_mean_keeps_the_mean_of_a_line_and_its_length():
 
 def test_bars_stand_beside_each_other_in_their_group():
     ax = new_figure(3, 3).subplots()
-    draw_bars(ax, ["x", "y"], {"a": [(1.0, 0.5, 2.0), None], "b": [None, (3.0, 3.0, 3.0)]}, dict.fromkeys("ab", "k"))
+    rows = [("", "a", 0, "x", (1.0, 0.5, 2.0)), ("", "b", 0, "y", 2.0), ("", "b", 1, "y", 4.0)]
+    draw_bars(ax, rows, lambda name: {"color": "k"}, form="%.1f")
     places = {bar.get_width(): bar.get_y() + bar.get_height() / 2 for bar in ax.patches}
     assert places == {1.0: pytest.approx(-0.2), 3.0: pytest.approx(1.2)}
+    ends = [line.vertices[:, 0].tolist() for lines in ax.collections for line in lines.get_paths()]
+    assert ends == [[0.5, 2.0], [2.0, 4.0]]  # an interval, and the range of seeds
+    assert [text.get_text() for text in ax.texts] == ["1.0", "3.0"]
 
 
 def test_a_plane_holds_every_point_and_its_interval():

@@ -18,32 +18,14 @@ from spf.lab.bench.summary import (
     of_scenario,
     scenario_task,
 )
-from spf.lab.report.charts import (
-    INK,
-    LEVEL,
-    LOOKS,
-    MUTED,
-    PAPER,
-    Look,
-    Point,
-    chart,
-    draw_plane,
-    key,
-    legend,
-    looks,
-    new_figure,
-    plain_text,
-    save_figure,
-    smooth,
-    style_axes,
-)
+from spf.lab.report import charts
 from spf.lab.report.stats import Spread
 
 
-def _looks(methods: Iterable[str]) -> dict[str, Look]:
+def _looks(methods: Iterable[str]) -> dict[str, charts.Look]:
     """How each method is drawn. The four known ones are fixed; the others repeat after 35."""
     names = {"aligned": "base", "plain": "plain", DEFAULT_RULE: "spf", "spf": "paper"}
-    return looks({name: LOOKS[arm] for name, arm in names.items()}, sorted(set(methods) - set(names)))
+    return charts.looks({name: charts.LOOKS[arm] for name, arm in names.items()}, sorted(set(methods) - set(names)))
 
 
 def _heading(scenario: str, groups: Sequence[Group]) -> str:
@@ -70,7 +52,7 @@ def plot_pareto(
 
     methods: those to draw; all of them by default. Error bars: sample standard deviation over seeds. Hollow marker:
     over-refusal more than 2 points above the aligned model's. Dashed lines: the aligned model. Without utility data
-    the x axis is over-refusal. The legend beside the plane names the points, from the lowest ASR up.
+    the x axis is over-refusal. The charts.legend beside the plane names the points, from the lowest ASR up.
 
     Raises:
         ValueError: no cell of this scenario, or several models or tunings.
@@ -84,33 +66,33 @@ def plot_pareto(
         raise ValueError(f"no cell of the scenario {scenario!r} to draw")
     drawn = _looks(g.method for g in summary)
     points = {
-        group.method: Point(
+        group.method: charts.Point(
             f"{group.method}  (over-refusal {100 * group.metrics['over_refusal'].mean:.0f}%)",
             drawn[group.method], _estimate(group.metrics[x_name]), _estimate(group.metrics["asr"]),
             _hollow(group, aligned),
         )
         for group in sorted(groups, key=lambda g: not drawn[g.method].main)  # the large points below the others
     }  # fmt: skip
-    figure = new_figure(10, max(5.2, 0.24 * len(groups) + 1.6))
+    figure = charts.new_figure(10, max(5.2, 0.24 * len(groups) + 1.6))
     ax = figure.subplots()
-    style_axes(ax, "both", _heading(scenario, groups), "better ↘" if task else "better ↙")
+    charts.style_axes(ax, "both", _heading(scenario, groups), "better ↘" if task else "better ↙")
     start = aligned.metrics.get(f"utility/{task}" if task else "over_refusal") if aligned else None
     level = (100 * start.mean if start else math.nan, 100 * aligned.metrics["asr"].mean if aligned else math.nan)
-    marks = dict(zip(points, draw_plane(ax, list(points.values()), level), strict=True))
-    ax.set_xlabel(UTILITY_NAMES[task] if task else "Over-refusal (%)", fontsize=9.5, color=INK)
-    ax.set_ylabel("ASR (%)", fontsize=9.5, color=INK)
+    marks = dict(zip(points, charts.draw_plane(ax, list(points.values()), level), strict=True))
+    ax.set_xlabel(UTILITY_NAMES[task] if task else "Over-refusal (%)", fontsize=9.5, color=charts.INK)
+    ax.set_ylabel("ASR (%)", fontsize=9.5, color=charts.INK)
     order = sorted(groups, key=lambda g: (-g.metrics["asr"].mean, g.metrics[x_name].mean))
-    legend(figure, 1, "right center", [marks[g.method] for g in order])
+    charts.legend(figure, 1, "right center", [marks[g.method] for g in order])
     keys = []
     if aligned:
         said = f"aligned model (over-refusal {100 * aligned.metrics['over_refusal'].mean:.0f}%)"
-        dot = {"marker": "o", "linestyle": "none", "color": MUTED, "markersize": 6.5}
-        keys = [key(said, **LEVEL), key("over-refusal at most 2 points above", **dot)]
-        keys.append(key("more than that", **dot, markerfacecolor=PAPER))
+        dot = {"marker": "o", "linestyle": "none", "color": charts.MUTED, "markersize": 6.5}
+        keys = [charts.key(said, **charts.LEVEL), charts.key("over-refusal at most 2 points above", **dot)]
+        keys.append(charts.key("more than that", **dot, markerfacecolor=charts.PAPER))
     if any(len(g.seeds) > 1 for g in groups):
-        keys.append(key("± one standard deviation over seeds", color=MUTED, linewidth=1.3))
-    legend(figure, 2, "lower left", keys)
-    return save_figure(figure, path)
+        keys.append(charts.key("± one standard deviation over seeds", color=charts.MUTED, linewidth=1.3))
+    charts.legend(figure, 2, "lower left", keys)
+    return charts.save_figure(figure, path)
 
 
 def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | Path) -> Path | None:
@@ -132,7 +114,7 @@ def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | P
     for name, title in titles.items():
         for cell in sorted(mine, key=lambda c: (not drawn[c["method"]].main, c["method"])):
             log = [e for e in cell["history" if name == "loss" else "curve"] if e.get(name) is not None]
-            values = smooth([e[name] for e in log]) if name == "loss" else [100 * e[name] for e in log]
+            values = charts.smooth([e[name] for e in log]) if name == "loss" else [100 * e[name] for e in log]
             at = f"{scenario}: {title}", cell["method"], cell["seed"]
             rows += [(*at, entry["step"], value) for entry, value in zip(log, values, strict=True)]
     aligned = next((c for c in cells if mine and c["scenario"] == "none" and c["model"] == mine[0]["model"]), None)
@@ -149,7 +131,9 @@ def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | P
 
     if not rows:
         return None
-    return save_figure(chart(rows, (3.9, 3.1), style, band="none", each=each, x="step", legend_columns=6), path)
+    return charts.save_figure(
+        charts.chart(rows, (3.9, 3.1), style, band="none", each=each, x="step", legend_columns=6), path
+    )
 
 
 def plot_jailbreaks(summary: Sequence[Group], scenario: str, path: str | Path) -> Path | None:
@@ -166,26 +150,35 @@ def plot_jailbreaks(summary: Sequence[Group], scenario: str, path: str | Path) -
     if not names:
         return None
     columns = ["asr", *names]
-    figure = new_figure(10, 0.3 * len(groups) + 1.9)
+    figure = charts.new_figure(10, 0.3 * len(groups) + 1.9)
     ax = figure.subplots()
     values = [[100 * g.metrics[c].mean if c in g.metrics else math.nan for c in columns] for g in groups]
-    ax.pcolormesh(values, cmap="YlOrRd", vmin=0, vmax=100, edgecolors=PAPER, linewidth=1.5)
+    ax.pcolormesh(values, cmap="YlOrRd", vmin=0, vmax=100, edgecolors=charts.PAPER, linewidth=1.5)
     ax.invert_yaxis()
-    ax.axvline(1, color=PAPER, linewidth=5)
+    ax.axvline(1, color=charts.PAPER, linewidth=5)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             text = "–" if math.isnan(value) else f"{value:.0f}"
-            ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8.5, color=PAPER if value > 60 else INK)
-    labels = ["no jailbreak", *(plain_text(n.removeprefix("jailbreak/")) for n in names)]
+            ax.text(
+                j + 0.5,
+                i + 0.5,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                color=charts.PAPER if value > 60 else charts.INK,
+            )
+    labels = ["no jailbreak", *(charts.plain_text(n.removeprefix("jailbreak/")) for n in names)]
     ax.set_xticks(np.arange(len(columns)) + 0.5, labels, rotation=28, ha="right", rotation_mode="anchor")
     ax.set_yticks(
-        np.arange(len(groups)) + 0.5, [plain_text(g.method if g is not aligned else "aligned model") for g in groups]
+        np.arange(len(groups)) + 0.5,
+        [charts.plain_text(g.method if g is not aligned else "aligned model") for g in groups],
     )
-    ax.tick_params(colors=INK, labelsize=8.5, length=0)
+    ax.tick_params(colors=charts.INK, labelsize=8.5, length=0)
     for tick, group in zip(ax.get_yticklabels(), groups, strict=True):
         tick.set_fontweight("bold" if group.method == DEFAULT_RULE else "normal")
     ax.spines[:].set_visible(False)
     trained = [g for g in groups if g is not aligned]
     title = "ASR (%) under jailbreaks, " + _heading(scenario, trained)
-    ax.set_title(plain_text(title), loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=9)
-    return save_figure(figure, path)
+    ax.set_title(charts.plain_text(title), loc="left", fontsize=10.5, fontweight="bold", color=charts.INK, pad=9)
+    return charts.save_figure(figure, path)

@@ -15,23 +15,7 @@ import rich.table
 
 from spf.config import Count, File, Interval, Name, NotNegative, Share, read_json
 from spf.evaluation.metrics import newcombe_interval
-from spf.lab.report.charts import (
-    INK,
-    LOOKS,
-    Estimate,
-    Look,
-    Point,
-    chart,
-    draw_bars,
-    draw_plane,
-    legend,
-    looks,
-    new_figure,
-    png,
-    save_figure,
-    smooth,
-    style_axes,
-)
+from spf.lab.report import charts
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.stats import Difference, held_to
 from spf.lab.report.tables import Cell, Table, join_words, rich_table, signed, value_text
@@ -124,7 +108,7 @@ class _Arm:
     key: str
     label: str
     data: Mapping[str, Any]
-    look: Look
+    look: charts.Look
 
     @property
     def main(self) -> bool:
@@ -139,7 +123,7 @@ def _arms(results: Mapping[str, Any]) -> list[_Arm]:
     """Return the arms, the known ones first and in their fixed order, then the others as they come."""
     given = _measured(results)
     others = [k for k in given if k not in ORDER]
-    drawn = looks(LOOKS, others)
+    drawn = charts.looks(charts.LOOKS, others)
     keys = [k for k in ORDER if k in given] + others
     return [_Arm(k, str(given[k].get("label") or k), given[k], drawn[k]) for k in keys]
 
@@ -307,7 +291,7 @@ def overhead_table(results: Mapping[str, Any]) -> Table:
 # ----------------------------------------------------------------------------------------------------- plots
 
 
-def _estimate(data: Mapping[str, Any], key: str) -> Estimate | None:
+def _estimate(data: Mapping[str, Any], key: str) -> charts.Estimate | None:
     """A share and its interval, in percent; without an interval its ends are the share."""
     if key not in data:
         return None
@@ -316,37 +300,40 @@ def _estimate(data: Mapping[str, Any], key: str) -> Estimate | None:
 
 
 def _draw_plane(ax: Axes, arms: Sequence[_Arm]) -> None:
-    """Draw the safety-utility plane: a point an arm, both intervals; the legend names the points."""
-    style_axes(ax, "both", "Safety against utility", "better ↗")
+    """Draw the safety-utility plane: a point an arm, both intervals; the charts.legend names the points."""
+    charts.style_axes(ax, "both", "Safety against utility", "better ↗")
     points = []
     for arm in sorted(arms, key=lambda a: not a.main):  # the large SPF point first: the others lie on top of it
         utility, asr = (_estimate(arm.data, key) for key in ("utility", "asr"))
         if utility and asr:
-            points.append(Point(arm.label, arm.look, utility, (100 - asr[0], 100 - asr[2], 100 - asr[1])))
-    draw_plane(ax, points)
-    ax.set_xlabel("SQL accuracy (%)", fontsize=9.5, color=INK)
-    ax.set_ylabel("Harmful requests refused (%)", fontsize=9.5, color=INK)
+            points.append(charts.Point(arm.label, arm.look, utility, (100 - asr[0], 100 - asr[2], 100 - asr[1])))
+    charts.draw_plane(ax, points)
+    ax.set_xlabel("SQL accuracy (%)", fontsize=9.5, color=charts.INK)
+    ax.set_ylabel("Harmful requests refused (%)", fontsize=9.5, color=charts.INK)
 
 
 def _figure(arms: Sequence[_Arm]) -> Figure:
     """The safety-utility plane and the three metrics an arm; every arm's bars have room."""
-    figure = new_figure(10, 4.5 + 0.5 * max(0, len(arms) - 4))
+    figure = charts.new_figure(10, 4.5 + 0.5 * max(0, len(arms) - 4))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.08])
     _draw_plane(left, arms)
-    style_axes(right, "x")
-    bars = {arm.label: [_estimate(arm.data, key) for key, *_ in METRICS] for arm in arms}
-    titles = [f"{title}\n({hint})" for _, _, title, hint in METRICS]
-    draw_bars(right, titles, bars, {arm.label: arm.look.colour for arm in arms}, lambda name: "", "%.1f%%")
+    charts.style_axes(right, "x")
+    titles = {key: f"{title}\n({hint})" for key, _, title, hint in METRICS}
+    colours = {arm.label: {"color": arm.look.colour} for arm in arms}
+    known = [(arm, key, _estimate(arm.data, key)) for arm in arms for key in titles]
+    rows: list[charts.Row] = [("", arm.label, 0, titles[key], value) for arm, key, value in known if value]
+    # the points on the left name the arms
+    charts.draw_bars(right, rows, colours.__getitem__, lambda name: "", groups=list(titles.values()), form="%.1f%%")
     right.set_xlim(0, 118)
     right.set_xticks([0, 25, 50, 75, 100])
-    right.set_xlabel("% of prompts, with 95% intervals", fontsize=9.5, color=INK)
-    legend(figure, 3)
+    right.set_xlabel("% of prompts, with 95% intervals", fontsize=9.5, color=charts.INK)
+    charts.legend(figure, 3)
     return figure
 
 
 def plot_demo(results: dict[str, Any], path: Path) -> Path:
     """Write the run's PNG plot: the safety-utility plane and the three metrics an arm. Return its path."""
-    return save_figure(_figure(_arms(load_results(results))), path)
+    return charts.save_figure(_figure(_arms(load_results(results))), path)
 
 
 def _logged(arm: _Arm, key: str) -> dict[float, float]:
@@ -360,7 +347,9 @@ def _curves(arms: Sequence[_Arm], keys: Sequence[str]) -> Figure:
     for key, arm in ((key, arm) for key in keys for arm in arms):
         panel, values = "training loss" if key == "loss" else key, _logged(arm, key)
         rows += [(panel, f"{THIN}{arm.label}", 0, step, value) for step, value in values.items()]
-        rows += [(panel, arm.label, 0, *point) for point in zip(values, smooth(list(values.values())), strict=True)]
+        rows += [
+            (panel, arm.label, 0, *point) for point in zip(values, charts.smooth(list(values.values())), strict=True)
+        ]
 
     def style(name: str) -> dict[str, Any]:
         arm = known[name.removeprefix(THIN)]
@@ -370,7 +359,7 @@ def _curves(arms: Sequence[_Arm], keys: Sequence[str]) -> Figure:
     def label(name: str) -> str:
         return "" if name.startswith(THIN) else name
 
-    return chart(rows, (3.6, 2.3), style, label, x="step", columns=3)
+    return charts.chart(rows, (3.6, 2.3), style, label, x="step", columns=3)
 
 
 # ------------------------------------------------------------------------------------------------------ page
@@ -384,7 +373,9 @@ def _training_part(arms: Sequence[_Arm]) -> tuple[Picture | None, str]:
     left = len(keys) - _MAX_METRIC_PLOTS
     note = f"{left} more metrics were logged; they are in results.json." if left > 0 else ""
     shown = [*(["loss"] if any(_logged(a, "loss") for a in trained) else []), *keys[:_MAX_METRIC_PLOTS]]
-    drawn = Picture(f"Over the training steps: {', '.join(shown)}", png(_curves(trained, shown))) if shown else None
+    drawn = (
+        Picture(f"Over the training steps: {', '.join(shown)}", charts.png(_curves(trained, shown))) if shown else None
+    )
     return drawn, note
 
 
@@ -419,7 +410,7 @@ def write_report(results: dict[str, Any], directory: Path) -> Path:
         title="SPF demo: refusals kept in fine-tuning?",
         subtitle=" · ".join(facts),
         verdict=_verdict(results),
-        plane=Picture(f"Safety against utility. {said}", png(_figure(arms))) if arms else None,
+        plane=Picture(f"Safety against utility. {said}", charts.png(_figure(arms))) if arms else None,
         numbers=numbers_table(results),
         training=training,
         training_note=training_note,

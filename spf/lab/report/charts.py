@@ -117,33 +117,66 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
-def draw_lines(
-    ax: Axes, rows: Iterable[Row], style: Callable[[str], Mapping[str, Any]], label: Callable[[str], str] = str,
-    band: str = "range",
-) -> None:  # fmt: skip
-    """Each line's mean over its seeds, where all of them have a value, with a band: their range, "sd" or "none".
+def over_seeds(rows: Iterable[Row], band: str = "range") -> dict[str, tuple[list[Any], Any, Any]]:
+    """Each line's x, its mean over the seeds where all of them have a value, and the ends around it: (2, N) or None.
 
-    The band of one seed is the interval of its values, where they have one.
+    band: the ends are the seeds' range, one standard deviation ("sd"), or None ("none"); of one seed they are the
+    intervals of its values, where it has them.
     """
     lines: dict[str, dict[Any, dict[Any, float | Estimate]]] = {}
     for _, name, seed, x, value in rows:
         lines.setdefault(name, {}).setdefault(x, {})[seed] = value
+    found = {}
     for name, points in lines.items():
         seeds = max(map(len, points.values()))
         shown = {x: list(values.values()) for x, values in points.items() if len(values) == seeds}
-        xs, values = list(shown), np.asarray(list(shown.values()), dtype=float)
+        values = np.asarray(list(shown.values()), dtype=float)
         ends: Any = values[:, 0, 1:].T if values.ndim == 3 and seeds == 1 else None
         values = values[..., 0] if values.ndim == 3 else values
         mean = values.mean(1)
         if seeds > 1 and band != "none":
             sd = values.std(1, ddof=1)
-            ends = (values.min(1), values.max(1)) if band == "range" else (mean - sd, mean + sd)
+            ends = np.stack((values.min(1), values.max(1)) if band == "range" else (mean - sd, mean + sd))
+        found[name] = list(shown), mean, ends
+    return found
+
+
+Style = Callable[[str], Mapping[str, Any]]
+"""How a line of this name is drawn, for matplotlib."""
+
+
+def draw_lines(
+    ax: Axes, rows: Iterable[Row], style: Style, label: Callable[[str], str] = str, band: str = "range"
+) -> None:
+    """Lines of means, with the ends around them as bands."""
+    for name, (xs, mean, ends) in over_seeds(rows, band).items():
         # a line of one point would be invisible, many points would hide their line
-        marks = {"marker": "" if len(xs) > 40 else "o", "markersize": 6 if len(xs) == 1 else 3}
+        marks = {"marker": "" if len(xs) > 20 else "o", "markersize": 6 if len(xs) == 1 else 3}
         options = {"linewidth": 1.6, **marks, "label": plain_text(label(name)) or None, **style(name)}
         (line,) = ax.plot(xs, mean, **options)
         if ends is not None:
             ax.fill_between(xs, *ends, color=line.get_color(), alpha=0.16, linewidth=0)
+
+
+def draw_bars(
+    ax: Axes, rows: Sequence[Row], style: Style, label: Callable[[str], str] = str, band: str = "range",
+    groups: Sequence[str] = (), form: str = "",
+) -> None:  # fmt: skip
+    """Horizontal bars of means with lines between the ends: a bar a line in the group of each x, if it has one there.
+
+    groups: by default every x there is. form: of the value beside a bar.
+    """
+    groups, bars = groups or list(dict.fromkeys(row[3] for row in rows)), over_seeds(rows, band)
+    height = 0.8 / max(1, len(bars))
+    for i, (name, (xs, mean, ends)) in enumerate(bars.items()):
+        places = [groups.index(x) + height * (i + 0.5) - 0.4 for x in xs]
+        reach = None if ends is None else np.maximum([mean - ends[0], ends[1] - mean], 0.0)
+        options = {"xerr": reach, "error_kw": {"ecolor": INK, "elinewidth": 1.1}, "color": style(name)["color"]}
+        drawn = ax.barh(places, mean, 0.88 * height, label=plain_text(label(name)) or None, **options)
+        if form:
+            ax.bar_label(drawn, fmt=form, padding=3, fontsize=8.5, color=INK)
+    ax.set_yticks(range(len(groups)), [plain_text(group) for group in groups])
+    ax.set_ylim(len(groups) - 0.5, -0.5)
 
 
 @dataclass(frozen=True)
@@ -165,12 +198,12 @@ class Panel:
 
 
 def chart(
-    rows: Iterable[Row], size: tuple[float, float], style: Callable[[str], Mapping[str, Any]],
-    label: Callable[[str], str] = str, band: str = "range", each: Mapping[str, Mapping[str, Any]] | None = None,
+    rows: Iterable[Row], size: tuple[float, float], style: Style, label: Callable[[str], str] = str,
+    band: str = "range", draw: Callable[..., Any] = draw_lines, each: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Figure:  # fmt: skip
-    """Lines in panels, both in the order of the rows; options: a Panel's, the same for all but what `each` says of one,
-    and those of draw_panels."""
+    """Lines or bars in panels, both in the order of the rows; options: a Panel's, the same for all but what `each` says
+    of one, and those of draw_panels."""
     by: dict[str, list[Row]] = {}
     for row in rows:
         by.setdefault(row[0], []).append(row)
@@ -178,7 +211,7 @@ def chart(
     panels = [
         Panel(
             **{"title": label(title), **common, **(each or {}).get(title, {})},
-            draw=partial(draw_lines, rows=found, style=style, label=label, band=band),
+            draw=partial(draw, rows=found, style=style, label=label, band=band),
         )
         for title, found in by.items()
     ]
@@ -220,30 +253,6 @@ def draw_panels(
     return figure
 
 
-def errors(estimates: Iterable[Estimate]) -> Any:
-    """(2, N) lengths below and above the values, as matplotlib takes them."""
-    values, low, high = np.asarray(list(estimates), dtype=float).T
-    return np.maximum([values - low, high - values], 0.0)
-
-
-def draw_bars(
-    ax: Axes, groups: Sequence[str], bars: Mapping[str, Sequence[Estimate | None]], colours: Mapping[str, str],
-    label: Callable[[str], str] = str, form: str = "",
-) -> None:  # fmt: skip
-    """Horizontal bars: a name of `bars` has one in each group, None where nothing was measured; form: of its value."""
-    height = 0.8 / max(1, len(bars))
-    for i, (name, values) in enumerate(bars.items()):
-        if shown := {row + height * (i + 0.5) - 0.4: value for row, value in enumerate(values) if value}:
-            drawn = ax.barh(
-                list(shown), [value for value, *_ in shown.values()], 0.88 * height, xerr=errors(shown.values()),
-                error_kw={"ecolor": INK, "elinewidth": 1.1}, color=colours[name], label=plain_text(label(name)) or None,
-            )  # fmt: skip
-            if form:
-                ax.bar_label(drawn, fmt=form, padding=3, fontsize=8.5, color=INK)
-    ax.set_yticks(range(len(groups)), [plain_text(group) for group in groups])
-    ax.set_ylim(len(groups) - 0.5, -0.5)
-
-
 @dataclass(frozen=True)
 class Point:
     """A point of a plane, in percent; hollow: its marker is not filled."""
@@ -266,8 +275,9 @@ def draw_plane(ax: Axes, points: Sequence[Point], level: tuple[float, float] = (
     markers = []
     for i, point in enumerate(points):
         look, place = point.look, (point.x[0], point.y[0])
+        reach = [[[max(0.0, v - low)], [max(0.0, high - v)]] for v, low, high in (point.x, point.y)]
         options: dict[str, Any] = {"fmt": "none", "ecolor": look.colour, "elinewidth": 1.3, "alpha": 0.6, "zorder": 3}
-        ax.errorbar(*place, xerr=errors([point.x]), yerr=errors([point.y]), **options)
+        ax.errorbar(*place, xerr=reach[0], yerr=reach[1], **options)
         markers += ax.plot(
             *place, look.marker, color=look.colour, markersize=10 if look.main else 7.5, zorder=4 + i / 100,
             markerfacecolor=PAPER if point.hollow else look.colour, markeredgewidth=1.8 if point.hollow else 0.9,

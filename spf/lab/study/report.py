@@ -18,24 +18,12 @@ from spf.arguments import SeedsArguments
 from spf.config import File, Name, NotNegative, Whole, read_json
 from spf.errors import working
 from spf.files import check_output_directory
-from spf.lab.report.charts import (
-    COLOURS,
-    INK,
-    MORE_COLOURS,
-    MUTED,
-    Estimate,
-    Panel,
-    chart,
-    draw_bars,
-    draw_panels,
-    save_figure,
-)
+from spf.lab.report import charts
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.stats import normal_margin, spread
 from spf.lab.report.tables import Cell, Table, of_text, rich_table, transposed, value_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Run = Mapping[str, Any]
@@ -55,7 +43,7 @@ LABELS = {
 }
 """What models and sets are called in figures and tables; others keep the names they have."""
 
-FIXED_COLOURS = {"base": COLOURS["base"], "safe": COLOURS["spf"], "unsafe": COLOURS["plain"]}
+FIXED_COLOURS = {"base": charts.COLOURS["base"], "safe": charts.COLOURS["spf"], "unsafe": charts.COLOURS["plain"]}
 FEW_LAYERS = 6
 """Up to so many layers each gets its own histogram; of deeper models four evenly spaced ones do."""
 
@@ -66,7 +54,7 @@ def label(key: str) -> str:
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each model or set."""
-    palette = (COLOURS["paper"], *MORE_COLOURS, "#c23b22", "#111111")
+    palette = (charts.COLOURS["paper"], *charts.MORE_COLOURS, "#c23b22", "#111111")
     others = dict.fromkeys(n for n in names if n not in FIXED_COLOURS)
     return FIXED_COLOURS | {n: palette[i % len(palette)] for i, n in enumerate(others)}
 
@@ -215,59 +203,61 @@ def claims_table(many: Sequence[Sequence[Claim]]) -> Table:
 # -------------------------------------------------------------------------------------------------------------- figures
 
 _NO_ATTACK = ", no attack"
-_Found = Iterable[tuple[str, str, Any, float | Estimate]]
+_Found = Iterable[tuple[str, str, Any, float | charts.Estimate]]
 """Of one run: panel, line (a model or a set), x, value."""
 
 
 def _chart(runs: Sequence[Run], find: Callable[[Run], _Found], size: tuple[float, float], **options: Any) -> Figure:
     """Lines over the runs, by what `find` finds in each; one called chance is dashed, that of no attack dotted."""
     rows = [(panel, line, seed, x, value) for seed, run in enumerate(runs) for panel, line, x, value in find(run)]
-    colours = _colours([*runs[0]["models"], *(line for _, line, *_ in rows)])
+    colours = _colours([*runs[0]["models"], *(line.split(": ")[0] for _, line, *_ in rows)])
 
     def style(name: str) -> dict[str, Any]:
         if name.startswith("chance"):
-            return {"color": INK, "linestyle": "--", "linewidth": 1.2, "marker": ""}
-        of = name.removesuffix(_NO_ATTACK)
-        return {"color": colours[of]} | ({"linestyle": ":", "linewidth": 1, "marker": ""} if of != name else {})
+            return {"color": charts.INK, "linestyle": "--", "linewidth": 1.2, "marker": ""}
+        dotted = {"linestyle": ":", "linewidth": 1, "marker": ""} if name.endswith(_NO_ATTACK) else {}
+        return {"color": colours[name.removesuffix(_NO_ATTACK).split(": ")[0]], **dotted}
 
-    return chart(rows, size, style, **{"label": label, "legend_columns": 5, **options})
+    return charts.chart(rows, size, style, **{"label": label, "legend_columns": 5, **options})
 
 
-def _outlines(ax: Axes, dists: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> None:
-    """The histograms of sets as densities, from their stored counts; safe and unsafe are filled."""
-    ax.set_yticks([])
+def _densities(panel: str, dists: Mapping[str, Mapping[str, Any]]) -> _Found:
+    """The histograms of sets as densities over the bins' centres, from their stored counts; safe and unsafe filled."""
     for name, dist in dists.items():
-        options: dict[str, Any] = {"color": colours[name], "linewidth": 1.3, "label": label(name)}
         counts = np.asarray(dist["counts"], dtype=float)
-        if len(counts) < 2:
-            ax.axvline(dist["low"], **options)
-            continue
-        edges = np.linspace(dist["low"], dist["high"], len(counts) + 1)
-        density = counts / counts.sum() / (edges[1] - edges[0])
-        ax.stairs(density, edges, **options)
-        if name in FIXED_COLOURS:
-            ax.stairs(density, edges, color=colours[name], alpha=0.22, fill=True)
+        width = (dist["high"] - dist["low"]) / len(counts)
+        density = counts / counts.sum() / (width or 1.0)
+        for i, height in enumerate(density):
+            value = (height, 0.0, height) if name in FIXED_COLOURS else height
+            yield panel, name, dist["low"] + (i + 0.5) * width, value
 
 
 def plot_tau(runs: Sequence[Run]) -> Figure:
     """Histograms of tau: a row a model, a column a layer (first seed)."""
-    models, sets = runs[0]["models"], _sets(runs[0])
-    count, names, colours = len(models["base"]["tau"]), list(models), _colours([*models, *sets])
+    models, sets = list(runs[0]["models"]), _sets(runs[0])
+    count = len(runs[0]["models"]["base"]["tau"])
     layers = list(range(count)) if count <= FEW_LAYERS else [round(i * (count - 1) / 3) for i in range(4)]
+    panels = [(f"{model}/{layer}", model, layer) for model in models for layer in layers]
 
-    def panel(model: str, layer: int) -> Panel:
-        def draw(ax: Axes) -> None:
-            _outlines(ax, {s: models[model]["tau"][layer][s] for s in sets}, colours)
-            ax.axvline(0, color=MUTED, linewidth=0.8, linestyle=":")
-            ax.locator_params(axis="x", nbins=4)
+    def find(run: Run) -> _Found:
+        for panel, model, layer in panels:
+            yield from _densities(panel, {name: run["models"][model]["tau"][layer][name] for name in sets})
 
-        # The model's name stands once a row, the layer once a column, what the axis is below the last row.
-        title = f"layer {layer}" if model == names[0] else ""
-        name = label(model).replace(", ", ",\n").replace(" (", "\n(") if layer == layers[0] else ""
-        return Panel(title, draw, x="τ  (unsafe side < 0 < safe side)" if model == names[-1] else "", y=name)
-
-    panels = [panel(model, layer) for model in names for layer in layers]
-    return draw_panels(panels, 2.6, 1.55, columns=len(layers), legend_columns=5)
+    # The model's name stands once a row, the layer once a column, what the axis is below the last row.
+    each = {
+        panel: {
+            "title": f"layer {layer}" if model == models[0] else "",
+            "y": label(model).replace(", ", ",\n").replace(" (", "\n(") if layer == layers[0] else "",
+            "x": "τ  (unsafe side < 0 < safe side)" if model == models[-1] else "",
+        }
+        for panel, model, layer in panels
+    }
+    figure = _chart(runs[:1], find, (2.6, 1.55), each=each, limits=(0, None), columns=len(layers))
+    for ax in figure.axes:
+        ax.set_yticks([])
+        ax.axvline(0, color=charts.MUTED, linewidth=0.8, linestyle=":")
+        ax.locator_params(axis="x", nbins=4)
+    return figure
 
 
 def plot_tau_layers(runs: Sequence[Run]) -> Figure:
@@ -371,35 +361,26 @@ def plot_gains(runs: Sequence[Run]) -> Figure:
 
 def plot_lipschitz(runs: Sequence[Run]) -> Figure:
     """Histograms of local Lipschitzness, a panel a model (first seed)."""
-    models = runs[0]["models"]
-    colours = _colours([*models, *models["base"]["lipschitz"]])
-    panels = [
-        Panel(label(name), partial(_outlines, dists=of["lipschitz"], colours=colours), x="local Lipschitzness")
-        for name, of in models.items()
-    ]
-    return draw_panels(panels, 2.9, 2.1, legend_columns=5)
 
+    def find(run: Run) -> _Found:
+        for model, found in run["models"].items():
+            yield from _densities(model, found["lipschitz"])
 
-def _over_seeds(values: Sequence[float]) -> Estimate:
-    return fmean(values), min(values), max(values)
+    return _chart(runs[:1], find, (2.9, 2.1), x="local Lipschitzness", y="density", limits=(0, None))
 
 
 def plot_lipschitz_means(runs: Sequence[Run]) -> Figure:
     """Mean local Lipschitzness of every model and set, with its 95 % interval; of several seeds with their range."""
-    models, sets = list(runs[0]["models"]), list(runs[0]["models"]["base"]["lipschitz"])
 
-    def estimate(model: str, name: str) -> Estimate:
-        dists = [run["models"][model]["lipschitz"][name] for run in runs]
-        mean, low, high = _over_seeds([d["mean"] for d in dists])
-        margin = normal_margin(dists[0]["std"], dists[0]["count"]) if len(dists) == 1 else 0.0
-        return mean, low - margin, high + margin
+    def find(run: Run) -> _Found:
+        for model, found in run["models"].items():
+            for name, dist in found["lipschitz"].items():
+                mean, margin = dist["mean"], normal_margin(dist["std"], dist["count"])
+                yield "", name, label(model), (mean, mean - margin, mean + margin)
 
-    bars = {name: [estimate(model, name) for model in models] for name in sets}
-    draw = partial(
-        draw_bars, groups=[label(m) for m in models], bars=bars, colours=_colours([*models, *sets]), label=label
-    )
-    panel = Panel("", draw, grid="x", x="mean local Lipschitzness")
-    return draw_panels([panel], 3.1, 0.13 * len(models) * max(3, len(sets)) + 0.5, legend_columns=5)
+    models, sets = runs[0]["models"], runs[0]["models"]["base"]["lipschitz"]
+    size = 3.1, 0.13 * len(models) * max(3, len(sets)) + 0.5
+    return _chart(runs, find, size, draw=charts.draw_bars, grid="x", x="mean local Lipschitzness")
 
 
 def plot_spans(runs: Sequence[Run]) -> Figure:
@@ -413,7 +394,7 @@ def plot_spans(runs: Sequence[Run]) -> Figure:
     return _chart(runs, find, (2.9, 2.2), x="layer", y="mean sine", limits=(0, 1), sharey=True)
 
 
-def _percent(rate: Any) -> float | Estimate:
+def _percent(rate: Any) -> float | charts.Estimate:
     """A rate that was counted comes with its interval, one that was averaged without."""
     return tuple(100 * v for v in (rate["value"], *rate["interval"])) if isinstance(rate, Mapping) else 100 * rate
 
@@ -441,7 +422,7 @@ def plot_alpha(runs: Sequence[Run]) -> Figure:
     options = {"x": "α in W + α ΔW", "y": "%", "limits": (-3, 103), "columns": len(updates), "sharey": True}
     figure = _chart(runs, find, (3.1, 2.5), grid="both", label=said, each=each, legend_columns=4, **options)
     for ax in figure.axes:
-        ax.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
+        ax.axvline(1, color=charts.MUTED, linewidth=0.8, linestyle=":")
     return figure
 
 
@@ -470,45 +451,32 @@ def plot_training(runs: Sequence[Run]) -> Figure:
     stages = {name: stage for name, stage in runs[0]["training"].items() if stage.get("loss")}
     rows = [(name, "", 0, step, loss) for name, stage in stages.items() for step, loss in stage["loss"]]
     notes = {name: {"note": f"{stage['seconds']:.0f} s"} for name, stage in stages.items()}
-    style = {"color": COLOURS["spf"], "linewidth": 1.2, "marker": ""}
-    return chart(rows, (2.9, 2.0), lambda name: style, label, each=notes, grid="both", x="step")
+    style = {"color": charts.COLOURS["spf"], "linewidth": 1.2, "marker": ""}
+    return charts.chart(rows, (2.9, 2.0), lambda name: style, label, each=notes, grid="both", x="step")
 
 
 def plot_bridge(runs: Sequence[Run]) -> Figure:
     """New operators learned with and without the null-space rule: clusters, update, steepness and behaviour."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-
-    def add(panel: str, bar: str, arm: str, value: float) -> None:
-        found.setdefault(panel, {}).setdefault(bar, {}).setdefault(arm, []).append(value)
-
     arms = ["before" if model == "base" else model for model in runs[0]["bridge"]["measurements"]["models"]]
-    for run in (run["bridge"] for run in runs):
-        inside, evaluation = run["measurements"], run.get("evaluation", {})
+
+    def find(run: Run) -> _Found:
+        inside, evaluation = run["bridge"]["measurements"], run["bridge"].get("evaluation", {})
         for arm, (model, of) in zip(arms, inside["models"].items(), strict=True):
             for name, kinds in evaluation.get(arm, {}).items():
                 kind, said = ("null", "refused") if name == "unsafe" else ("instruct", "executed")
                 if not name.startswith("jb_"):
-                    rate = kinds[kind]["free_running"]["value"]
-                    add("behaviour (%)", f"{label(name)}: {said}", arm, 100 * rate)
-            add("O1: τ gap, last layer", "", arm, gap(inside, model))
-            for name in ("safe", "unsafe"):
-                add("O4: Lipschitzness", name, arm, of["lipschitz"][name]["mean"])
+                    yield "behaviour (%)", f"{label(name)}: {said}", arm, 100 * kinds[kind]["free_running"]["value"]
+            yield "O1: τ gap, last layer", "", arm, gap(inside, model)
+            yield from (("O4: Lipschitzness", s, arm, of["lipschitz"][s]["mean"]) for s in ("safe", "unsafe"))
             if model != "base":
-                outside, chance = share(inside, model)
-                add("O2: ΔW outside span(W)", "", arm, outside)
-                add("O3: gain, unsafe / safe", "", arm, gain_ratio(inside, model))
-    levels = {"O2: ΔW outside span(W)": [(chance, "chance")], "O3: gain, unsafe / safe": [(1.0, "chance")]}
-    bars = {
-        panel: {name: [_over_seeds(by[arm]) if arm in by else None for arm in arms] for name, by in of.items()}
-        for panel, of in found.items()
-    }
-    palette = _colours(name.split(":")[0] for of in bars.values() for name in of)
-    colours = {name: palette[name.split(":")[0]] for of in bars.values() for name in of}
-    panels = [
-        Panel(panel, partial(draw_bars, groups=arms, bars=of, colours=colours), grid="x", levels=levels.get(panel, ()))
-        for panel, of in bars.items()
-    ]
-    return draw_panels(panels, 2.9, 2.9, columns=5, legend_columns=8, sharey=True)
+                yield "O2: ΔW outside span(W)", "", arm, share(inside, model)[0]
+                yield "O3: gain, unsafe / safe", "", arm, gain_ratio(inside, model)
+
+    first = runs[0]["bridge"]["measurements"]
+    chance = {"O2: ΔW outside span(W)": share(first, next(iter(first["updates"])))[1], "O3: gain, unsafe / safe": 1.0}
+    each = {title: {"levels": [(value, "chance")]} for title, value in chance.items()}
+    draw, shape = partial(charts.draw_bars, groups=arms), {"columns": 5, "legend_columns": 8, "sharey": True}
+    return _chart(runs, find, (2.9, 2.9), draw=draw, each=each, grid="x", **shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -522,10 +490,9 @@ READINGS = {
 
 def _rate_cell(rates: Sequence[Mapping[str, Any]]) -> Cell:
     """One rate with its Wilson interval, or over several seeds the mean and their range."""
-    mean, low, high = _over_seeds([rate["value"] for rate in rates])
-    if len(rates) == 1:
-        low, high = rates[0]["interval"]
-    return Cell(f"{100 * mean:.1f}", (f"{100 * low:.1f}–{100 * high:.1f}",))
+    values = [rate["value"] for rate in rates]
+    low, high = rates[0]["interval"] if len(rates) == 1 else (min(values), max(values))
+    return Cell(f"{100 * fmean(values):.1f}", (f"{100 * low:.1f}–{100 * high:.1f}",))
 
 
 def success_table(many: Sequence[Run], reading: str) -> Table:
@@ -668,7 +635,7 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
 
     def draw(plot: _Plot) -> Picture:
         name = plot.__name__.removeprefix("plot_").replace("_", "-")
-        path = save_figure(plot(runs), Path(directory) / "plots" / f"{name}.png", dpi=130)
+        path = charts.save_figure(plot(runs), Path(directory) / "plots" / f"{name}.png", dpi=130)
         return Picture((plot.__doc__ or "").split("\n")[0], path.read_bytes())
 
     facts = {**first.get("versions", {}), **{k: v for k, v in config.items() if not isinstance(v, Mapping)}}
