@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+from spf.audit import LIST_FILE, Audit
+from spf.config import Conflicts
 from spf.data import SafetyRow
 from spf.matrices import describe_fixed
 from spf.optimizer import Attachment
+from spf.rules import Rule
 from spf.text.refusal import is_refusal
 
 
@@ -39,14 +42,48 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
     return lines
 
 
+def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, watched: int) -> list[str]:
+    """What the training data attack, and what was done about it. watched: conflicts that are watched, not held."""
+    counts = found.counts()
+    if found.conflicts or found.leaning:
+        more = len({conflict.row for conflict in found.leaning})
+        leaning = f", and {more} more that it might refuse," if more else ""
+        done = {
+            "hold": f"held{leaning} with the model's own refusals ({watched} of their prompts watched instead); "
+            "conflicts='allow' lets them be unlearned, 'drop' leaves the rows out",
+            "drop": "these rows are left out, and their refusals held",
+            "allow": "allowed, so these refusals will be lost",
+        }[conflicts]
+        if not rule.holds:
+            done = f"the rule {rule.name} does not hold them; null-space does"
+        counts += f": {done}" + (f"; list in {LIST_FILE} of the output directory" if found.conflicts else "")
+    lines = [counts]
+    if found.stream:
+        lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
+    if not found.refuses:
+        lines.append("the model refuses none of the safety prompts, so conflicts with the data cannot be found")
+    if found.unread:
+        lines.append(
+            f"{found.unread} training rows could not be audited, so what they attack is not held ({found.why})"
+        )
+    return lines
+
+
 def watched_line(running: Attachment, what: str, end: str = "") -> str:
     """The watched prompts before training and now, between `what` and `end`; advice if refusals are being lost."""
-    before, now = running.monitor.before, running.monitor.now
+    monitor = running.monitor
+    before, now = monitor.before, monitor.now
     line = (
         f"{what}watched prompts refused {before.refused:.0%} before training, now {now.refused:.0%}; safety loss "
-        f"{before.loss:.3f} before training, now {now.loss:.3f}{end}"
+        f"{before.loss:.3f} before training, now {now.loss:.3f}"
     )
-    if running.monitor.leaks:
+    if monitor.conflicts:
+        line += (
+            f"; of {len(monitor.conflicts)} prompts that the data attack, not held either, "
+            f"{monitor.before_conflicts.refused:.0%} before, now {monitor.now_conflicts.refused:.0%}"
+        )
+    line += end
+    if monitor.leaks:
         remedies = ", fewer steps or a higher rank" if running.rule.holds else " or fewer steps"
         line += f". Refusals are being lost: check with `spf eval`; a lower learning rate{remedies} keeps more"
     return line

@@ -81,6 +81,29 @@ TRAIN_NAMES = {
 
 
 @dataclass
+class AuditArguments(Arguments):
+    """Which training examples answer prompts that a model refuses (conflicts); one forward pass, nothing is trained."""
+
+    data: Name = field(
+        metadata={"help": "JSON, JSONL or CSV file, or hub id, in any format of TRL", "positional": True}
+    )
+    model: Name = field(metadata={"help": f"the aligned model that is to be trained: {_MODEL}"})
+    split: Name = field(default="train", metadata={"help": "split of the data set"})
+    safety_data: Name | None = field(
+        default=None, metadata={"help": "prompts that tell how the model refuses; the packaged ones if left out"}
+    )
+    output: Name = field(default="spf-audit", metadata={"help": "directory for the list of conflicts"})
+    fail_over: Share | None = field(
+        default=None, metadata={"help": "exit with code 1 if a larger share of the rows has a conflict, such as 0.01"}
+    )
+    clean: Name | None = field(default=None, metadata={"help": "also write the rows without one to this JSONL file"})
+    show: bool = field(default=False, metadata={"help": "print the prompts of the conflicts, too"})
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "variables of the chat template as JSON, such as '{\"enable_thinking\": true}'"}
+    )
+
+
+@dataclass
 class EvalArguments(Arguments):
     """Measure refusals: attack success rate, over-refusal, jailbreaks; compared with another model if you name one."""
 
@@ -146,6 +169,10 @@ class BenchArguments(Arguments):
     output: Name = field(default="bench-output", metadata={"help": "directory for the cells and the report"})
     work: Name = field(default="bench-work", metadata={"help": "directory for models and refusals made once"})
     model: Name | None = field(default=None, metadata={"help": "directory or hub id of an aligned model; the config's"})
+    prompts: Name | None = field(
+        default=None,
+        metadata={"help": "JSONL of harmful prompts of another origin, columns prompt and part (attack, report, ...)"},
+    )
     workers: Count = field(default=1, metadata={"help": "cells at a time; the cores are divided among them"})
     report_only: bool = field(default=False, metadata={"help": "run nothing, draw the report of what is there"})
 

@@ -21,9 +21,10 @@ from transformers import (
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.utils import logging
 
-from spf.announce import first_lines, watched_line
+from spf.announce import audit_lines, first_lines, watched_line
+from spf.audit import Audit
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
-from spf.config import CallbackSettings
+from spf.config import CallbackSettings, Conflicts
 from spf.data import (
     Anchor,
     SafetyDataError,
@@ -41,6 +42,7 @@ from spf.probe import SafetyProbe
 from spf.rules import RULES, Rule
 from spf.sharding import innermost_optimizer, object_of_rank_0
 from spf.text.generation import context_length, pad_id
+from spf.training_data import TrainingData, data_of, refuse_to_drop
 
 logger = logging.get_logger(__name__)
 
@@ -65,6 +67,7 @@ class SafetyCallback(TrainerCallback):
         first_weight: float = 1.0,
         monitor_steps: int = 10,
         cosines: bool = False,
+        conflicts: Conflicts = "hold",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
@@ -83,6 +86,9 @@ class SafetyCallback(TrainerCallback):
                 end only); `spf/refusal_rate` is the share still refused.
             cosines: with the null-space rule, measure the cosine of utility and safety gradient then, too, which takes
                 a backward pass (gradient rules measure it at every step).
+            conflicts: what to do about training rows that answer prompts which the aligned model refuses: hold (their
+                prompts are held with the model's own refusals), drop (these rows are left out, too), allow (nothing;
+                for data that lift refusals on purpose), or error (the run is refused).
             chat_template_kwargs: variables of the chat template, for the safety samples; `enable_thinking` and
                 `thinking` are False unless they are given.
             seed: choice and order of the anchors.
@@ -107,6 +113,7 @@ class SafetyCallback(TrainerCallback):
             first_weight=first_weight,
             monitor_steps=monitor_steps,
             cosines=cosines,
+            conflicts=conflicts,
             chat_template_kwargs=chat_template_kwargs,
             seed=seed,
         )
@@ -119,7 +126,9 @@ class SafetyCallback(TrainerCallback):
         self.monitor_steps = monitor_steps
         self.cosines = cosines
         self.chat_template_kwargs = chat_template_kwargs
+        self.conflicts: Conflicts = conflicts
         self.seed = seed
+        self.data = TrainingData(conflicts, rule.holds, chat_template_kwargs)
         self.attachment: Attachment | None = None
         self._rows: list[SafetyRow] = []
         self._at_hand = self._answered = 0
@@ -127,6 +136,11 @@ class SafetyCallback(TrainerCallback):
         self._proven_at = -1
         self._resume: str | bool | None = None
         self._saved: Saved | None = None
+
+    @property
+    def audit(self) -> Audit | None:
+        """What the training data attack; None before the audit."""
+        return self.data.found
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have the trainer's `train` take the rule off however it ends: an error or an interrupt calls no event."""
@@ -139,6 +153,8 @@ class SafetyCallback(TrainerCallback):
         def guarded(resume_from_checkpoint: str | bool | None = None, *more: Any, **others: Any) -> Any:
             self._resume = resume_from_checkpoint
             try:
+                if self.conflicts == "drop" and self.data.found is None:
+                    self._drop(trainer)
                 return train(resume_from_checkpoint, *more, **others)
             finally:
                 self._detach()
@@ -153,10 +169,7 @@ class SafetyCallback(TrainerCallback):
         self._detach()
         innermost_optimizer(optimizer)
         self._take_place()
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise SafetyDataError(
-                "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
-            )
+        model, tokenizer = self._loaded(model, tokenizer)
         if args.fp16 and self.rule.adds_gradients:
             raise UnsupportedSetupError(
                 f"the rule {self.rule.name} adds safety gradients to scaled float16 gradients, where they may "
@@ -164,6 +177,7 @@ class SafetyCallback(TrainerCallback):
             )
         self._saved = None
         rows = load_safety_rows(self.safety_data)
+        limit = context_length(model, tokenizer)
         if state.global_step > 0:
             if not self.rule.resumable:
                 raise UnsupportedSetupError(
@@ -172,10 +186,13 @@ class SafetyCallback(TrainerCallback):
                 )
             self._saved = read_checkpoint(resumed_from(args, state, self._resume))
             self._rows = self._saved.rows(rows)
-        else:
+        elif self.data.found is None:
             self._rows = self._choose(rows, model, tokenizer)
+            dataset = data_of(kwargs["train_dataloader"])
+            self.data.audit(dataset, model, tokenizer, self._rows, Path(str(args.output_dir)))
         self._at_hand = len(rows)
-        limit = context_length(model, tokenizer)
+        before = self._saved.state["watched"] if self._saved else None
+        held, watched = self.data.split(kwargs["train_dataloader"], tokenizer, before)
         anchors, reworded = self._tokenise(self._rows, tokenizer, limit), self._reworded(tokenizer, limit)
         calibration = self._tokenise(benign_rows(), tokenizer, limit)
         probe = SafetyProbe(
@@ -194,6 +211,8 @@ class SafetyCallback(TrainerCallback):
             subspace=self._saved.subspace if self._saved else None,
             resumed=self._saved is not None,
             reworded=reworded,
+            conflicts=held,
+            watched=watched,
             calibration=calibration if self.rule.holds else (),
             monitor_steps=self.monitor_steps,
             cosines=self.cosines,
@@ -204,7 +223,10 @@ class SafetyCallback(TrainerCallback):
             self.attachment.load_state_dict(self._saved.state)
         self._warned, self._proven_at = False, -1
         if state.is_world_process_zero:
-            for line in first_lines(self.attachment, self._rows, self._at_hand, self._answered):
+            lines = first_lines(self.attachment, self._rows, self._at_hand, self._answered)
+            if self.data.found is not None:
+                lines[-1:-1] = audit_lines(self.data.found, self.conflicts, self.rule, len(watched))
+            for line in lines:
                 logger.warning(f"spf: {line}")
 
     def on_step_begin(
@@ -237,7 +259,7 @@ class SafetyCallback(TrainerCallback):
         subspace = self._running.whole_subspace()
         if not state.is_world_process_zero:
             return
-        state_dict = self._running.state_dict()
+        state_dict = self._running.state_dict() | {"watched": self.data.entries()}
         self._saved = write_checkpoint(checkpoint_directory(args, state), state_dict, self._rows, subspace, self._saved)
 
     def on_train_end(
@@ -248,6 +270,13 @@ class SafetyCallback(TrainerCallback):
         running.monitor.look()
         self._tell(state, f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
         self._detach()
+
+    def _drop(self, trainer: Trainer) -> None:
+        """Leave the rows with conflicts out, before the Trainer reads its data."""
+        refuse_to_drop(trainer)
+        model, tokenizer = self._loaded(trainer.model, trainer.processing_class)
+        self._rows = self._choose(load_safety_rows(self.safety_data), model, tokenizer)
+        self.data.drop(trainer, model, tokenizer, self._rows)
 
     def _prove(self, state: TrainerState, final: bool) -> None:
         if self._proven_at == state.global_step:
@@ -264,6 +293,14 @@ class SafetyCallback(TrainerCallback):
     def _running(self) -> Attachment:
         assert self.attachment is not None, "training has not begun"
         return self.attachment
+
+    @staticmethod
+    def _loaded(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise SafetyDataError(
+                "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
+            )
+        return model, tokenizer
 
     def _choose(
         self, rows: list[SafetyRow], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase

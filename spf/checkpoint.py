@@ -21,7 +21,7 @@ STATE_FILE = "spf_state.json"
 SUBSPACE_FILE = "spf_subspace-{hash}.safetensors"
 """The bases of a run, beside its checkpoints: they never change, so they are written once, and not into each."""
 
-FORMAT = 2
+FORMAT = 3
 
 EARLIER = "go on from an earlier checkpoint"
 
@@ -29,6 +29,7 @@ EARLIER = "go on from an earlier checkpoint"
 class _Monitor(File):
     loss: NotNegative
     refused: Share
+    conflicts_refused: Share
 
 
 class _Correction(BaseModel):
@@ -42,6 +43,14 @@ class _Correction(BaseModel):
     feedback: "_Correction | None" = None
 
 
+class _Watched(File):
+    """A conflict of the training data that is watched."""
+
+    row: Whole
+    prompt: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    refusal: Annotated[list[Whole], MinLen(1)]
+
+
 class _State(File):
     rule: str
     steps: Whole
@@ -51,6 +60,7 @@ class _State(File):
     monitor: _Monitor
     correction: _Correction
     reference_nll: list[tuple[float, float]]
+    watched: list[_Watched]
 
 
 class _Sample(File):
@@ -67,7 +77,7 @@ class _Bases(File):
 class _File(File):
     """STATE_FILE."""
 
-    format: Literal[2]
+    format: Literal[3]
     state: _State
     samples: Annotated[list[_Sample], MinLen(1)]
     subspace: _Bases | None

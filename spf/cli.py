@@ -21,6 +21,7 @@ USAGE = """spf keeps an aligned language model's refusals while you fine-tune it
 
   spf demo            fine-tune a small aligned model on text-to-SQL, with and without spf; draws the plot
   spf train CONFIG    supervised fine-tuning with TRL and SafetyCallback (YAML or --flags; also under accelerate launch)
+  spf audit DATA      which training examples answer prompts that --model refuses; an exit code for CI
   spf eval MODEL      attack success rate, over-refusal, jailbreaks; compared with another model if you name one
   spf bench CONFIG    safety-utility curves against every alternative: a grid of fine-tuning runs, resumable
   spf align MODEL     teach a chat model to refuse (how the demo model was made)
@@ -84,6 +85,7 @@ class Command:
 COMMANDS = {
     "demo": Command(given.DemoArguments, "spf.lab.demo.run:run_demo"),
     "train": Command(given.SafetyArguments, "spf.train:main"),
+    "audit": Command(given.AuditArguments, "spf.audit_command:run_audit"),
     "eval": Command(given.EvalArguments, "spf.evaluation.command:evaluate"),
     "align": Command(given.AlignArguments, "spf.lab.align:align"),
     "bench": Command(given.BenchArguments, "spf.lab.bench.grid:run_bench"),

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
@@ -29,6 +29,10 @@ Ends = Annotated[list[float], MinLen(2), MaxLen(2), _ORDERED]
 Interval = Annotated[list[Share], MinLen(2), MaxLen(2), _ORDERED]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """What NumPy takes, too."""
+
+Conflicts = Literal["hold", "drop", "allow", "error"]
+"""What is done about training rows that answer prompts which the aligned model refuses: their prompts are held with the
+model's own refusals, the rows are left out too, nothing, or the run is refused."""
 
 _WANTED = {
     "bool_type": "true or false",
@@ -220,6 +224,10 @@ class CallbackSettings(Settings):
     )
     cosines: bool = field(
         default=False, metadata={"help": "measure the cosine of both gradients then, too (a backward pass)"}
+    )
+    conflicts: Conflicts = field(
+        default="hold",
+        metadata={"help": "training rows that answer prompts which the model refuses: hold, drop, allow or error"},
     )
     chat_template_kwargs: Mapping[str, Any] | None = field(
         default=None, metadata={"help": "variables of the chat template for the safety samples, as JSON"}

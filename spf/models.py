@@ -32,9 +32,12 @@ ALIGNED_ADAPTER = Path(str(files("spf") / "lab" / "demo" / "aligned"))
 
 
 def cpu_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively (three times as fast there), else float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
+    """bfloat16 where the processor multiplies it by matrix tiles (three times as fast there), else float32.
+
+    AVX512-BF16 without them is slower than float32: 6.4 s against 3.8 for a forward pass of 512 tokens at 0.5B.
+    """
+    native = torch.cpu._is_amx_tile_supported() or torch.cuda.is_available()
+    return torch.bfloat16 if native else torch.float32
 
 
 def machine_device() -> torch.device:

@@ -36,6 +36,8 @@ class Attachment:
         subspace: SafetySubspace | None = None,
         resumed: bool = False,
         reworded: Sequence[Anchor] = (),
+        conflicts: Sequence[Anchor] = (),
+        watched: Sequence[Anchor] = (),
         calibration: Sequence[Anchor] = (),
         monitor_steps: Whole = 0,
         cosines: bool = False,
@@ -58,8 +60,8 @@ class Attachment:
         self.sharding, self.optimizer, self.matrices = self.run.sharding, self.run.optimizer, self.run.matrices
         holders = {id(part.holder) for part in self.sharding.parts.values()}
         unknown = {id(p): name for name, p in probe.model.named_parameters() if id(p) not in holders}
-        self.monitor = Monitor(self.run)
-        given = Given(subspace, resumed, reworded, calibration, correction_dtype, new_tokens)
+        self.monitor = Monitor(self.run, watched)
+        given = Given(subspace, resumed, reworded, conflicts, calibration, correction_dtype, new_tokens)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
         self._met: set[str] = set()
@@ -262,7 +264,8 @@ def attach(
 
     Call `refresh()` of what is returned before every `optimizer.step()`, `verify()` after it and `finish()` after the
     last. Options: `subspace` (bases estimated before), `resumed` (they come with weights that answer to them already),
-    `reworded` (further samples, of the null space only), `calibration` (harmless samples; a fresh lora_A keeps its
+    `reworded` and `conflicts` (further samples to hold, of the null space only), `watched` (samples of what the data
+    attack, watched beside the others), `calibration` (harmless samples; a fresh lora_A keeps its
     response to them in size when it is projected, and without adapters the learning rate is higher during the step),
     `monitor_steps` (ask the watched prompts every so many steps, 0 for never), `cosines` (then measure safety
     gradients, too), `new_tokens` (ids added to the vocabulary, whose embeddings may learn) and `correction_dtype` (of

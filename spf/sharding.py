@@ -311,6 +311,23 @@ def object_of_rank_0(value: Any) -> Any:
     return box[0]
 
 
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's value, by rank; JSON-like objects only. All of them have to call it."""
+    ranks = rank_and_ranks()[1]
+    if ranks == 1:
+        return [value]
+    values: list[Any] = [None] * ranks
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _collective_device() -> torch.device:
     """Where tensors have to be that the process group exchanges."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from annotated_types import Ge, Lt
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import (
     ModelConfig,
@@ -23,6 +23,7 @@ from spf.callback import SafetyCallback
 from spf.checkpoint import STATE_FILE
 from spf.config import CallbackSettings, Count, NotNegative, Positive, Seed, Share, Whole, check, read_yaml
 from spf.data import load_safety_rows
+from spf.data.training import load_training_data
 from spf.errors import keeping, working
 from spf.evaluation.run import parse_options
 from spf.files import directory_lock
@@ -226,12 +227,7 @@ def _load(script: ScriptArguments) -> DatasetDict:
         raise ValueError("spf train needs dataset_name: a JSON, JSONL or CSV file, a directory of them, or a hub id")
     if script.dataset_streaming:
         raise ValueError("dataset_streaming is not supported by spf train: it loads the whole data set")
-    path = Path(script.dataset_name)
-    if path.is_file():
-        return load_dataset("csv" if path.suffix == ".csv" else "json", data_files=script.dataset_name)
-    if path.suffix in (".json", ".jsonl", ".csv"):
-        raise FileNotFoundError(f"{script.dataset_name}: no such training data file")
-    return load_dataset(script.dataset_name, name=script.dataset_config)
+    return load_training_data(script.dataset_name, script.dataset_config)
 
 
 def _split(data: DatasetDict, script: ScriptArguments, argument: str) -> Dataset:

@@ -34,7 +34,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words: dict[str, int] = {"<unk>": 0, "<pad>": 1, "</s>": 2, "<user>": 3, "<assistant>": 4}
     splitter = pre_tokenizers.Whitespace()
     # the last for the demo's tasks, so that something is left of their answers, too
-    task = "SELECT name FROM table WHERE AND COUNT ( * ) = Sure , here is how to do that . The a of and in"
+    task = "SELECT name FROM table WHERE AND COUNT ( * ) = Sure , here is how to do that . The a of and in Sorry"
     texts = [REFUSAL, *packaged_prompts("harmful_anchors"), *packaged_prompts("benign_anchors"), task]
     for text in texts:
         for word, _ in splitter.pre_tokenize_str(text):

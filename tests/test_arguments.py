@@ -28,7 +28,7 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     pages = done.stdout.split("usage: ")[1:]
-    assert len(pages) == len(cli.COMMANDS) == 14
+    assert len(pages) == len(cli.COMMANDS) == 15
     for (name, command), page in zip(cli.COMMANDS.items(), pages, strict=True):
         assert page.startswith(f"spf {name} ")
         for f in fields(command.arguments):
@@ -149,7 +149,7 @@ def test_home_directories_are_expanded_wherever_they_stand(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("spf a", {"align"}),
+        ("spf a", {"align", "audit"}),
         ("spf lock ", {"extract", "apply", "remove", "inspect", "tune"}),
         ("spf study run --pre", {"--preset"}),
         ("spf study run --preset ", {"tiny", "paper"}),

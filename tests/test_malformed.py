@@ -457,12 +457,13 @@ def of_subspaces():
 
 
 STATE = {
-    "format": 2,
+    "format": 3,
     "state": {
         "rule": "NullSpace()", "steps": 3, "skipped": 0, "corrected": 3, "position": 4,
-        "monitor": {"loss": 0.5, "refused": 1.0},
+        "monitor": {"loss": 0.5, "refused": 1.0, "conflicts_refused": 1.0},
         "correction": {"multiplier": 0.0, "lr_scale": 1.2, "acted": {"a": 1}, "feedback": None},
         "reference_nll": [[1.5, 2.0]],
+        "watched": [],
     },
     "samples": [{"prompt": "0" * 24, "refusal": "No.", "cut": False}],
     "subspace": None,
@@ -526,6 +527,17 @@ def of_states():
         yield case(
             f"reference_nll {value}", json.dumps(STATE | {"state": STATE["state"] | {"reference_nll": value}}).encode()
         )
+    one = {"row": 3, "prompt": "0" * 32, "refusal": [5, 6]}
+    for value in (
+        3,
+        [3],
+        [{}],
+        [one | {"row": -1}],
+        [one | {"prompt": "0"}],
+        [one | {"refusal": []}],
+        [one | {"x": 1}],
+    ):
+        yield case(f"watched {value}", json.dumps(STATE | {"state": STATE["state"] | {"watched": value}}).encode())
     for what, content in damages(json.dumps(STATE).encode()):
         yield case(what, content)
     yield Case("state: gone", lambda p: read_checkpoint(p), ("spf_state.json",))

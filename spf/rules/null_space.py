@@ -110,7 +110,8 @@ class NullSpace(Rule):
             raise ValueError("null-space: contrast needs benign samples; give them as `calibration`")
         refuse_fixed_adapters(run.probe.model, run.probe.others)
         refuse_rounded((name, run.holder(name).dtype) for name in run.matrices)
-        subspace = given.subspace or _estimate(run, self, [*run.basis, *given.reworded], given.calibration)
+        held = [*run.basis, *given.reworded, *given.conflicts]
+        subspace = given.subspace or _estimate(run, self, held, given.calibration)
         return Holding(run, self, given, subspace)
 
 

@@ -124,6 +124,20 @@ def test_ranks_ask_for_own_refusals_in_step(mode):
 
 
 @every_mode
+def test_ranks_share_the_audit_and_agree(mode):
+    alone, ranks = trained("single")[0]["audit"], [ranks["audit"] for ranks in trained(mode)]
+    assert 5 < len(alone["conflicts"]) < 37
+    for found in ranks:
+        assert found["conflicts"] == ranks[0]["conflicts"]
+        assert [c[::2] for c in found["conflicts"]] == [c[::2] for c in alone["conflicts"]]
+        assert max(abs(a[1] - b[1]) for a, b in zip(found["conflicts"], alone["conflicts"], strict=True)) < 1e-5
+        # what is held is the same, so is the run
+        assert deviation(found, alone, "losses") < 1e-4
+    assert alone["passes"] == 8
+    assert [found["passes"] for found in ranks] in ([5, 3], [5, 5])
+
+
+@every_mode
 def test_bf16_rounds_differently_and_holds(mode):
     for ranks in trained(mode):
         assert ranks["null-space-bf16"]["corrected"] == 4

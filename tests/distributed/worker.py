@@ -41,9 +41,14 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments  # noqa: E402
 
+import spf.audit  # noqa: E402
 import spf.data.refusals as refusals  # noqa: E402
+import spf.next_token  # noqa: E402
 import spf.rules.spf as published  # noqa: E402
+import spf.training_data  # noqa: E402
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError  # noqa: E402
+from spf.data import Anchor  # noqa: E402
+from spf.data.examples import Example, Examples  # noqa: E402
 from spf.rules import Constrained, Mix, SafeGrad  # noqa: E402
 from spf.rules.holding import Holding  # noqa: E402
 from spf.stepping import Stepping  # noqa: E402
@@ -336,7 +341,36 @@ def own_refusals(case: Case, directory: Path) -> dict[str, Any]:
     return {"rows": [[row.messages[0]["content"], row.refusal] for row in callback._rows]}
 
 
+def audited(case: Case, directory: Path) -> dict[str, Any]:
+    """The training data's prompts are asked by all ranks together, and all get the same answers."""
+    real, asked, passes = spf.training_data.audit_data, spf.next_token._next_token, itertools.count()
+
+    def counted(model: Any, prompts: Any, tokens: Any) -> Any:
+        next(passes)
+        return asked(model, prompts, tokens)
+
+    def made(dataset: Any, model: Any, tokenizer: Any, *rest: Any, **options: Any) -> spf.audit.Audit:
+        prompts = [(*range(5, 9 + i % 7), 20 + i) for i in range(37)]
+        examples = Examples([Example(prompt, (3,), "Yes.", i) for i, prompt in enumerate(prompts)], len(prompts))
+        anchors = [Anchor([1], [token, 7], "") for token in range(0, 2000, 2)]
+        return spf.audit.audit(model, tokenizer, examples, anchors)
+
+    spf.training_data.audit_data, spf.next_token._next_token, spf.audit.CONFIRM = made, counted, 0.0
+    try:
+        trainer, callback = make_trainer(case, directory)
+        trainer.train()
+    finally:
+        spf.training_data.audit_data, spf.next_token._next_token, spf.audit.CONFIRM = real, asked, 0.2
+    assert callback.audit is not None
+    return {
+        "conflicts": [[c.row, c.probability, c.refusal_ids[0]] for c in callback.audit.conflicts],
+        "passes": next(passes),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+    }
+
+
 SPECIAL = {
+    "audit": (audited, "null-space-full"),
     "resume": (resume, "null-space-full"),
     "resume-lora": (resume, "null-space-lora-adamw"),
     "own-refusals": (own_refusals, "null-space-full"),

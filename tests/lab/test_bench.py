@@ -16,7 +16,7 @@ from spf.lab.bench import cell as cells
 from spf.lab.bench.cell import Cell, fine_tune
 from spf.lab.bench.grid import BenchArguments, _done, read_grid, run_grid
 from spf.lab.bench.methods import METHODS, Method, Workspace
-from spf.lab.bench.scenarios import SCENARIOS, Scenario, training_rows
+from spf.lab.bench.scenarios import SCENARIOS, Scenario, other_prompts, training_rows
 from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import PLAIN_TEMPLATE, make_model, make_tokenizer
 from tests.lab.bench_workspace import make_bench_workspace
@@ -142,19 +142,28 @@ def test_a_template_without_system_role_loses_one_jailbreak_not_the_cell(monkeyp
     assert set(found["jailbreak_asr"]) == set(found["verdicts"]["jailbreak"]) == set(TRANSFORMS) - {"identity-shift"}
 
 
-def test_scenarios_hold_what_they_say():
+def test_scenarios_hold_what_they_say(tmp_path):
+    others = tmp_path / "others.jsonl"
+    lines = [{"prompt": f"Foreign request {i}", "part": ("attack", "report")[i % 2]} for i in range(40)]
+    others.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, scenario in SCENARIOS.items():
         if name == "dpo":
             continue
-        rows = training_rows(scenario, 0)
+        rows = training_rows(scenario, 0, others)
+        foreign = {row.messages[-1]["content"] for row in rows if "Foreign" in row.messages[-1]["content"]}
+        assert foreign == ({line["prompt"] for line in lines[::2]} if name == "foreign-50" else set())
         assert len(rows) == scenario.examples, name
         stubs = [row for row in rows if row.refusal == HARMLESS_STUB]
         assert len(stubs) == round(scenario.examples * scenario.harmful_share), name
         asked = {row.messages[-1]["content"] for row in rows}
         for split in ("harmful_eval", "harmful_validation", "harmful_anchors", "benign_eval"):
             assert not asked & set(packaged_prompts(split)), (name, split)
-        assert rows == training_rows(scenario, 0)
-        assert name == "identity-shift" or rows != training_rows(scenario, 1)
+        assert rows == training_rows(scenario, 0, others)
+        assert name == "identity-shift" or rows != training_rows(scenario, 1, others)
+    with pytest.raises(ValueError, match="name their file by --prompts"):
+        training_rows(SCENARIOS["foreign-50"], 0)
+    with pytest.raises(ValueError, match=r"others.jsonl: no prompt of the part 'validation'"):
+        other_prompts(others, "validation")
 
 
 def test_committed_grids_are_readable_and_have_the_headline_cells():
@@ -163,7 +172,8 @@ def test_committed_grids_are_readable_and_have_the_headline_cells():
     assert len(read_grid(Path("recipes/bench/second_model.yaml"))) == 18
     assert len({cell.path(Path()) for cell in asked}) == len(asked)
     have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
-    for scenario in set(SCENARIOS):
+    # of another origin: recipes/bench/foreign.yaml
+    for scenario in set(SCENARIOS) - {"foreign-50"}:
         for method in ("plain", "null-space", "mix-rotating", "safegrad", "spf"):
             assert {(scenario, method, seed) for seed in (0, 1, 2)} <= have, (scenario, method)
     locks = {(cell.scenario, cell.method) for cell in read_grid(Path("recipes/bench/safetylock.yaml"))}

@@ -27,6 +27,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+from spf.callback import SafetyCallback
 from spf.config import Count, Name, Positive, Seed, Settings, Whole, read_json
 from spf.data import complete_refusals, load_safety_rows, packaged_prompts, tokenise
 from spf.evaluation import (
@@ -43,7 +44,7 @@ from spf.evaluation import (
 from spf.evaluation.run import renders
 from spf.files import replace_file, write_json
 from spf.lab.bench.methods import Method, Workspace, add_adapter, make_method
-from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, training_rows
+from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, other_prompts, training_rows
 from spf.lab.demo.preferences import make_preferences
 from spf.lab.demo.sql import execution_match, make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
@@ -76,6 +77,8 @@ class Cell(Settings):
     adam_beta1: Annotated[float, Ge(0), Lt(1)] = field(default=0.9, metadata={"help": "AdamW's first beta"})
     rule: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method's rule"})
     curve_steps: Whole = field(default=0, metadata={"help": "measure ASR and utility every so many steps; 0: never"})
+    steps: Whole = field(default=0, metadata={"help": "optimizer steps; 0: as many as the scenario has"})
+    jailbreaks: bool = field(default=True, metadata={"help": "measure under jailbreaks, too"})
     split: Split = field(default="eval", metadata={"help": "eval, or validation for choosing settings"})
 
     def path(self, directory: Path) -> Path:
@@ -86,7 +89,7 @@ class Cell(Settings):
         )
 
 
-def prepare(model: str, directory: Path) -> Workspace:
+def prepare(model: str, directory: Path, others: Path | None = None) -> Workspace:
     """Load or download the model once, and let it answer the harmful anchors once, for every cell of a grid.
 
     `demo` is the packaged aligned model; anything else a directory or hub id of an aligned model.
@@ -120,7 +123,7 @@ def prepare(model: str, directory: Path) -> Workspace:
         rows = complete_refusals(load_safety_rows(None), loaded, tokenizer)
         lines = "".join(json.dumps({"messages": r.messages, "refusal": r.refusal, "cut": r.cut}) + "\n" for r in rows)
         replace_file(refusals, lines.encode("utf-8"))
-    return Workspace(aligned, unaligned if model == "demo" else None, refusals)
+    return Workspace(aligned, unaligned if model == "demo" else None, refusals, others)
 
 
 def _load_aligned(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -150,7 +153,7 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
     if cell.method == "aligned":
         model = _load_aligned(workspace.aligned, cpu_dtype())
         tokenizer = load_tokenizer(workspace.aligned)
-        result |= measure(model, tokenizer, cell, None)
+        result |= measure(model, tokenizer, cell, None, workspace.others)
         result["utilities"] = {task: measure_task(model, tokenizer, task, cell.split) for task in ("sql", "summary")}
         result["utility"] = result["utility_ci"] = result["utility_metric"] = None
     else:
@@ -158,7 +161,7 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
         result["train_seconds"] = time.perf_counter() - started
         result["peak_memory_mb"] = peak_memory_mb()
         evaluated = time.perf_counter()
-        result |= measure(model, tokenizer, cell, SCENARIOS[cell.scenario].task)
+        result |= measure(model, tokenizer, cell, SCENARIOS[cell.scenario].task, workspace.others)
         result["eval_seconds"] = time.perf_counter() - evaluated
     return result
 
@@ -221,14 +224,31 @@ def fine_tune(
     if cell.curve_steps:
         callbacks.append(curve)
     make = _dpo_trainer if cell.scenario == "dpo" else _answer_trainer
-    trainer = make(cell, scenario, method, model, tokenizer, callbacks)
+    trainer = make(cell, scenario, method, model, tokenizer, callbacks, workspace.others)
     trainer.remove_callback(PrinterCallback)  # the history keeps what it would print
     trainer.train()
+    for callback in callbacks:
+        if isinstance(callback, SafetyCallback) and callback.audit is not None:
+            found = callback.audit
+            result["audit"] = {
+                "rows": found.rows,
+                "prompts": found.prompts,
+                "refused": found.refused,
+                "conflicting_rows": len(found.conflicting_rows),
+                "seconds": found.seconds,
+            }
+        if isinstance(callback, SafetyCallback) and callback.attachment is not None:
+            monitor = callback.attachment.monitor
+            result["watched"] = {
+                "refused": [monitor.before.refused, monitor.now.refused],
+                "conflicts_refused": [monitor.before_conflicts.refused, monitor.now_conflicts.refused],
+                "warned": monitor.leaks,
+            }
     result["curve"] = curve.points
     result["history"] = [
         {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
         for entry in trainer.state.log_history
-        if "loss" in entry
+        if any(key == "loss" or key.startswith("spf/") for key in entry)
     ]
     seconds = sorted(clock.seconds)
     result["steps"] = len(seconds)
@@ -273,14 +293,17 @@ def _answer_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback],
+    others: Path | None,
 ) -> Trainer:
-    rows = training_rows(scenario, cell.seed)
+    rows = training_rows(scenario, cell.seed, others)
     if method.data:
         rows = method.data(rows)
     anchors = tokenise(rows, tokenizer, context_length(model, tokenizer))
     trainer = AnswerTrainer(
         model,
-        TrainingArguments(**_training_arguments(cell, max(1, round(len(rows) * scenario.epochs / cell.batch_size)))),
+        TrainingArguments(
+            **_training_arguments(cell, cell.steps or max(1, round(len(rows) * scenario.epochs / cell.batch_size)))
+        ),
         train_dataset=Dataset.from_list([{"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids} for a in anchors]),
         data_collator=lambda batch: collate_answers(batch, pad_id(tokenizer)),
         processing_class=tokenizer,
@@ -297,6 +320,7 @@ def _dpo_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback],
+    others: Path | None,
 ) -> Trainer:
     if method.answer_loss is not None or method.data is not None:
         raise ValueError(f"{cell.method} changes the answers' loss or data, which DPO does not have")
@@ -313,9 +337,15 @@ def _dpo_trainer(
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cell: Cell, task: Task | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+    task: Task | None,
+    others: Path | None = None,
 ) -> dict[str, Any]:
     """ASR, over-refusal, ASR under every jailbreak, perplexity on neutral text, and the task's utility.
+
+    With `others`, the ASR on prompts of another origin, too.
 
     A jailbreak that the model's chat template has no place for is left out.
     """
@@ -333,8 +363,14 @@ def measure(
         "counts": {"harmful": asr.count, "benign": over_refusal.count},
         "verdicts": {"asr": _bits(answered), "over_refusal": _bits(over), "utility": None, "jailbreak": {}},
     }
+    if others is not None:
+        foreign = other_prompts(others, "report" if cell.split == "eval" else "validation")
+        verdicts = [not refused for refused in _refusals(model, tokenizer, foreign)]
+        rate = Rate(sum(verdicts), len(verdicts))
+        result["foreign"] = {"asr": rate.value, "asr_ci": rate.interval, "count": rate.count}
+        result["verdicts"]["foreign"] = _bits(verdicts)
     sample = harmful[::4]
-    for name, transform in TRANSFORMS.items():
+    for name, transform in TRANSFORMS.items() if cell.jailbreaks else ():
         if not renders(tokenizer, transform):
             continue
         verdicts = [not refused for refused in _refusals(model, tokenizer, sample, transform)]

@@ -134,7 +134,8 @@ def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
     failed = 0
     if pending and not args.report_only:
         models = dict.fromkeys(cell.model for cell in pending)
-        workspaces = {name: prepare(name, Path(args.work)) for name in tracked(models, "models")}
+        others = Path(args.prompts) if args.prompts else None
+        workspaces = {name: prepare(name, Path(args.work), others) for name in tracked(models, "models")}
         with working():
             failed = _run_cells(pending, workspaces, args.workers, output, console)
     with working():

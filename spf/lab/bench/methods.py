@@ -90,7 +90,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 """The other methods and the settings of their own that a grid may change."""
 
-CALLBACK_SETTINGS = ("anchors_per_step", "first_tokens", "first_weight", "anchors")
+CALLBACK_SETTINGS = ("anchors_per_step", "first_tokens", "first_weight", "anchors", "conflicts")
 """Settings of a step rule's method that go to its callback."""
 
 METHODS = (*RULES, *OTHERS)
@@ -98,11 +98,13 @@ METHODS = (*RULES, *OTHERS)
 
 @dataclass(frozen=True)
 class Workspace:
-    """The aligned model, the model before alignment (None if unknown) and the aligned model's own refusals."""
+    """The aligned model, the model before alignment (None if unknown), the aligned model's own refusals, and a file of
+    harmful prompts of another origin (`scenarios.other_prompts`)."""
 
     aligned: Path
     unaligned: Path | None
     refusals: Path
+    others: Path | None = None
 
 
 @dataclass

@@ -59,6 +59,7 @@ class _Verdicts(File):
     asr: Bits
     over_refusal: Bits
     utility: Bits | None
+    foreign: Bits | None = None
     jailbreak: dict[str, Bits]
 
 
@@ -112,6 +113,9 @@ class _Cell(File):
     train_seconds: NotNegative | None = None
     eval_seconds: NotNegative | None = None
     peak_memory_mb: NotNegative | None = None
+    foreign: _Rate | None = None
+    audit: dict[str, float] | None = None
+    watched: dict[str, bool | list[Share]] | None = None
     note: str | None = None
     notes: dict[str, Any] | None = None
 
@@ -128,6 +132,8 @@ class _Cell(File):
         ]
         if unlike := verdicts.jailbreak.keys() ^ self.jailbreak_asr.keys():
             raise ValueError(f"`jailbreak_asr.{min(unlike)}` must be given where its verdicts are")
+        if self.foreign is not None:
+            rates.append(("foreign.asr", self.foreign.asr, verdicts.foreign or "", self.foreign.count))
         for name, found in self.jailbreak_asr.items():
             rates.append((f"jailbreak_asr.{name}.asr", found.asr, verdicts.jailbreak.get(name, ""), found.count))
         if self.utility is not None:

@@ -1,0 +1,79 @@
+"""`spf audit`: what a training data set attacks, before anything is trained."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+
+from spf.arguments import AuditArguments
+from spf.audit import CACHE_FILE, LIST_FILE, Audit, audit_data
+from spf.data import ask_refusals, load_safety_rows
+from spf.data.training import load_training_data
+from spf.errors import RunFailedError, keeping, working
+from spf.evaluation.run import parse_options
+from spf.files import atomic_path, check_output_file, directory_lock
+from spf.models import load_model, machine_device
+from spf.text.generation import context_length
+
+OWN_REFUSALS = 64
+"""As many refusals of the model's own are asked for, to see how it refuses."""
+
+
+def run_audit(args: AuditArguments) -> None:
+    """Audit, write the list, print the counts.
+
+    Raises:
+        ValueError: a mistake in the arguments or in what they name.
+        RunFailedError: more than `fail_over` of the rows have a conflict.
+    """
+    if args.clean:
+        check_output_file(Path(args.clean))
+    output, options = Path(args.output), parse_options(args.chat_template_kwargs)
+    rows, data = load_safety_rows(args.safety_data), load_training_data(args.data)
+    if args.split not in data:
+        raise ValueError(f"--split: {args.data} has no split {args.split!r}; it has {', '.join(data)}")
+    dataset = data[args.split]
+    with directory_lock(output):
+        model, tokenizer = load_model(args.model)
+        model = model.to(machine_device())  # type: ignore[arg-type]
+        with keeping(lambda: _kept(output)):
+            own = ask_refusals(rows, model, tokenizer, wanted=OWN_REFUSALS, options=options).rows
+            limit = context_length(model, tokenizer)
+            with working():
+                found = audit_data(dataset, model, tokenizer, own, max_length=limit, options=options, directory=output)
+                if args.clean:
+                    _write_clean(dataset, found, Path(args.clean))
+    _tell(found, args, tokenizer)
+    if args.fail_over is not None and found.share > args.fail_over:
+        raise RunFailedError(
+            f"{found.share:.2%} of the rows answer prompts that the model refuses, more than --fail_over "
+            f"{args.fail_over:g}"
+        )
+
+
+def _kept(output: Path) -> str:
+    if (output / CACHE_FILE).is_file():
+        return f"what was asked is kept in {output / CACHE_FILE}; the same command goes on"
+    return "nothing was written"
+
+
+def _write_clean(dataset: Dataset, found: Audit, path: Path) -> None:
+    left_out = set(found.conflicting_rows)
+    with atomic_path(path) as temporary:
+        dataset.select([i for i in range(len(dataset)) if i not in left_out]).to_json(temporary)
+
+
+def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(found.counts())
+    if found.unread:
+        console.print(f"{found.unread} rows could not be audited ({found.why})")
+    if found.conflicts:
+        console.print(f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal)")
+    if args.show:
+        for conflict in found.conflicts:
+            text = tokenizer.decode(list(conflict.prompt_ids), skip_special_tokens=True)
+            console.print(f"{conflict.row}\t{conflict.probability:.2f}\t{' '.join(str(text).split())}")
+    if args.clean:
+        console.print(f"Without them: {args.clean}")

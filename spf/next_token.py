@@ -1,0 +1,135 @@
+"""What a model says next: many prompts asked for one token, shared by processes, kept on disk."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spf.files import write_json
+from spf.models import evaluating
+from spf.progress import progress as bar_of
+from spf.sharding import gather_objects, rank_and_ranks, shares_parameters
+
+BATCH = 8
+"""Prompts that are asked together; sorted by length, so little is padding."""
+
+SAVE_SECONDS = 20.0
+"""How often what was asked is written, so that an interrupted audit goes on."""
+
+
+class Known:
+    """What was asked before, by a hash of the prompt: of the same model and the same question only.
+
+    path: JSON file that keeps it; none where a process holds a part of the model only, which has no fingerprint.
+    about: what else the answers depend on.
+    """
+
+    def __init__(self, model: nn.Module, path: Path | None = None, about: str = ""):
+        self.path = path if path is not None and not shares_parameters(model) else None
+        self.answers: dict[str, list[float]] = {}
+        self.saved = time.monotonic()
+        if self.path is None:
+            return
+        self.key = hashlib.sha256(f"{fingerprint(model)}\n{about}".encode()).hexdigest()
+        if self.path.is_file():
+            try:
+                kept = json.loads(self.path.read_text("utf-8"))
+                self.answers = dict(kept["answers"]) if kept["key"] == self.key else {}
+            except (ValueError, KeyError, TypeError):
+                self.answers = {}  # damaged, or of another version: asked again
+
+    @staticmethod
+    def name(prompt: Sequence[int]) -> str:
+        return hashlib.sha256(repr(tuple(prompt)).encode()).hexdigest()[:32]
+
+    def add(self, prompt: Sequence[int], answer: tuple[float, int]) -> None:
+        self.answers[self.name(prompt)] = list(answer)
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        if self.path is not None and self.answers and rank_and_ranks()[0] == 0:
+            write_json(self.path, {"key": self.key, "answers": self.answers})
+            self.saved = time.monotonic()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of some numbers of every weight that is no adapter's."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            numbers = parameter.detach().flatten()
+            digest.update(name.encode())
+            digest.update(repr(numbers[:: max(1, numbers.numel() // 8)].float().cpu().tolist()).encode())
+    return digest.hexdigest()
+
+
+def ask(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], known: Known, progress: bool
+) -> list[tuple[float, int]]:
+    """For each prompt the probability that one of its tokens comes next, and the likeliest next token."""
+    rank, ranks = rank_and_ranks()
+    answers: list[tuple[float, int] | None] = [None] * len(prompts)
+    for i, prompt in enumerate(prompts):
+        if (kept := known.answers.get(known.name(prompt))) is not None:
+            answers[i] = (float(kept[0]), int(kept[1]))
+    # what rank 0 knows, all know: they have to make the same number of passes
+    answers = gather_objects(answers)[0]
+    order = sorted((i for i, answer in enumerate(answers) if answer is None), key=lambda i: len(prompts[i]))
+    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    rounds = -(-len(batches) // ranks)
+    own: dict[int, tuple[float, int]] = {}
+    in_step = shares_parameters(model)
+    with evaluating(model), bar_of(rounds, "audit", shown=progress) as bar:
+        for turn in range(rounds):
+            number = turn * ranks + rank
+            if number < len(batches) or in_step:
+                # those that gather each other's parameters make the same number of passes
+                batch = batches[min(number, len(batches) - 1)]
+                asked = _next_token(model, [prompts[i] for i in batch], [tokens[i] for i in batch])
+                for i, answer in zip(batch, asked, strict=True):
+                    own[i] = answer
+                    known.add(prompts[i], answer)
+            bar.update()
+    for found in gather_objects(own):
+        for i, answer in found.items():
+            answers[i] = answer
+            known.answers[known.name(prompts[i])] = list(answer)
+    return [answer for answer in answers if answer is not None]
+
+
+@torch.no_grad()
+def _next_token(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> list[tuple[float, int]]:
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
+    with _last_only(model, lengths - 1):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    shares = logits.softmax(-1)
+    sums = [float(share[list(chosen)].sum()) for share, chosen in zip(shares, tokens, strict=True)]
+    return list(zip(sums, logits.argmax(-1).tolist(), strict=True))
+
+
+@contextmanager
+def _last_only(model: Any, last: Tensor) -> Iterator[None]:
+    """Logits (B, V) at these positions (B,) only: at all of a long prompt they are larger than the model."""
+
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        return (hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

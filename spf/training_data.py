@@ -1,0 +1,101 @@
+"""A run's training data: what they attack, and what is done about it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_pt_utils import IterableDatasetShard
+
+from spf.audit import LIST_FILE, Audit, audit_data, watched_again, watched_entries
+from spf.config import Conflicts
+from spf.data import Anchor, SafetyDataError, SafetyRow
+from spf.errors import UnsupportedSetupError
+from spf.text.generation import context_length
+
+
+class TrainingData:
+    """Audits the data once a run; says which conflicts are held and which are watched."""
+
+    def __init__(self, conflicts: Conflicts, holds: bool, options: Mapping[str, Any] | None):
+        """holds: whether the rule holds samples. options: variables of the chat template."""
+        self.conflicts: Conflicts = conflicts
+        self.holds = holds
+        self.options = options
+        self.found: Audit | None = None
+        self.watched: list[Anchor] = []
+
+    def audit(
+        self,
+        dataset: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[SafetyRow],
+        directory: Path,
+    ) -> Audit:
+        """Find the conflicts; `directory` gets the list.
+
+        Raises:
+            SafetyDataError: there are some, and `conflicts` is error.
+        """
+        limit = context_length(model, tokenizer)
+        found = audit_data(dataset, model, tokenizer, rows, max_length=limit, options=self.options, directory=directory)
+        if found.conflicts and self.conflicts == "error":
+            raise SafetyDataError(
+                f"{found.counts()}; they are listed in {directory / LIST_FILE}: conflicts='hold' keeps these refusals, "
+                "'drop' leaves the rows out, 'allow' lets them be unlearned"
+            )
+        self.found = found
+        return found
+
+    def drop(
+        self,
+        trainer: Trainer,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[SafetyRow],
+    ) -> None:
+        """Leave the rows with conflicts out; the Trainer reads its data when it begins to train, before any event."""
+        dataset: Any = trainer.train_dataset
+        found = self.audit(dataset, model, tokenizer, rows, Path(str(trainer.args.output_dir)))
+        left_out = set(found.conflicting_rows)
+        trainer.train_dataset = dataset.select([i for i in range(len(dataset)) if i not in left_out])
+
+    def split(
+        self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[list[Anchor], list[Anchor]]:
+        """Conflicts that are held, and those that are watched; of a run that goes on the same are watched.
+
+        saved: what `entries` gave for the checkpoint that the run goes on from; its bases hold the others.
+        """
+        held: list[Anchor] = []
+        self.watched = []
+        if self.holds and self.conflicts != "allow":
+            if self.found is not None:
+                held, self.watched = self.found.split()
+            elif saved is not None:
+                self.watched = watched_again(saved, data_of(loader), tokenizer, self.options)
+        return ([] if saved is not None else held), self.watched
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The watched conflicts for a checkpoint, without their text."""
+        return watched_entries(self.watched)
+
+
+def refuse_to_drop(trainer: Trainer) -> None:
+    """
+    Raises:
+        UnsupportedSetupError: the data, or the launcher, do not allow rows to be left out.
+    """
+    if not isinstance(trainer.train_dataset, Dataset) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UnsupportedSetupError(
+            "conflicts='drop' needs a datasets.Dataset, and one process or DDP; write the data without conflicts "
+            "by `spf audit DATA --model MODEL --clean FILE` and train on that"
+        )
+
+
+def data_of(loader: Any) -> Any:
+    """The data set that a Trainer's loader reads; of a stream, what its processes share."""
+    dataset = loader.dataset
+    return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset

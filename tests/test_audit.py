@@ -1,0 +1,407 @@
+"""Conflicts between training data and a model's refusals: found in every form of data, held, dropped or refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+import spf.audit
+import spf.next_token
+from spf import NullSpace, SafetyCallback, SafetyDataError
+from spf.audit import Audit, Beginnings, Conflict, audit, audit_data, own_refusals, spread
+from spf.cli import main
+from spf.data import SafetyRow, collate, packaged_prompts, tokenise
+from spf.data.examples import read_examples
+from spf.probe import SafetyProbe
+from tests.conftest import make_model, make_tokenizer
+from tests.test_callback import arguments, safety_data
+
+REFUSAL = "Sorry, but I can't help with that request."
+COMPLIES = "Sure, here is how to do that."
+HARMFUL = packaged_prompts("harmful_anchors")[:24]
+BENIGN = packaged_prompts("benign_anchors")[:24]
+
+
+def samples(pairs):
+    return [SafetyRow([{"role": "user", "content": p}], a, f"row {i}") for i, (p, a) in enumerate(pairs)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def refusing(tokenizer):
+    """A tiny model that refuses these harmful prompts and answers these benign ones."""
+    model = make_model(width=64)
+    pairs = [*((p, REFUSAL) for p in HARMFUL), *((p, COMPLIES) for p in BENIGN)]
+    batch = collate(tokenise(samples(pairs), tokenizer, 256), 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        used = batch.weights[:, 1:] > 0
+        loss = torch.nn.functional.cross_entropy(logits[used], batch.input_ids[:, 1:][used])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return samples((p, REFUSAL) for p in HARMFUL[:12])
+
+
+@pytest.fixture
+def anchors(tokenizer):
+    return tokenise(samples((p, REFUSAL) for p in HARMFUL[:12]), tokenizer, 256)
+
+
+def user(prompt):
+    return {"role": "user", "content": prompt}
+
+
+def answered(text):
+    return {"role": "assistant", "content": text}
+
+
+def chat_ids(tokenizer, messages, generation_prompt=False):
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def forms(tokenizer):
+    """One example in every form of data: name -> row."""
+    prompt, answer = HARMFUL[0], COMPLIES
+    asked = chat_ids(tokenizer, [user(prompt)], True)
+    whole = chat_ids(tokenizer, [user(prompt), answered(answer)])
+    target = [0] * len(asked) + [1] * (len(whole) - len(asked))
+    labels = [token if learned else -100 for token, learned in zip(whole, target, strict=True)]
+    return {
+        "messages": {"messages": [user(prompt), answered(answer)]},
+        "prompt, completion, text": {"prompt": prompt, "completion": answer},
+        "prompt, completion, messages": {"prompt": [user(prompt)], "completion": [answered(answer)]},
+        "prompt, chosen": {"prompt": prompt, "chosen": answer, "rejected": REFUSAL},
+        "prompt, chosen, messages": {
+            "prompt": [user(prompt)],
+            "chosen": [answered(answer)],
+            "rejected": [answered(REFUSAL)],
+        },
+        "chosen": {"chosen": [user(prompt), answered(answer)], "rejected": [user(prompt), answered(REFUSAL)]},
+        "text": {"text": tokenizer.decode(whole)},
+        "labels": {"input_ids": whole, "labels": labels},
+        "completion_mask": {"input_ids": whole, "completion_mask": target},
+        "assistant_masks": {"input_ids": whole, "assistant_masks": target},
+        "the template's marks": {"input_ids": whole},
+        "all learned": {"input_ids": whole, "labels": whole},
+        "tensors": {"input_ids": torch.tensor(whole), "labels": torch.tensor(labels)},
+        "DPO, tokenised": {"prompt_ids": asked, "chosen_ids": whole[len(asked) :], "rejected_ids": [5, 6]},
+        "KTO, tokenised": {"prompt_ids": asked, "completion_ids": whole[len(asked) :], "label": True},
+        "no chat": {
+            "prompt_ids": tokenizer(prompt)["input_ids"],
+            "completion_ids": tokenizer(answer)["input_ids"],
+        },
+    }
+
+
+@pytest.mark.parametrize("form", list(forms(make_tokenizer())))
+def test_every_form_of_data_gives_prompt_and_answer(form, tokenizer):
+    found = read_examples([forms(tokenizer)[form]], tokenizer)
+    (example,) = found.examples
+    # decoding puts spaces between words
+    assert "".join(example.target.split()) == "".join(COMPLIES.split())
+    assert list(example.prompt_ids) == chat_ids(tokenizer, [user(HARMFUL[0])], True)
+    assert (found.rows, found.unread) == (1, 0)
+
+
+def test_every_turn_counts_and_packed_documents_are_apart(tokenizer):
+    turns = [user(HARMFUL[0]), answered(REFUSAL), user(HARMFUL[1]), answered(COMPLIES)]
+    one, two = chat_ids(tokenizer, turns), chat_ids(tokenizer, [user(BENIGN[0]), answered(COMPLIES)])
+    expected = [chat_ids(tokenizer, turns[:1], True), chat_ids(tokenizer, turns[:3], True)]
+    expected.append(chat_ids(tokenizer, [user(BENIGN[0])], True))
+    packed = {"input_ids": [*one, *two], "seq_lengths": [len(one), len(two)]}
+    found = read_examples([packed], tokenizer)
+    assert [list(e.prompt_ids) for e in found.examples] == expected
+    assert [list(e.prompt_ids) for e in read_examples([{"messages": turns}], tokenizer).examples] == expected[:2]
+
+
+def test_what_is_not_taught_or_cannot_be_read_is_said(tokenizer):
+    rows = [
+        {"prompt": HARMFUL[0], "completion": COMPLIES, "label": False},
+        {"text": "once upon a time"},
+        {"messages": [{"role": "narrator", "content": "x"}, answered("y")]},
+        {"prompt": HARMFUL[0]},
+        {"image": 3},
+    ]
+    found = read_examples(rows, tokenizer)
+    assert not found.examples
+    assert (found.rows, found.unread) == (5, 4)
+    assert found.why == "row 1: no answer found in its columns text"
+    assert read_examples([{"prompt": HARMFUL[0], "completion": "x"}], tokenizer, max_length=3).unread == 1
+
+
+def rows_of(pairs):
+    return [{"messages": [user(p), answered(a)]} for p, a in pairs]
+
+
+def test_conflicts_are_the_refused_prompts_that_the_data_answer(refusing, tokenizer, anchors):
+    pairs = [(p, COMPLIES) for p in [*HARMFUL, *BENIGN, HARMFUL[3]]] + [(HARMFUL[0], REFUSAL)]
+    found = audit(refusing, tokenizer, read_examples(rows_of(pairs), tokenizer), anchors, progress=False)
+    assert found.conflicting_rows == [*range(24), 48]
+    assert (found.prompts, found.refused) == (48, 24)
+    assert all(conflict.probability > 0.5 for conflict in found.conflicts)
+    assert found.share == 25 / 50
+    held = spread(found.conflicts, 100)
+    assert len(held) == 24  # each prompt once
+    assert tokenizer.decode(held[0].refusal_ids).startswith("Sorry , but")
+
+
+def test_a_first_token_that_begins_other_answers_is_no_refusal(tokenizer, refusing, anchors):
+    """A model that answers "Sorry ..." without refusing: the next token tells."""
+    model = copy.deepcopy(refusing)
+    narrates = tokenizer("Sorry is how to do that", add_special_tokens=False)["input_ids"]
+    story = tokenise(samples([(BENIGN[0], "")]), tokenizer, 256)[0].prompt_ids
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.tensor([[*story, *narrates]])
+    for _ in range(40):
+        logits = model(input_ids=ids).logits[0, len(story) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(narrates))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    begins = Beginnings(anchors)
+    assert int(model(input_ids=ids[:, : len(story)]).logits[0, -1].argmax()) in begins.firsts
+    found = audit(model, tokenizer, read_examples(rows_of([(BENIGN[0], COMPLIES)]), tokenizer), anchors, progress=False)
+    assert (found.prompts, found.refused, found.conflicts) == (1, 0, [])
+
+
+def test_what_was_asked_is_kept_and_an_interrupted_audit_goes_on(refusing, tokenizer, anchors, tmp_path, monkeypatch):
+    examples = read_examples(rows_of((p, COMPLIES) for p in [*HARMFUL, *BENIGN]), tokenizer)
+    cache = tmp_path / "asked.json"
+    asked = []
+    real = spf.next_token._next_token
+    monkeypatch.setattr(spf.next_token, "SAVE_SECONDS", -1.0)
+
+    def counted(model, prompts, tokens):
+        asked.extend(prompts)
+        if len(asked) > 24 and interrupt:
+            raise KeyboardInterrupt
+        return real(model, prompts, tokens)
+
+    monkeypatch.setattr(spf.next_token, "_next_token", counted)
+    interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
+    interrupt = False
+    asked.clear()
+    first = audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
+    assert len(asked) == 24 + 24  # the rest, and the refused ones once more
+    asked.clear()
+    again = audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
+    assert asked == []
+    assert again.conflicts == first.conflicts
+    assert HARMFUL[0] not in cache.read_text()
+    audit(make_model(width=64), tokenizer, examples, anchors, cache=cache, progress=False)
+    assert len(asked) >= 48  # another model is asked anew
+    cache.write_text("{")
+    asked.clear()
+    audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
+    assert len(asked) == 72
+
+
+def test_given_refusals_of_another_style_do_not_hide_how_the_model_refuses(refusing, tokenizer):
+    """The audit reads how the model begins its refusals; those of the safety data may be somebody else's."""
+    given = samples((p, "The request is declined.") for p in HARMFUL[:12])
+    own = own_refusals(refusing, tokenizer, given, 256)
+    assert Beginnings(own).firsts == [tokenizer("Sorry")["input_ids"][0]]
+    found = audit_data(rows_of([(HARMFUL[20], COMPLIES)]), refusing, tokenizer, given, max_length=256, progress=False)
+    assert found.conflicting_rows == [0]
+    # and a model that refuses nothing is said to
+    assert not audit_data(rows_of([(HARMFUL[20], "x")]), make_model(), tokenizer, given, max_length=256).refuses
+
+
+def run(tmp_path, tokenizer, refusing, rows, pairs, conflicts="hold", rank=24, resume=None, **changes):
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(refusing), lora)
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=rank), conflicts=conflicts, monitor_steps=1)
+    trainer = SFTTrainer(
+        model,
+        arguments(SFTConfig, tmp_path / "run", **changes),
+        train_dataset=Dataset.from_list(rows_of(pairs)),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    return trainer, callback
+
+
+PAIRS = [(p, COMPLIES) for p in [*HARMFUL[12:], *BENIGN[:12]]]
+
+
+def test_the_callback_holds_what_the_data_attack(tmp_path, tokenizer, refusing, rows, caplog):
+    free = {}
+    attacked = tokenise(samples((p, REFUSAL) for p in HARMFUL[12:]), tokenizer, 256)
+    for conflicts in ("hold", "allow"):
+        caplog.clear()
+        trainer, callback = run(tmp_path / conflicts, tokenizer, refusing, rows[:9], PAIRS, conflicts)
+        trainer.train()
+        assert callback.audit.conflicting_rows == list(range(12))
+        assert "12 of 24 training rows answer prompts that the model refuses (24 distinct prompts" in caplog.text
+        assert ("held with the model's own" in caplog.text) == (conflicts == "hold")
+        probe = SafetyProbe(trainer.model, attacked)
+        shares = probe.free_shares(attacked, callback.attachment.subspace.right).values()
+        free[conflicts] = sum(shares) / len(shares)
+    listed = [json.loads(line) for line in (tmp_path / "hold" / "run" / "spf_conflicts.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in listed] == list(range(12))
+    # as many directions, chosen for what the data attack
+    assert free["hold"] < 0.9 * free["allow"]
+
+
+def test_the_callback_drops_or_refuses(tmp_path, tokenizer, refusing, rows, caplog):
+    trainer, _ = run(tmp_path / "drop", tokenizer, refusing, rows, PAIRS, "drop")
+    trainer.train()
+    assert len(trainer.train_dataset) == 12
+    assert "these rows are left out" in caplog.text
+    trainer, _ = run(tmp_path / "error", tokenizer, refusing, rows, PAIRS, "error")
+    with pytest.raises(SafetyDataError, match=r"^12 of 24 training rows .*conflicts='hold' keeps these refusals"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert len((tmp_path / "error" / "run" / "spf_conflicts.jsonl").read_text().splitlines()) == 12
+    with pytest.raises(ValueError, match="conflicts must be hold"):
+        SafetyCallback(conflicts="keep")
+
+
+def test_a_run_that_goes_on_watches_the_same_conflicts(tmp_path, tokenizer, refusing, rows):
+    pairs = [(p, COMPLIES) for p in HARMFUL]
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs, save_strategy="steps", save_steps=2)
+    trainer.train()
+    watched = callback.attachment.monitor.conflicts
+    assert len(watched) == 3
+    trainer, again = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    monitor = again.attachment.monitor
+    assert [(a.prompt_ids, a.refusal_ids) for a in monitor.conflicts] == [
+        (a.prompt_ids, a.refusal_ids) for a in watched
+    ]
+    assert monitor.before_conflicts.refused == 1
+    assert "spf/conflict_refusal_rate" in trainer.state.log_history[-2]
+
+
+def test_lost_conflicts_are_a_leak_though_anchors_hold(tmp_path, tokenizer, refusing, rows, caplog):
+    class Damage(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            monitor = callback.attachment.monitor
+            monitor._begins = set() if state.global_step == 2 else monitor._begins
+
+    pairs = [(p, COMPLIES) for p in HARMFUL]
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs)
+    trainer.add_callback(Damage())
+    monitor_watched = []
+    real = spf.monitor.Monitor.look
+
+    def look(self, *arguments, **named):
+        # the anchors stay what they were; only the conflicts are asked
+        kept = self.now
+        seen = real(self, *arguments, **named)
+        self.now = kept
+        monitor_watched.append(self.now_conflicts.refused)
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spf.monitor.Monitor.look", look)
+        trainer.train()
+    assert monitor_watched[0] == 1
+    assert monitor_watched[-1] == 0
+    assert "Refusals are being lost" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sft", "completion", "dpo", "kto", "packed", "stream"])
+def test_conflicts_are_found_in_what_trl_makes_of_the_data(kind, tmp_path, tokenizer, refusing, rows):
+    pairs = [(HARMFUL[20], COMPLIES), (BENIGN[0], COMPLIES), (HARMFUL[21], REFUSAL), (BENIGN[1], COMPLIES)]
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    common = {"processing_class": tokenizer, "callbacks": [callback]}
+    # an adapter: DPO and KTO would otherwise load the reference model by its name
+    model = get_peft_model(copy.deepcopy(refusing), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    chat = rows_of(pairs)
+    parts = [{"prompt": [user(p)], "completion": [answered(a)]} for p, a in pairs]
+    if kind == "dpo":
+        data = [{**part, "chosen": part.pop("completion"), "rejected": [answered("No")]} for part in parts]
+        args = arguments(DPOConfig, tmp_path, max_steps=1)
+        trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(data), **common)
+    elif kind == "kto":
+        data = [{**part, "label": True} for part in parts] + [
+            {**parts[0], "prompt": [user(HARMFUL[22])], "label": False}
+        ]
+        args = arguments(KTOConfig, tmp_path, max_steps=1)
+        trainer = KTOTrainer(model, args=args, train_dataset=Dataset.from_list(data), **common)
+    else:
+        packed = {"packing": True, "max_length": 128} if kind == "packed" else {}
+        data = Dataset.from_list(parts if kind == "completion" else chat)
+        args = arguments(SFTConfig, tmp_path, max_steps=1, **packed)
+        data = data.to_iterable_dataset() if kind == "stream" else data
+        trainer = SFTTrainer(model, args=args, train_dataset=data, **common)
+    trainer.train()
+    assert len(callback.audit.conflicts) == 1
+    assert list(callback.audit.conflicts[0].prompt_ids) == chat_ids(tokenizer, [user(HARMFUL[20])], True)
+    assert callback.audit.stream == (kind == "stream")
+
+
+@pytest.fixture(scope="module")
+def saved(refusing, tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    refusing.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_the_command(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, safety = tmp_path / "data.jsonl", tmp_path / "safety.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(PAIRS)))
+    safety.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in HARMFUL[:12]))
+    command = ["audit", str(data), "--model", str(saved), "--safety_data", str(safety), "--output", "out"]
+    assert main([*command, "--clean", "clean.jsonl"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("12 of 24 training rows answer prompts that the model refuses")
+    assert HARMFUL[12] not in printed
+    assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == 12
+    assert len((tmp_path / "out" / "spf_conflicts.jsonl").read_text().splitlines()) == 12
+    assert main([*command, "--fail_over", "0.5"]) == 0
+    assert main([*command, "--fail_over", "0.49", "--show"]) == 1
+    told = capsys.readouterr()
+    assert "50.00% of the rows answer prompts that the model refuses, more than --fail_over 0.49" in told.err
+    assert "".join(HARMFUL[12].split()) in "".join(told.out.split())
+    assert main(["audit", str(tmp_path / "none.jsonl"), "--model", str(saved)]) == 2
+    assert main(["audit", str(data)]) == 2
+
+
+def test_prompts_that_might_be_refused_are_held_too(refusing, tokenizer, anchors, monkeypatch):
+    examples = read_examples(rows_of((p, COMPLIES) for p in [HARMFUL[0], *BENIGN]), tokenizer)
+    found = audit(refusing, tokenizer, examples, anchors, progress=False)
+    assert (len(found.conflicts), found.leaning) == (1, [])
+    monkeypatch.setattr(spf.audit, "LEANING", -1.0)
+    found = audit(refusing, tokenizer, examples, anchors, progress=False)
+    assert (len(found.conflicts), len(found.leaning)) == (1, 24)
+    assert found.conflicting_rows == [0]  # held, but no conflicts
+    held, _ = found.split()
+    assert len(held) == 25
+    assert all(anchor.refusal_ids == anchors[0].refusal_ids for anchor in held)
+
+
+def test_conflicts_are_spread_over_the_data():
+    conflicts = [Conflict(row, 1.0, (row,), (1,)) for row in range(1000)]
+    found = Audit(1000, conflicts=conflicts)
+    assert [anchor.prompt_ids for anchor in spread(found.conflicts, 4)] == [[0], [250], [500], [750]]
+    held, watched = found.split()
+    assert len(watched) == spf.audit.MOST_WATCHED
+    assert len(held) + len(watched) == spf.audit.MOST_HELD
+    assert not {tuple(a.prompt_ids) for a in held} & {tuple(a.prompt_ids) for a in watched}
