@@ -121,7 +121,7 @@ def test_only_the_same_run_goes_on(tmp_path):
     claim(path, {"seed": 2}, overwrite=True, parts=["made", "never made"])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["another's", "settings.json"]
     path.write_text("{")
-    with pytest.raises(ValueError, match="settings.json: not a JSON file; damaged; remove it"):
+    with pytest.raises(ValueError, match=r"settings.json: not a JSON file; damaged; remove it"):
         claim(path, {"seed": 2})
 
 
