@@ -15,6 +15,7 @@ GRID = "model: m\ngrids: [{scenarios: [none], methods: [aligned], seeds: [0]}]\n
 DIRECTORIES = {
     "demo": [],
     "train": ["--model", "m", "--data", "d.jsonl", "--use_cpu", "true", "--bf16", "false"],
+    "audit": ["data.jsonl", "--model", "m"],
     "align": ["m"],
     "bench": ["grid.yaml"],
     "lock apply": ["m", "l"],
@@ -31,6 +32,7 @@ FILES = {"eval": ["m"], "lock extract": ["m"]}
 def no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grid.yaml").write_text(GRID)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "file").write_text("kept")
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "fifo")
