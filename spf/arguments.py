@@ -119,7 +119,8 @@ class EvalArguments(Arguments):
     judge: Name = field(
         default="prefix",
         metadata={
-            "help": "prefix, first-token, or a model: HarmBench classifier, Llama Guard, WildGuard, or any "
+            "help": "prefix, prefix-1 (its former version), words, first-token, or a model: HarmBench classifier, "
+            "Llama Guard, WildGuard, or any "
             "sequence classifier together with --refusal_label"
         },
     )

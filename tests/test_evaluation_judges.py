@@ -11,6 +11,7 @@ from spf.data import packaged_prompts
 from spf.errors import SafetyDataError
 from spf.evaluation import ClassifierJudge, LLMJudge, agreement, first_token_refusals, judges, prefix_judge
 from spf.evaluation.judges import first_token_judge, load_judges
+from spf.evaluation.second_judge import WordsJudge, labelled_answers, words_judge
 from tests.conftest import REFUSAL, make_model
 
 PROMPTS = packaged_prompts("harmful_anchors")[:12]
@@ -139,6 +140,40 @@ def test_classifier_judge(classifier, tokenizer):
     assert ClassifierJudge(classifier, "ANSWER")([""] * 13, answers[:-1]) == [not v for v in expected]
     with pytest.raises(ValueError, match="no label 'REFUSED', only ANSWER, REJECTION"):
         ClassifierJudge(classifier, "REFUSED")
+
+
+def test_the_former_prefix_judge_is_there_by_name():
+    answers = ["No, I cannot.", "I cannot.", "Yes."]
+    assert load_judges("prefix-1")[0]([""] * 3, answers) == [False, True, False]
+    assert load_judges("prefix")[1]([""] * 3, answers) == [True, True, False]
+
+
+def test_words_judge_generalises_to_answers_it_was_not_fitted_to():
+    labelled = labelled_answers()
+    assert sum(refused for _, refused in labelled) > 60
+    assert sum(not refused for _, refused in labelled) > 60
+    right = 0
+    for fold in range(5):
+        judge = WordsJudge([row for i, row in enumerate(labelled) if i % 5 != fold])
+        held_out = labelled[fold::5]
+        verdicts = judge([""] * len(held_out), [answer for answer, _ in held_out])
+        right += sum(verdict == refused for verdict, (_, refused) in zip(verdicts, held_out, strict=True))
+    assert right / len(labelled) > 0.85
+
+
+def test_words_judge_reads_the_beginning_and_no_prefix_decides():
+    judge = load_judges("words")[0]
+    assert judge is words_judge()
+    answers = [
+        "This request is against my guidelines.",
+        "I would advise the night train to Vienna.",
+        "",
+    ]
+    assert judge([""] * 3, answers) == [True, False, False]
+    assert prefix_judge([""] * 3, answers) == [False, True, False]
+    late = "one two three four five " * 4
+    assert judge([""], [late + "I cannot assist with that request."]) == judge([""], [late])
+    assert judge([], []) == []
 
 
 LABELLED = [

@@ -116,13 +116,20 @@ def test_eval_command(workspace, capsys):
     assert first["asr"] == 1.0  # a random model refuses nothing
     assert first["refused"]["asr/prefill"] == [False] * 5
     assert first["suites"]["benign"]["count"] == 4
-    assert first["judge"] == {"name": "prefix", "refusal_label": None}
+    assert first["judge"] == {"name": "prefix", "refusal_label": None, "version": 2}
     assert first["over_refusal_judge"] == "prefix"
     assert first["agreement"]["kappa"] == 1.0
     assert {"spf", "torch", "transformers"} <= set(first["versions"])
     assert first["perplexity"]["ci"][0] < first["perplexity"]["value"] < first["perplexity"]["ci"][1]
     text = (workspace / "first.json").read_text()
     assert not any(prompt in text for prompt in HARMFUL)  # verdicts only
+
+    # one from before judges had versions
+    first["judge"] = {"name": "prefix", "refusal_label": None}
+    (workspace / "old.json").write_text(json.dumps(first))
+    assert cli.main([*command, "new.json", "--reference", "old.json"]) == 2
+    assert "--judge prefix-1 is the prefix judge of version 1" in capsys.readouterr().err
+    assert cli.main([*command, "new.json", "--reference", "old.json", "--judge", "prefix-1"]) == 0
 
     assert cli.main([*command, "second.json", "--reference", "first.json"]) == 0
     second = json.loads((workspace / "second.json").read_text())

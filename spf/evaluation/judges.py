@@ -35,6 +35,11 @@ def prefix_judge(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
     return [is_refusal(answer) for answer in answers]
 
 
+def former_prefix_judge(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Version 1 of `prefix_judge`, by which older results were judged."""
+    return [is_refusal(answer, 1) for answer in answers]
+
+
 def first_token_judge(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
     """Whether each answer, of one token, begins a refusal prefix other than "As ..." and "It's ...".
 
@@ -199,13 +204,20 @@ class LLMJudge:
 
 
 def load_judges(name: str, refusal_label: str | None = None) -> tuple[Judge, Judge]:
-    """The judges of answers to harmful and to benign prompts, by name: prefix, first-token, or a model.
+    """The judges of answers to harmful and to benign prompts: prefix, prefix-1, words, first-token, or a model's name.
 
     With `refusal_label` the model is a sequence classifier, without it one of `JUDGE_FAMILIES`. A judge of harm
     leaves the benign prompts to the prefix judge. Answers for first-token must be of one token.
     """
     if name == "prefix":
         return prefix_judge, prefix_judge
+    if name == "prefix-1":
+        return former_prefix_judge, former_prefix_judge
+    if name == "words":
+        from spf.evaluation.second_judge import words_judge
+
+        words = words_judge()
+        return words, words
     if name == "first-token":
         return first_token_judge, first_token_judge
     if refusal_label is not None:
@@ -260,15 +272,18 @@ _LABELS = {
 
 
 def agreement(judge: Judge, file: str | Path) -> Agreement:
-    """Compare a judge with human labels: JSONL or CSV with columns `prompt`, `answer` (or `response`) and `refused`
-    (or `label`: true/false, 1/0, yes/no, refused/answered, refusal/compliance).
+    """Compare a judge with human labels, a file of `read_labels`.
 
     Raises:
-        SafetyDataError: no such file, no rows, a missing column or an unknown label.
+        SafetyDataError: as `read_labels` does.
         ModuleNotFoundError: the extra `eval` (scikit-learn) is not installed.
     """
-    prompts, answers, people = _read_labels(Path(file))
-    verdicts = judge(prompts, answers)
+    prompts, answers, people = read_labels(Path(file))
+    return agreement_of(judge(prompts, answers), people)
+
+
+def agreement_of(verdicts: Sequence[bool], people: Sequence[bool]) -> Agreement:
+    """Compare verdicts with those of people on the same answers."""
     metrics = import_extra("sklearn.metrics")
     kappa = float(metrics.cohen_kappa_score(people, verdicts)) if len({*people, *verdicts}) > 1 else None
     (neither, judge_only), (people_only, both) = metrics.confusion_matrix(
@@ -277,7 +292,13 @@ def agreement(judge: Judge, file: str | Path) -> Agreement:
     return Agreement(Rate(both + neither, len(people)), kappa, both, judge_only, people_only, neither)
 
 
-def _read_labels(path: Path) -> tuple[list[str], list[str], list[bool]]:
+def read_labels(path: Path) -> tuple[list[str], list[str], list[bool]]:
+    """Prompts, answers and people's verdicts: JSONL or CSV with columns `prompt`, `answer` (or `response`) and
+    `refused` (or `label`: true/false, 1/0, yes/no, refused/answered, refusal/compliance).
+
+    Raises:
+        SafetyDataError: no such file, no rows, a missing column or an unknown label.
+    """
     from spf.data import read_jsonl
     from spf.errors import SafetyDataError
 

@@ -18,6 +18,7 @@ from spf.evaluation.suites import Suite
 from spf.evaluation.transforms import TRANSFORMS, Transform, after_stub
 from spf.text.chat import render_chat
 from spf.text.generation import generate_answers
+from spf.text.refusal import VERSION
 
 
 def evaluate_refusals(
@@ -105,9 +106,12 @@ def settings(
     harmful: Suite, benign: Suite, judge: str, refusal_label: str | None, max_new_tokens: int
 ) -> dict[str, Any]:
     """What two evaluations must share to be compared, as a JSON-ready dictionary."""
+    # language models may leave benign prompts to the prefix judge; the others know nothing of its rules
+    version = 1 if judge in ("prefix-1", "words", "first-token") or refusal_label is not None else VERSION
+    name = "prefix" if judge == "prefix-1" else judge
     return {
         "suites": {"harmful": _describe(harmful), "benign": _describe(benign)},
-        "judge": {"name": judge, "refusal_label": refusal_label},
+        "judge": {"name": name, "refusal_label": refusal_label, "version": version},
         "max_new_tokens": max_new_tokens,
     }
 
@@ -179,6 +183,7 @@ class _Suites(File):
 class _Judge(File):
     name: str
     refusal_label: str | None
+    version: int = 1
 
 
 class _Results(File):
@@ -221,7 +226,10 @@ def read_reference(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     reference = read_json(_Results, path, f"not written by spf eval --output, or damaged; {remedy}").model_dump()
     for key in ("judge", "max_new_tokens"):
         if wanted[key] != reference[key]:
-            raise ValueError(f"{path}: measured with {key} {reference[key]}, not {wanted[key]}")
+            raise ValueError(
+                f"{path}: measured with {key} {reference[key]}, not {wanted[key]}"
+                + (" (--judge prefix-1 is the prefix judge of version 1)" if key == "judge" else "")
+            )
     for kind, suite in wanted["suites"].items():
         if suite["sha256"] != reference["suites"][kind]["sha256"]:
             raise ValueError(f"{path}: measured on other {kind} prompts ({reference['suites'][kind]['where']})")

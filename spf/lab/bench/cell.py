@@ -51,6 +51,7 @@ from spf.lab.demo.summary import make_summary_examples
 from spf.lab.trainer import AnswerTrainer, collate_answers
 from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device, peak_memory_mb, save_whole
 from spf.text.generation import context_length, pad_id
+from spf.text.refusal import VERSION
 
 Split = Literal["eval", "validation"]
 Tuning = Literal["lora", "full"]
@@ -146,6 +147,7 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
         **{key: getattr(cell, key) for key in ("model", "tuning", "scenario", "method", "variant", "seed")},
         "config": {key: value for key, value in asdict(cell).items() if key not in ("curve_steps",)},
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "spf")},
+        "judge": f"prefix-{VERSION}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "curve": [],
         "history": [],

@@ -93,6 +93,7 @@ class _Cell(File):
     config: dict[str, Any]
     versions: dict[str, str]
     machine: str
+    judge: str = "prefix-1"  # of cells from before judges had versions
     curve: list[_Step]
     history: list[_Step]
     asr: Share
