@@ -62,10 +62,9 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, watched: int) ->
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
     if not found.refuses:
         lines.append("the model refuses none of the safety prompts, so conflicts with the data cannot be found")
-    if found.unread:
-        lines.append(
-            f"{found.unread} training rows could not be audited, so what they attack is not held ({found.why})"
-        )
+    if found.why:
+        which = f"{found.unread} training rows" if found.rows else "the training data"
+        lines.append(f"{which} could not be audited, so what they attack is not held ({found.why})")
     return lines
 
 

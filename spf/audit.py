@@ -3,18 +3,18 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.data import Anchor, SafetyRow, ask_refusals, tokenise
-from spf.data.examples import Example, Examples, read_examples
+from spf.data.examples import COLUMNS, Example, Examples, read_examples
 from spf.errors import SafetyDataError
 from spf.files import replace_file
 from spf.next_token import Known, ask
@@ -257,12 +257,23 @@ def audit_data(
     and keeps what was asked.
     """
     stream = isinstance(dataset, IterableDataset)
-    read = islice(dataset, STREAM_ROWS) if stream else (dataset[i] for i in range(len(dataset)))
+    if isinstance(dataset, Dataset | IterableDataset):
+        # images and sound would be decoded
+        columns = [column for column in dataset.column_names or () if column in COLUMNS]
+        dataset = dataset.select_columns(columns) if columns else dataset
+    why = ""
+    if stream:
+        read: Iterable[Any] = islice(dataset, STREAM_ROWS)
+    elif isinstance(dataset, Sized):
+        rows_of: Any = dataset
+        read = (rows_of[i] for i in range(len(rows_of)))
+    else:
+        read, why = (), f"a {type(dataset).__name__} can be read only once"
     examples = read_examples(read, tokenizer, options, max_length)
     begins = own_refusals(model, tokenizer, rows, max_length, options)
     cache = directory / CACHE_FILE if directory else None
     found = audit(model, tokenizer, examples, begins, cache=cache, progress=progress)
-    found.stream = stream
+    found.stream, found.why = stream, why or found.why
     found.refuses = bool(begins)
     if directory and rank_and_ranks()[0] == 0:
         (directory / LIST_FILE).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 import spf.audit
@@ -395,6 +395,41 @@ def test_prompts_that_might_be_refused_are_held_too(refusing, tokenizer, anchors
     held, _ = found.split()
     assert len(held) == 25
     assert all(anchor.refusal_ids == anchors[0].refusal_ids for anchor in held)
+
+
+class Once(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from [{"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([5, 6, 7])}] * 8
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.tensor([5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (Once(), "the training data could not be audited, so what they attack is not held (a Once can be read only"),
+        (Pairs(), "8 training rows could not be audited, so what they attack is not held (row 0: a Tensor without"),
+    ],
+)
+def test_data_that_cannot_be_audited_are_said_to_be(data, said, tmp_path, tokenizer, refusing, rows, caplog):
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    trainer = Trainer(
+        copy.deepcopy(refusing),
+        arguments(TrainingArguments, tmp_path, max_steps=1),
+        train_dataset=data,
+        data_collator=lambda batch: {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])},
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert said in caplog.text
+    assert callback.attachment.corrected == 1
 
 
 def test_conflicts_are_spread_over_the_data():

@@ -17,6 +17,13 @@ IGNORED = -100
 TARGET_TOKENS = 48
 """As much of an answer is read as tells whether it refuses."""
 
+COLUMNS = (
+    *("messages", "prompt", "completion", "chosen", "text", "label"),
+    *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths"),
+    *("prompt_ids", "completion_ids", "chosen_ids", "answer_ids"),
+)
+"""Columns that are read."""
+
 Row = Mapping[str, Any]
 
 
@@ -58,6 +65,10 @@ def read_examples(
     found = Examples()
     for number, row in enumerate(rows):
         found.rows += 1
+        if not isinstance(row, Mapping):
+            found.unread += 1
+            found.why = found.why or f"row {number}: a {type(row).__name__} without column names"
+            continue
         if row.get("label") is False:
             continue
         try:
