@@ -63,7 +63,8 @@ def test_every_method_changes_what_plain_fine_tuning_makes(work, small):
     assert all(torch.equal(plain[name], again[name]) for name in plain)
     assert [entry["step"] for entry in result["history"]] == [1, 2, 3, 4]
     for method in METHODS:
-        if method == "plain":
+        # this random model refuses nothing, so the data filter leaves nothing out
+        if method in ("plain", "data-filter"):
             continue
         weights, result = trained(work, method, learning_rate=1e-2)
         # a lock adds biases and leaves the weights alone

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from spf.data import AnchorRotation, load_safety_rows, packaged_prompts, tokenise
+from spf.audit import Audit, Conflict
+from spf.data import AnchorRotation, SafetyRow, load_safety_rows, packaged_prompts, tokenise
+from spf.data.examples import read_examples
 from spf.errors import SafetyDataError
-from spf.lab.baselines import replay
+from spf.lab.baselines import data_filter, replay
 from spf.lab.baselines.der import replay_loss
 from spf.lab.baselines.ema import EMACallback
 from spf.lab.baselines.osf import add_osf
@@ -17,7 +19,7 @@ from spf.lab.baselines.sbr import HiddenStateAnchor
 from spf.lab.bench.cell import load_tokenizer
 from spf.lab.bench.methods import add_adapter, make_method
 from spf.lab.trainer import answer_logits, collate_answers
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
 from tests.lab.bench_workspace import make_bench_workspace
 from tests.lab.test_baselines import random, train
 
@@ -307,3 +309,18 @@ def test_der_learns_the_replayed_answers(workspace, rows):
 def test_osf_is_an_adapter(workspace):
     with pytest.raises(ValueError, match="osf is an adapter"):
         make_method("osf", {}, 0, workspace, make_model(), load_tokenizer(workspace.aligned))
+
+
+def test_the_data_filter_leaves_out_what_the_audit_finds(monkeypatch):
+    train = [SafetyRow([{"role": "user", "content": f"Request {i}"}], "Yes.", f"row {i}") for i in range(6)]
+    asked = []
+
+    def audit(data, *others, **options):
+        asked.extend(data)
+        return Audit(conflicts=[Conflict(row, 0.9, (1,), (2,)) for row in (1, 4)])
+
+    monkeypatch.setattr(data_filter, "audit_data", audit)
+    tokenizer, model = make_tokenizer(), make_model()
+    kept = data_filter.without_conflicts(train, model, tokenizer, train[:1])
+    assert [row.where for row in kept] == ["row 0", "row 2", "row 3", "row 5"]
+    assert len(read_examples(asked, tokenizer).examples) == 6

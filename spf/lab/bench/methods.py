@@ -29,6 +29,7 @@ from spf.config import (
 from spf.data import SafetyRow, load_safety_rows, reworded_anchors, tokenise
 from spf.lab.baselines import (
     constrained_sft,
+    data_filter,
     der,
     ema,
     kl,
@@ -72,6 +73,7 @@ _POST = ("rank", "energy", "prompts", "reworded", "decision_weight", "tokens")
 OTHERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "safeinstr": {"share": Share},
+    "data-filter": {},
     "ema": {"decay": Annotated[float, Ge(0), Lt(1)]},
     "kl": {"weight": NotNegative},
     "kl-replay": {"weight": NotNegative, **_REPLAYED},
@@ -163,6 +165,8 @@ def make_method(
             prompts = [a.prompt_ids for a in tokenise(rows, tokenizer, context_length(model, tokenizer))]
             anchor = sbr.HiddenStateAnchor(prompts, pad_id(tokenizer), seed=seed, **own)
             return _with_term(lambda tuned: weight * anchor(tuned))
+        case "data-filter":
+            return Method(data=lambda train: data_filter.without_conflicts(train, model, tokenizer, rows))
         case "ema":
             return Method([ema.EMACallback(**settings)])
         case "osf":
