@@ -11,7 +11,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from spf.errors import UnsupportedSetupError
 from spf.rules import components, without_components
-from spf.sharding import Sharding, _flat_part, innermost_optimizer
+from spf.sharding import Sharding, innermost_optimizer
+from spf.sharding.layout import _flat_part
 from spf.subspace import Factors
 
 
