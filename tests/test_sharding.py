@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from spf.errors import UnsupportedSetupError
 from spf.rules import components, without_components
 from spf.sharding import Sharding, innermost_optimizer
-from spf.sharding.layout import _flat_part
+from spf.sharding.blocks import flat_part
 from spf.subspace import Factors
 
 
@@ -32,7 +32,7 @@ def cut_matrices(draw):
     for rank in range(processes):
         low = rank * length
         holder = buffer[low : low + length].clone()
-        parts.append(_flat_part(parameter, holder, low - before, low - before + length, before - low, borders))
+        parts.append(flat_part(parameter, (m, n), holder, low - before, low - before + length, before - low, borders))
     return W, parts
 
 
@@ -129,3 +129,15 @@ def test_other_deepspeed_optimizers_are_refused_by_name():
     bf16 = pytest.importorskip("deepspeed.runtime.bf16_optimizer", reason="DeepSpeed is not installed")
     with pytest.raises(UnsupportedSetupError, match="BF16_Optimizer is not supported; use zero_stage 1, 2 or 3"):
         innermost_optimizer(bf16.BF16_Optimizer.__new__(bf16.BF16_Optimizer))
+
+
+def test_deepspeed_whose_insides_are_not_known_is_refused_with_the_version_to_install(monkeypatch):
+    stage = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2", reason="DeepSpeed is not installed")
+    zero = stage.DeepSpeedZeroOptimizer.__new__(stage.DeepSpeedZeroOptimizer)
+    layer = nn.Linear(2, 2)
+    zero.optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    with pytest.raises(UnsupportedSetupError, match=r"no attribute 'zenflow'\); pip install deepspeed==0.19.8"):
+        Sharding(layer, zero, {})
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.18.2")
+    with pytest.raises(UnsupportedSetupError, match=r"below 0.19.8 is not supported; pip install"):
+        innermost_optimizer(zero)

@@ -1,26 +1,19 @@
 """What the model runs on: the one package that knows DTensors, ZeRO partitions and process groups."""
 
-from spf.sharding.layout import (
-    Block,
-    Part,
-    Sharding,
-    full_shape,
-    innermost_optimizer,
-    object_of_rank_0,
-    refuse_sharded,
-    reshard,
-    same_on_all_ranks,
-    shares_parameters,
-    spread_over_ranks,
-)
+from spf.sharding.blocks import Block, Part
+from spf.sharding.layout import Sharding, innermost_optimizer, refuse_sharded, reshard, shares_parameters
+from spf.sharding.ranks import gather_objects, object_of_rank_0, rank_and_ranks, same_on_all_ranks, spread_over_ranks
+from spf.sharding.zero import full_shape
 
 __all__ = [
     "Block",
     "Part",
     "Sharding",
     "full_shape",
+    "gather_objects",
     "innermost_optimizer",
     "object_of_rank_0",
+    "rank_and_ranks",
     "refuse_sharded",
     "reshard",
     "same_on_all_ranks",
