@@ -10,12 +10,10 @@ import torch
 from spf.config import Whole, check
 from spf.data import Anchor
 from spf.errors import CorrectionError, UnsupportedSetupError
-from spf.matrices import find_matrices
 from spf.monitor import Monitor
 from spf.probe import SafetyProbe
 from spf.rules import Given, NullSpace, Rule
 from spf.run import Run
-from spf.sharding import reshard
 from spf.stepping import Stepping
 from spf.subspace import SafetySubspace
 
@@ -64,7 +62,6 @@ class Attachment:
         given = Given(subspace, resumed, reworded, conflicts, calibration, correction_dtype, new_tokens)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
-        self._met: set[str] = set()
         self.stepping = Stepping(self.sharding, unknown, self._before, self.correction.after_step, self._finish_step)
         self.stepping.lr_scale = self.correction.lr_scale
         self.sharding.forget_order()
@@ -156,20 +153,9 @@ class Attachment:
                 "spf: the optimizer stepped without calling its step hooks after refresh(), so the update was not "
                 f"corrected; the hooks are on {type(self.optimizer).__name__}: is another optimizer in use?"
             )
-        missed = sorted(set(self.matrices) - self._met)
-        if missed and self.steps and self.skipped < self.steps:
-            raise CorrectionError(
-                f"spf: {len(missed)} of {len(self.matrices)} matrices had no gradient at the corrected step, "
-                f"among them {missed[0]}; freeze parameters that the loss does not use"
-            )
+        self.run.check_met()
         if final:
-            reshard(self.probe.model)
-            trained = self.rule.corrects(find_matrices(self.probe.model)[0])
-            if left_out := sorted(trained.keys() - self.matrices.keys()):
-                raise CorrectionError(
-                    f"spf: {left_out[0]} and {len(left_out) - 1} more trainable matrices are not corrected; they were "
-                    "added or unfrozen after training began"
-                )
+            self.run.check_complete()
         if self.steps:
             self.correction.check(final)
 
@@ -197,17 +183,8 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the anchors' position, as JSON; the bases are in `whole_subspace()`."""
-        nll = self.probe.reference_nll
-        return {
-            "rule": repr(self.rule),
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "corrected": self.corrected,
-            "position": self.run.rotation.position,
-            "monitor": self.monitor.state(),
-            "correction": self.correction.state(),
-            "reference_nll": [nll[anchor.where] for anchor in self.run.rotation.anchors] if nll else [],
-        }
+        parts = {"monitor": self.monitor.state(), "correction": self.correction.state()}
+        return {"rule": repr(self.rule)} | self.run.state() | parts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -217,9 +194,7 @@ class Attachment:
         """
         if state["rule"] != repr(self.rule):
             raise ValueError(f"the checkpoint was made with the rule {state['rule']}, not {self.rule!r}")
-        run = self.run
-        run.steps, run.skipped, run.corrected = state["steps"], state["skipped"], state["corrected"]
-        run.rotation.position = state["position"]
+        self.run.load_state(state)
         self.monitor.load_state(state["monitor"])
         try:
             self.correction.load_state(state["correction"])
@@ -228,9 +203,6 @@ class Attachment:
                 f"the checkpoint holds no {error} of the rule; go on from an earlier checkpoint"
             ) from error
         self.stepping.lr_scale = self.correction.lr_scale
-        if state["reference_nll"]:
-            anchors = [anchor.where for anchor in run.rotation.anchors]
-            self.probe.reference_nll = dict(zip(anchors, map(tuple, state["reference_nll"]), strict=True))
 
     def whole_subspace(self) -> SafetySubspace:
         """The subspace with the targets of all rows, from every process's own. All of them have to call it."""
@@ -243,9 +215,7 @@ class Attachment:
             for name in run.matrices
             if name in here and (gradient := self.sharding.parts[name].holder.grad) is not None
         }
-        if self.stepping.first_call:
-            self._met = set()
-        self._met |= set(gradients)
+        run.meet(gradients, self.stepping.first_call)
         run.comparison = None
         if run.result is not None and gradients:
             run.compare(gradients)

@@ -1,9 +1,9 @@
 """Run: what a rule may ask for while a model is trained."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from torch import Tensor
 from spf.data import Anchor, AnchorRotation
 from spf.errors import CorrectionError, UnsupportedSetupError
 from spf.linalg import stacked
-from spf.matrices import Matrix
+from spf.matrices import Matrix, find_matrices
 from spf.probe import ProbeResult, SafetyProbe
-from spf.sharding import Block, Sharding
+from spf.sharding import Block, Sharding, reshard
 
 if TYPE_CHECKING:
     from spf.rules.base import Rule
@@ -59,6 +59,7 @@ class Run:
         self.skipped = 0
         self.corrected = 0
         self._window: dict[str, list[float]] = {}
+        self._met: set[str] = set()
 
     def blocks(self, name: str, tensor: Tensor) -> list[Block]:
         """The rectangles of a matrix in this process, of its holder, the gradient or the optimizer's state."""
@@ -124,6 +125,53 @@ class Run:
             dict(zip(names, sums[len(names) :], strict=True)),
         )
         self._note_cosines(self.comparison)
+
+    def meet(self, gradients: Mapping[str, Tensor], first_call: bool) -> None:
+        """These matrices have a gradient in the step; first_call: it is the step's first (DeepSpeed makes several)."""
+        self._met = set(gradients) | (set() if first_call else self._met)
+
+    def check_met(self) -> None:
+        """
+        Raises:
+            CorrectionError: a matrix had no gradient at the last step, so nothing shows that it is corrected.
+        """
+        missed = sorted(self.matrices.keys() - self._met)
+        if missed and self.steps and self.skipped < self.steps:
+            raise CorrectionError(
+                f"spf: {len(missed)} of {len(self.matrices)} matrices had no gradient at the corrected step, "
+                f"among them {missed[0]}; freeze parameters that the loss does not use"
+            )
+
+    def check_complete(self) -> None:
+        """
+        Raises:
+            CorrectionError: matrices are trained by now that were not when the rule was put on.
+        """
+        reshard(self.probe.model)
+        trained = self.rule.corrects(find_matrices(self.probe.model)[0])
+        if left_out := sorted(trained.keys() - self.matrices.keys()):
+            raise CorrectionError(
+                f"spf: {left_out[0]} and {len(left_out) - 1} more trainable matrices are not corrected; they were "
+                "added or unfrozen after training began"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Counters, the anchors' position, and the reference losses, as JSON."""
+        nll = self.probe.reference_nll
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "corrected": self.corrected,
+            "position": self.rotation.position,
+            "reference_nll": [nll[anchor.where] for anchor in self.rotation.anchors] if nll else [],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.skipped, self.corrected = state["steps"], state["skipped"], state["corrected"]
+        self.rotation.position = state["position"]
+        if state["reference_nll"]:
+            anchors = [anchor.where for anchor in self.rotation.anchors]
+            self.probe.reference_nll = dict(zip(anchors, map(tuple, state["reference_nll"]), strict=True))
 
     def _note_cosines(self, found: Comparison) -> None:
         totals: dict[str, list[float]] = {}

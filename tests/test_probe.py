@@ -7,7 +7,8 @@ from torch import nn
 
 from spf.data import collate
 from spf.errors import UnsupportedModelError
-from spf.probe import SafetyProbe, find_matrices
+from spf.matrices import find_matrices
+from spf.probe import SafetyProbe
 from tests.conftest import make_model
 
 

@@ -135,7 +135,9 @@ def null_space_bases(
     )
     if rule.contrast:
         free = probe.input_bases(benign, names, rank=rule.contrast)
-        bases = {name: outside(V, free[name]) for name, V in bases.items()}
+        pairs = {name: (id(V), id(free[name])) for name, V in bases.items()}  # q, k and v share theirs
+        rest = {pair: outside(bases[name], free[name]) for pair, name in {p: n for n, p in pairs.items()}.items()}
+        bases = {name: rest[pair] for name, pair in pairs.items()}
     whole = {id(V): V[:, : rule.limit(len(V))].contiguous() for V in bases.values()}
     held = {name: whole[id(V)] for name, V in bases.items()}
     for name, V in held.items():

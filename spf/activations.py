@@ -1,0 +1,193 @@
+"""Samples through the model: what its layers read and answer, and the directions of that."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spf.bases import InputSketch, Tokens
+from spf.data import Anchor, AnchorBatch, collate
+from spf.errors import UnsupportedModelError
+from spf.linalg import project_out_right
+from spf.matrices import find_matrices, used_tokens
+from spf.models import evaluating
+from spf.progress import progress, tracked
+from spf.sharding import reshard, spread_over_ranks
+
+DECISION_TOKENS = (5, 2)
+"""Tokens before and after the beginning of the answer that count as deciding on it: the end of the chat template's
+prompt ("<|im_end|>", newline, "<|im_start|>", "assistant", newline) and the first two of the refusal."""
+
+
+class Activations:
+    """Sends samples through a model and reads, by module hooks, what its trainable matrices are given and answer.
+
+    It leaves no trace: the training mode of every module and the random state stay as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel | nn.Module, pad_token_id: int = 0):
+        """
+        Raises:
+            UnsupportedModelError: see `find_matrices`.
+        """
+        self.model = model
+        reshard(model)
+        self.matrices, self.others = find_matrices(model)
+        self.pad_token_id = pad_token_id
+
+    @torch.no_grad()
+    def input_bases(
+        self,
+        anchors: Sequence[Anchor],
+        names: Sequence[str],
+        *,
+        rank: int,
+        energy: float = 1.0,
+        tokens: Tokens = "all",
+        decision_weight: float = 1.0,
+        batch_size: int = 8,
+    ) -> dict[str, Tensor]:
+        """V (n, k), float32, per named matrix: the leading directions of its inputs over the anchors' tokens.
+
+        The tokens around the beginning of the answer, where a refusal is decided (`DECISION_TOKENS`), weigh
+        `decision_weight`, all others 1.
+
+        Raises:
+            UnsupportedModelError: an anchor sends NaN or inf through a matrix, or none passes through it.
+        """
+        shared = self._shared_inputs(anchors[:1], names)
+        # Twice the rank and 16 more keep the sketched directions accurate (Halko et al., section 4.2).
+        sketches = {name: InputSketch(2 * rank + 16) for name in dict.fromkeys(shared.values())}
+
+        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
+            try:
+                sketches[name].add(x, 1 + (decision_weight - 1) * deciding)
+            except ValueError as error:
+                raise UnsupportedModelError(f"{name}: {error}") from error
+
+        self._stream(anchors, list(sketches), take, batch_size, tokens)
+        for name, sketch in sketches.items():
+            if sketch.count == 0:
+                raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
+        # a sketch leaves when its basis is made, so that they are never all there at once
+        with progress(len(sketches), "held directions") as bar:
+
+            def basis(name: str) -> Tensor:
+                bar.update()
+                return sketches.pop(name).basis(rank, energy)
+
+            bases = spread_over_ranks(list(sketches), basis)
+        return {name: bases[shared[name]] for name in names}
+
+    def _shared_inputs(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, str]:
+        """For every name the first one that reads the same tensors in all its calls, as q, k and v projections do."""
+        inputs: dict[str, list[Tensor]] = {}
+
+        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
+            inputs.setdefault(name, []).append(x)
+
+        def same(one: list[Tensor], other: list[Tensor]) -> bool:
+            return len(one) == len(other) and all(
+                a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+                for a, b in zip(one, other, strict=True)
+            )
+
+        self._stream(anchors, names, take, len(anchors))
+        called = list(inputs)
+        shared = {name: name for name in names}
+        for i, name in enumerate(called):
+            # those that share an input are called one after the other
+            before = [other for other in called[max(0, i - 3) : i] if same(inputs[name], inputs[other])]
+            if before:
+                shared[name] = shared[before[0]]
+        return shared
+
+    def response_norms(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, float]:
+        """Root mean square of each named matrix's outputs over all tokens of the anchors."""
+        return self._norms(anchors, names, lambda name, x, y: y.float())
+
+    def free_shares(self, anchors: Sequence[Anchor], bases: Mapping[str, Tensor]) -> dict[str, float]:
+        """Root mean square over the anchors' tokens of |x - V V^T x| / |x|, x a matrix's inputs, V (n, k) its basis."""
+
+        def free(name: str, x: Tensor, y: Tensor) -> Tensor:
+            # with DeepSpeed's offload the bases are where the optimizer is
+            return project_out_right(nn.functional.normalize(x.float(), dim=-1), bases[name].to(x.device))
+
+        return self._norms(anchors, list(bases), free)
+
+    @torch.no_grad()
+    def _norms(
+        self, anchors: Sequence[Anchor], names: Sequence[str], of: Callable[[str, Tensor, Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Root mean square over the anchors' tokens of what `of` makes of a named matrix's inputs and outputs."""
+        squares, tokens = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+
+        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
+            squares[name] += float(of(name, x, y).square().sum())
+            tokens[name] += len(x)
+
+        self._stream(anchors, names, take, batch_size=16)
+        return {name: (total / max(tokens[name], 1)) ** 0.5 for name, total in squares.items()}
+
+    def _stream(
+        self,
+        anchors: Sequence[Anchor],
+        names: Sequence[str],
+        take: Callable[[str, Tensor, Tensor, Tensor], None],
+        batch_size: int,
+        kind: Tokens = "all",
+    ) -> None:
+        """Hand inputs (T, n) and outputs (T, m) of the named matrices to `take`, call by call.
+
+        Its last argument (T,), bool, says which tokens are around the beginning of the answer.
+        """
+        mask = deciding = torch.empty(0)
+
+        def tap(name: str) -> Callable:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                x = inputs[0]
+                take(name, used_tokens(name, x, mask), used_tokens(name, output, mask), deciding[mask].to(x.device))
+
+            return hook
+
+        with self._quiet(), self._hooked(tap, names):
+            for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
+                batch = self._batch(anchors[start : start + batch_size])
+                mask = batch.attention_mask.bool()
+                # the last prompt token predicts the first refusal token, so it counts with the refusal
+                predicts = torch.cat([batch.weights[:, 1:], torch.zeros_like(batch.weights[:, :1])], 1) > 0
+                before, after = DECISION_TOKENS
+                begin = predicts.int().argmax(1)[:, None] + 1
+                place = torch.arange(mask.shape[1], device=mask.device)
+                deciding = (place >= begin - before) & (place < begin + after) & predicts.any(1, keepdim=True)
+                if kind != "all":
+                    mask &= predicts == (kind == "refusal")
+                self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    def _batch(self, anchors: Sequence[Anchor], first_tokens: int = 0, first_weight: float = 1.0) -> AnchorBatch:
+        device = next(self.model.parameters()).device
+        batch = collate(anchors, self.pad_token_id, first_tokens, first_weight)
+        return AnchorBatch(batch.input_ids.to(device), batch.attention_mask.to(device), batch.weights.to(device))
+
+    @contextmanager
+    def _hooked(self, tap: Callable[[str], Callable], names: Iterable[str]) -> Iterator[None]:
+        handles = [module.register_forward_hook(tap(name)) for name in names for module in self.matrices[name].modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Evaluation mode (no dropout, no checkpointing) and the random state put back afterwards."""
+        device = next(self.model.parameters()).device
+        # torch.compile would skip hooks that are registered after compilation
+        with (
+            evaluating(self.model),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
