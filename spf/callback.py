@@ -1,7 +1,6 @@
 """SafetyCallback: Trainer events -> safety data, probe, step rule, logs, checkpoints."""
 
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import DefaultFlowCallback
 from transformers.utils import logging
 
 from spf.announce import audit_lines, first_lines, watched_line
@@ -42,6 +40,7 @@ from spf.probe import SafetyProbe
 from spf.rules import RULES, Rule
 from spf.sharding import innermost_optimizer, object_of_rank_0
 from spf.text.generation import context_length, pad_id
+from spf.trainers import calling_trainer, stand_before_reports
 from spf.training_data import TrainingData, data_of, refuse_to_drop
 
 logger = logging.get_logger(__name__)
@@ -144,7 +143,7 @@ class SafetyCallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have the trainer's `train` take the rule off however it ends: an error or an interrupt calls no event."""
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         if trainer is None:
             return
         train = trainer.train
@@ -168,7 +167,9 @@ class SafetyCallback(TrainerCallback):
         model, optimizer, tokenizer = kwargs["model"], kwargs["optimizer"], kwargs["processing_class"]
         self._detach()
         innermost_optimizer(optimizer)
-        self._take_place()
+        trainer = calling_trainer()
+        if trainer is not None:
+            stand_before_reports(self, trainer, SafetyCallback)
         model, tokenizer = self._loaded(model, tokenizer)
         if args.fp16 and self.rule.adds_gradients:
             raise UnsupportedSetupError(
@@ -322,33 +323,6 @@ class SafetyCallback(TrainerCallback):
         rows = self._rows[: self.rule.reworded_samples(len(self._rows))]
         return reworded_anchors(rows, tokenizer, limit, self.chat_template_kwargs)
 
-    def _take_place(self) -> None:
-        """Stand before the reporting callbacks, so that they report this one's metrics, too.
-
-        Raises:
-            UnsupportedSetupError: another SafetyCallback is in the run.
-        """
-        trainer = _calling_trainer()
-        if trainer is None:
-            return
-        callbacks = trainer.callback_handler.callbacks
-        if sum(isinstance(callback, SafetyCallback) for callback in callbacks) > 1:
-            raise UnsupportedSetupError("two SafetyCallbacks are in one run; give the trainer one of them")
-        flow = [i for i, callback in enumerate(callbacks) if isinstance(callback, DefaultFlowCallback)]
-        callbacks.remove(self)
-        callbacks.insert(flow[0] + 1 if flow else 0, self)
-
     def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.remove()
-
-
-def _calling_trainer() -> Trainer | None:
-    """The Trainer whose event this is. Events do not say; it is the innermost Trainer among the callers."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-    return None

@@ -15,6 +15,7 @@ from typing import Any
 from yaml import YAMLError
 
 from spf import arguments as given
+from spf import words
 from spf.errors import INPUT_ERRORS, CorrectionError, RunFailedError, keeping
 
 USAGE = """spf keeps an aligned language model's refusals while you fine-tune it.
@@ -121,9 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
         if first == "--print_completion":
             print(_completion(arguments[1:]))
         elif first in GROUPS:
-            _run_group(first, given.expanded(arguments[1:]))
+            _run_group(first, words.expanded(arguments[1:]))
         elif first in COMMANDS:
-            _run(first, given.expanded(arguments[1:]))
+            _run(first, words.expanded(arguments[1:]))
         else:
             raise ValueError(f"no command {first!r}; spf --help lists them")
     except (Exception, KeyboardInterrupt) as error:
@@ -158,9 +159,9 @@ def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     parsed: Any = arguments
     if name != "train":
-        parsed = given.parse(command.arguments, name, arguments)
+        parsed = words.parse(command.arguments, name, arguments)
     elif {"-h", "--help"} & set(arguments):
-        parser = given.parser_of(command.arguments, name, epilog=TRAIN_HELP)
+        parser = words.parser_of(command.arguments, name, epilog=TRAIN_HELP)
         parser.usage = TRAIN_USAGE
         parser.print_help()
         return
@@ -185,7 +186,7 @@ def _completion(arguments: list[str]) -> str:
     groups = {name: commands.add_parser(name, help=GROUPS[name].splitlines()[0]).add_subparsers() for name in GROUPS}
     for name, command in COMMANDS.items():
         *group, last = name.split()
-        made = given.parser_of(command.arguments, name, add_help=False)
+        made = words.parser_of(command.arguments, name, add_help=False)
         if name == "train":
             made.add_argument("config", nargs="?")
             for flag in ("help_all", *given.TRAIN_NAMES, *given.TRAIN_NAMES.values()):

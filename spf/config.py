@@ -204,7 +204,7 @@ class Settings:
 
 
 class Arguments(Settings):
-    """Settings from a command line (`spf.arguments.parse`)."""
+    """Settings from a command line (`spf.words.parse`)."""
 
     form = "--{}"
 

@@ -18,7 +18,7 @@ from trl import (
     get_quantization_config,
 )
 
-from spf.arguments import TRAIN_NAMES, SafetyArguments, expanded, spelled
+from spf.arguments import TRAIN_NAMES, SafetyArguments
 from spf.callback import SafetyCallback
 from spf.checkpoint import STATE_FILE
 from spf.config import CallbackSettings, Count, NotNegative, Positive, Seed, Share, Whole, check, read_yaml
@@ -28,6 +28,7 @@ from spf.errors import keeping, working
 from spf.evaluation.run import parse_options
 from spf.files import directory_lock
 from spf.rules import RULES, Rule
+from spf.words import expanded, spelled
 
 Beta = Annotated[float, Ge(0), Lt(1)]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from spf import arguments, cli
+from spf import words as command_line
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,7 +71,7 @@ def test_the_same_thing_has_the_same_name_everywhere():
     ],
 )
 def test_what_has_no_name_goes_in_order(words, found):
-    args = arguments.parse(arguments.TuneArguments, "lock tune", words)
+    args = command_line.parse(arguments.TuneArguments, "lock tune", words)
     assert (args.model, args.lock, args.output, args.ks) == found
     assert args.overwrite == ("--overwrite" in words)
     assert args.batch_size == 65
@@ -98,7 +99,9 @@ def test_mistakes_are_one_sentence(capsys, words, sentence):
 
 
 def test_former_names_work_and_say_so(capsys):
-    args = arguments.parse(arguments.AlignArguments, "align", ["m", "--rank", "4", "--answer-tokens=7", "--seed", "1"])
+    args = command_line.parse(
+        arguments.AlignArguments, "align", ["m", "--rank", "4", "--answer-tokens=7", "--seed", "1"]
+    )
     assert (args.lora_rank, args.max_new_tokens, args.seed) == (4, 7, 1)
     assert capsys.readouterr().err.splitlines() == [
         "spf: --rank is now --lora_rank; the old name goes with the next release",
@@ -120,7 +123,7 @@ def test_former_names_work_and_say_so(capsys):
 
 def test_home_directories_are_expanded_wherever_they_stand(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert arguments.expanded(["~/a", "--output=~/b", "name=~/c", "x,~/d.yaml", "~"]) == [
+    assert command_line.expanded(["~/a", "--output=~/b", "name=~/c", "x,~/d.yaml", "~"]) == [
         f"{tmp_path}/a",
         f"--output={tmp_path}/b",
         f"name={tmp_path}/c",
@@ -128,9 +131,9 @@ def test_home_directories_are_expanded_wherever_they_stand(monkeypatch, tmp_path
         str(tmp_path),
     ]
     untouched = ["a~b", "a/~", "~ about", "file~", 3, None, True]
-    assert arguments.expanded(untouched) == untouched
-    assert arguments.expanded({"a": ["~/x", {"b": "~/y"}]}) == {"a": [f"{tmp_path}/x", {"b": f"{tmp_path}/y"}]}
-    assert arguments.expanded("~root/x") == str(Path("~root/x").expanduser())
+    assert command_line.expanded(untouched) == untouched
+    assert command_line.expanded({"a": ["~/x", {"b": "~/y"}]}) == {"a": [f"{tmp_path}/x", {"b": f"{tmp_path}/y"}]}
+    assert command_line.expanded("~root/x") == str(Path("~root/x").expanduser())
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report", "~/run"]) == 2
     assert f"{tmp_path}/run/results.json: no such file" in capsys.readouterr().err

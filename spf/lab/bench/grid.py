@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from spf.arguments import BenchArguments, expanded
+from spf.arguments import BenchArguments
 from spf.config import STRICT, Name, Seed, check_values, one_of, read_yaml, sentence
 from spf.errors import RunFailedError, keeping, working
 from spf.files import check_output_directory, directory_lock, write_json
@@ -28,6 +28,7 @@ from spf.lab.bench.report import write_bench_report
 from spf.lab.bench.scenarios import SCENARIOS
 from spf.lab.bench.summary import load_cell
 from spf.progress import progress, tracked
+from spf.words import expanded
 
 
 def read_grid(path: Path, model: str | None = None) -> list[Cell]:
