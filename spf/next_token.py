@@ -110,11 +110,10 @@ def _next_token(
 ) -> list[tuple[float, int]]:
     device = next(model.parameters()).device
     width = max(map(len, prompts))
-    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
-    with _last_only(model, lengths - 1):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+    mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts])
+    with _last_only(model, mask.sum(1) - 1):
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits.float().cpu()
     shares = logits.softmax(-1)
     sums = [float(share[list(chosen)].sum()) for share, chosen in zip(shares, tokens, strict=True)]
     return list(zip(sums, logits.argmax(-1).tolist(), strict=True))
@@ -126,7 +125,7 @@ def _last_only(model: Any, last: Tensor) -> Iterator[None]:
 
     def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]
-        return (hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)],)
+        return (hidden[torch.arange(len(hidden)).to(hidden.device), last.to(hidden.device)],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

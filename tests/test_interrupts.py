@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from spf import cli
 from tests.conftest import make_model
-from tests.lab.test_bench_killed import wait_for
+from tests.lab.test_bench_killed import interruptible, wait_for
 from tests.safetylock.toys import descendant, some_pairs, toy
 from tests.test_cli import make_workspace
 
@@ -36,6 +36,7 @@ def interrupted(place, arguments, begun):
         stdout=subprocess.DEVNULL,
         stderr=(place / "stderr").open("w"),
         text=True,
+        preexec_fn=interruptible,
     )
     try:
         assert wait_for(lambda: begun() or spf.poll() is not None, 120)

@@ -13,6 +13,16 @@ from spf.progress import progress, tracked
 from tests.conftest import make_model
 
 
+@pytest.fixture(autouse=True)
+def bars_are_on():
+    """Whatever other tests left behind: a benchmark turns transformers' bars off in its process."""
+    were = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield
+    if not were:
+        logging.disable_progress_bar()
+
+
 @pytest.fixture
 def soon(monkeypatch):
     monkeypatch.setattr(module, "DELAY", 0.05)

@@ -1,6 +1,7 @@
 """Greedy answers of a chat model, in batches."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ def complete_texts(
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     pad = pad_id(tokenizer)
     answers = [""] * len(encoded)
-    with evaluating(model), progress_bar(len(encoded), description, shown=progress) as bar:
+    bar_of = progress_bar(len(encoded), description, shown=progress)
+    with evaluating(model), _one_type(model), bar_of as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             width = max(len(encoded[i]) for i in rows)
@@ -136,3 +138,15 @@ def complete_texts(
                 answers[i] = text.strip()
             bar.update(len(rows))
     return answers
+
+
+def _one_type(model: PreTrainedModel) -> AbstractContextManager:
+    """Autocast where some layers are float32 beside narrower ones (saved whole beside adapters, say), as in training.
+
+    Adapters convert what they are given themselves.
+    """
+    types = {p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name}
+    narrow = types & {torch.bfloat16, torch.float16}
+    if torch.float32 in types and narrow:
+        return torch.autocast(model.device.type, dtype=narrow.pop())
+    return nullcontext()

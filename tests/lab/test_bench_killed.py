@@ -22,9 +22,14 @@ import sys
 import slow_cell
 from spf import cli
 from spf.lab.bench import grid
-grid.run_cell, grid.prepare = slow_cell.run_cell, lambda name, work: str(work)
+grid.run_cell, grid.prepare = slow_cell.run_cell, lambda name, work, others: str(work)
 sys.exit(cli.main(["bench", "grid.yaml", "--output", "out", "--work", "."]))
 """
+
+
+def interruptible() -> None:
+    """In a process that is started: Ctrl-C counts, also where these tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def alive(pid: int) -> bool:
@@ -52,6 +57,7 @@ def test_no_worker_is_left(tmp_path, number, code):
         env=os.environ | {"PYTHONPATH": path},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=interruptible,
     )
     worker = tmp_path / "worker"
     try:
