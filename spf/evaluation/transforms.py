@@ -96,7 +96,7 @@ def to_past_tense(prompt: str) -> str:
         if opening.match(text):
             text = opening.sub(put, text)
             break
-    text = _FIRST_PERSON.sub(lambda found: _PERSONS[found.group().lower()], text)
+    text = _FIRST_PERSON.sub(lambda found: _PERSONS.get(found.group().lower(), found.group()), text)
     text = text[:1].lower() + text[1:]
     return f"In the past, {text}?" if _QUESTION.match(text) else f"How did people {text} in the past?"
 
