@@ -101,6 +101,11 @@ class Audit:
         """Rows of the data set with a conflict, in order, each once."""
         return sorted({conflict.row for conflict in self.conflicts})
 
+    def without(self, dataset: Dataset) -> Dataset:
+        """The data set that was audited, less the rows with a conflict."""
+        left_out = set(self.conflicting_rows)
+        return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+
     @property
     def share(self) -> float:
         """Rows with a conflict, of those that could be read."""

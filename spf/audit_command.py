@@ -59,9 +59,8 @@ def _kept(output: Path) -> str:
 
 
 def _write_clean(dataset: Dataset, found: Audit, path: Path) -> None:
-    left_out = set(found.conflicting_rows)
     with atomic_path(path) as temporary:
-        dataset.select([i for i in range(len(dataset)) if i not in left_out]).to_json(temporary)
+        found.without(dataset).to_json(temporary)
 
 
 def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:

@@ -59,8 +59,7 @@ class TrainingData:
         """Leave the rows with conflicts out; the Trainer reads its data when it begins to train, before any event."""
         dataset: Any = trainer.train_dataset
         found = self.audit(dataset, model, tokenizer, rows, Path(str(trainer.args.output_dir)))
-        left_out = set(found.conflicting_rows)
-        trainer.train_dataset = dataset.select([i for i in range(len(dataset)) if i not in left_out])
+        trainer.train_dataset = found.without(dataset)
 
     def split(
         self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Sequence[Mapping[str, Any]] | None

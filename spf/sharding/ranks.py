@@ -20,12 +20,11 @@ def spread_over_ranks(names: Sequence[str], make: Callable[[str], Tensor]) -> di
 
     So ranks share the work and cannot differ by rounding. Every process has to come here with the same names.
     """
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    rank, ranks = rank_and_ranks()
     if ranks == 1:
         return {name: make(name) for name in names}
-    own = {name: make(name) for i, name in enumerate(names) if i % ranks == dist.get_rank()}
-    kinds: list[Any] = [None] * ranks
-    dist.all_gather_object(kinds, {name: (tuple(V.shape), V.dtype) for name, V in own.items()})
+    own = {name: make(name) for i, name in enumerate(names) if i % ranks == rank}
+    kinds = gather_objects({name: (tuple(V.shape), V.dtype) for name, V in own.items()})
     made = {}
     for i, name in enumerate(names):
         shape, dtype = kinds[i % ranks][name]
