@@ -42,14 +42,17 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
     return lines
 
 
-def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, watched: int) -> list[str]:
-    """What the training data attack, and what was done about it. watched: conflicts that are watched, not held."""
+def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watched: int) -> list[str]:
+    """What the training data attack, and what was done about it.
+
+    held: prompts of theirs that are held, which need not be all. watched: those that are watched instead.
+    """
     counts = found.counts()
     if found.conflicts or found.leaning:
         more = len({conflict.row for conflict in found.leaning})
-        leaning = f", and {more} more that it might refuse," if more else ""
+        leaning = f", {more} more rows that it might refuse counted in," if more else ""
         done = {
-            "hold": f"held{leaning} with the model's own refusals ({watched} of their prompts watched instead); "
+            "hold": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead); "
             "conflicts='allow' lets them be unlearned, 'drop' leaves the rows out",
             "drop": "these rows are left out, and their refusals held",
             "allow": "allowed, so these refusals will be lost",

@@ -226,7 +226,7 @@ class SafetyCallback(TrainerCallback):
         if state.is_world_process_zero:
             lines = first_lines(self.attachment, self._rows, self._at_hand, self._answered)
             if self.data.found is not None:
-                lines[-1:-1] = audit_lines(self.data.found, self.conflicts, self.rule, len(watched))
+                lines[-1:-1] = audit_lines(self.data.found, self.conflicts, self.rule, len(held), len(watched))
             for line in lines:
                 logger.warning(f"spf: {line}")
 

@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 import spf.audit
 import spf.next_token
 from spf import NullSpace, SafetyCallback, SafetyDataError
+from spf.announce import audit_lines
 from spf.audit import Audit, Beginnings, Conflict, audit, audit_data, own_refusals, spread
 from spf.cli import main
 from spf.data import SafetyRow, collate, packaged_prompts, tokenise
@@ -437,6 +438,11 @@ def test_conflicts_are_spread_over_the_data():
     found = Audit(1000, conflicts=conflicts)
     assert [anchor.prompt_ids for anchor in spread(found.conflicts, 4)] == [[0], [250], [500], [750]]
     held, watched = found.split()
+    # more than can be held: the line says how many are
+    line = audit_lines(found, "hold", NullSpace(), len(held), len(watched))[0]
+    assert (
+        f"{spf.audit.MOST_HELD - spf.audit.MOST_WATCHED} prompts held with the model's own refusals (16 watched" in line
+    )
     assert len(watched) == spf.audit.MOST_WATCHED
     assert len(held) + len(watched) == spf.audit.MOST_HELD
     assert not {tuple(a.prompt_ids) for a in held} & {tuple(a.prompt_ids) for a in watched}

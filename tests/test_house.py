@@ -10,7 +10,7 @@ from spf.rules import RULES
 ROOT = Path(__file__).parent.parent / "spf"
 OTHERS = ("lab", "evaluation", "safetylock")
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0] not in OTHERS]
-STILL_LONG = {"SafetyCallback": 282, "Attachment": 207}
+STILL_LONG = {"SafetyCallback": 280, "Attachment": 207}
 """Classes over 200 lines, which may only become shorter."""
 
 
