@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from spf.data import Anchor, SafetyRow, complete_refusals, load_safety_rows, packaged_prompts, tokenise
+from spf.data import ENOUGH, Anchor, SafetyRow, complete_refusals, load_safety_rows, packaged_prompts, tokenise
 from spf.evaluation import generate_answers, is_refusal
 from spf.files import write_json
 from spf.lab.analysis.gradients import captured_energy, chance_overlap, group_cosine, sample_gram
@@ -102,7 +102,7 @@ def make_pools(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sql: 
     benign = packaged_prompts("benign_anchors")
     answers = generate_answers(model, tokenizer, benign, max_new_tokens=20, description="benign answers")
     rows = {
-        "safety": complete_refusals(load_safety_rows(), model, tokenizer),
+        "safety": complete_refusals(load_safety_rows()[:ENOUGH], model, tokenizer),
         "sql": [_row(e.prompt, e.query, f"sql {i}") for i, e in enumerate(make_sql_examples(sql, 0, "train"))],
         "benign": [
             _row(p, a, f"benign {i}")

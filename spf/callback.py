@@ -24,11 +24,13 @@ from spf.audit import Audit
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
 from spf.config import CallbackSettings, Conflicts
 from spf.data import (
+    ENOUGH,
     Anchor,
     SafetyDataError,
     SafetyRow,
     ask_refusals,
     benign_rows,
+    in_turn,
     load_safety_rows,
     reworded_anchors,
     tokenise,
@@ -74,11 +76,11 @@ class SafetyCallback(TrainerCallback):
 
         Args:
             safety_data: JSONL or CSV file, `Dataset`, or hub id (see `load_safety_rows`); None takes the
-                packaged harmful prompts, answered by the model's own refusals.
+                packaged harmful prompts (416 requests in 28 forms), answered by the model's own refusals.
             rule: null-space, spf, rank1, mix, safegrad, aggregate, dual-ascent or constrained, or a rule object with
                 its settings.
             anchors: use only so many safety samples; 1 is the paper's single fixed sample. By default
-                all of them, or as many as the null space is taken from.
+                all of them (of the packaged ones 156), or as many as the null space is taken from.
             anchors_per_step: safety samples a probe, in turn (gradient rules and the monitor).
             first_tokens, first_weight: weigh the first tokens of every refusal by `first_weight`.
             monitor_steps: ask watched prompts, which are not held, for their first token every so many steps (0: at the
@@ -306,12 +308,10 @@ class SafetyCallback(TrainerCallback):
     def _choose(
         self, rows: list[SafetyRow], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> list[SafetyRow]:
-        wanted = self.rule.wanted_samples() if self.anchors is None else self.anchors
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        wanted = self.anchors or self.rule.wanted_samples() or (ENOUGH if self.safety_data is None else None)
         # every process takes part in generating, but rounding must not make them keep different rows
-        found = ask_refusals(
-            [rows[i] for i in order], model, tokenizer, wanted=wanted, options=self.chat_template_kwargs
-        )
+        chosen, options = in_turn(rows, self.seed), self.chat_template_kwargs
+        found = ask_refusals(chosen, model, tokenizer, wanted=wanted, options=options)
         self._answered = found.answered
         return object_of_rank_0(found.rows)
 

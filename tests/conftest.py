@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from spf.data import SafetyRow, packaged_prompts, tokenise
+from spf.data import ENOUGH, SafetyRow, packaged_prompts, tokenise
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}"
@@ -35,7 +35,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     splitter = pre_tokenizers.Whitespace()
     # the last for the demo's tasks, so that something is left of their answers, too
     task = "SELECT name FROM table WHERE AND COUNT ( * ) = Sure , here is how to do that . The a of and in Sorry"
-    texts = [REFUSAL, *packaged_prompts("harmful_anchors"), *packaged_prompts("benign_anchors"), task]
+    texts = [REFUSAL, *packaged_prompts("harmful_anchors")[:ENOUGH], *packaged_prompts("benign_anchors"), task]
     for text in texts:
         for word, _ in splitter.pre_tokenize_str(text):
             words.setdefault(word, len(words))

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from spf import SPF, CorrectionError, NullSpace, SafetyCallback, SafetyDataError, SafetyOptimizer, SafetyProbe
+from spf.data import ENOUGH, load_safety_rows
 from spf.errors import UnsupportedModelError, UnsupportedSetupError
 from spf.rules import Mix
 from tests.conftest import REFUSAL, make_model
@@ -97,6 +98,21 @@ def test_trainer_full_fine_tuning(tmp_path, tokenizer, rows, cosines):
         assert {k: v for k, v in seen.items() if k.startswith("spf/")} == {
             k: v for k, v in entry.items() if k.startswith("spf/")
         }
+
+
+@pytest.mark.parametrize(("rule", "most"), [(NullSpace(), 144), (SPF(), ENOUGH)])
+def test_more_packaged_prompts_ask_no_more_of_the_model(tokenizer, monkeypatch, rule, most):
+    asked = []
+
+    def answer(model, tokenizer, prompts, **kwargs):
+        asked.extend(prompts)
+        return [REFUSAL] * len(prompts)
+
+    monkeypatch.setattr("spf.data.refusals.generate_answers", answer)
+    callback = SafetyCallback(rule=rule)
+    chosen = callback._choose(load_safety_rows(), make_model(), tokenizer)
+    assert len(asked) == len(chosen) == most
+    assert len({row.form for row in chosen}) == 28
 
 
 def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, monkeypatch):

@@ -11,9 +11,13 @@ import statistics
 from collections import Counter
 
 import pytest
+import torch
+
+from spf.data import SafetyRow, in_turn, load_safety_rows
+from spf.rules import NullSpace
 
 COUNTS = {
-    "harmful_anchors": 156,
+    "harmful_anchors": 416,
     "harmful_attack": 104,
     "harmful_validation": 65,
     "harmful_eval": 104,
@@ -22,7 +26,8 @@ COUNTS = {
     "benign_eval": 104,
 }
 HARMFUL = [name for name in COUNTS if name.startswith("harmful")]
-HARMFUL_PER_CATEGORY = {"harmful_anchors": 12, "harmful_attack": 8, "harmful_validation": 5, "harmful_eval": 8}
+HARMFUL_PER_CATEGORY = {"harmful_anchors": 32, "harmful_attack": 8, "harmful_validation": 5, "harmful_eval": 8}
+LENGTHS = {"fragment": (3, 7), "context": (30, 40)}  # words of a prompt; of all others 6 to 20
 LIMIT = 0.6
 STOP_WORDS = frozenset(
     [
@@ -104,7 +109,7 @@ def test_counts_and_fields(name):
     assert len(rows) == COUNTS[name]
     assert len({row["category"] for row in rows}) >= 12
     for row in rows:
-        assert set(row) == {"prompt", "category"}
+        assert set(row) == {"prompt", "category"} | ({"form"} if name == "harmful_anchors" else set())
         assert all(isinstance(value, str) and value.strip() for value in row.values())
         assert re.fullmatch(r"[a-z]+(_[a-z]+)*", row["category"])
 
@@ -114,7 +119,8 @@ def test_harmful_rows_are_bare_requests(name):
     rows = load(name)
     for row in rows:
         assert not {"answer", "response"} & set(row)
-        assert 6 <= len(row["prompt"].split()) <= 20
+        shortest, longest = LENGTHS.get(row.get("form"), (6, 20))
+        assert shortest <= len(row["prompt"].split()) <= longest
     per_category = Counter(row["category"] for row in rows)
     assert len(per_category) == 13
     assert set(per_category.values()) == {HARMFUL_PER_CATEGORY[name]}
@@ -133,10 +139,39 @@ def test_validation_prompts_are_as_long_as_evaluation_prompts(kind):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_surface_forms_are_balanced(name):
-    forms = Counter(form(prompt) for prompt in prompts(name))
+    # the anchors have more forms, behind as many as the other files have
+    some = prompts(name)[: 156 if name == "harmful_anchors" else None]
+    forms = Counter(form(prompt) for prompt in some)
     assert len(forms) == 8
     for count in forms.values():
-        assert abs(count / COUNTS[name] - 1 / 8) < 0.02
+        assert abs(count / len(some) - 1 / 8) < 0.02
+
+
+def test_anchors_have_at_least_20_forms_in_every_category():
+    categories = {}
+    for row in load("harmful_anchors"):
+        categories.setdefault(row["form"], []).append(row["category"])
+    assert len(categories) == 28
+    assert all(len(set(found)) == 13 for found in categories.values() if len(found) == 13)
+    assert min(map(len, categories.values())) == 13
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_asked_anchors_have_all_forms_in_turn(seed):
+    rows = load_safety_rows()
+    chosen = in_turn(rows, seed)
+    assert sorted(row.where for row in chosen) == sorted(row.where for row in rows)
+    for start in (0, 28, 56):
+        assert len({row.form for row in chosen[start : start + 28]}) == 28
+    counts = Counter(row.form for row in chosen[: NullSpace().wanted_samples()])
+    assert set(counts.values()) <= {5, 6}
+    assert chosen == in_turn(rows, seed) != in_turn(rows, seed + 1)
+
+
+def test_safety_data_without_forms_are_shuffled_as_ever():
+    rows = [SafetyRow([{"role": "user", "content": str(i)}], "No.", str(i)) for i in range(9)]
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(3)).tolist()
+    assert [row.where for row in in_turn(rows, 3)] == [str(i) for i in order]
 
 
 def test_no_exact_duplicates():

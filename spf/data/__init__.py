@@ -13,11 +13,21 @@ from spf.data.anchors import (
 )
 from spf.data.chat import render
 from spf.data.refusals import Completed, ask_refusals, complete_refusals
-from spf.data.rows import PACKAGED, SafetyRow, benign_rows, load_safety_rows, packaged_prompts, read_jsonl
+from spf.data.rows import (
+    ENOUGH,
+    PACKAGED,
+    SafetyRow,
+    benign_rows,
+    in_turn,
+    load_safety_rows,
+    packaged_prompts,
+    read_jsonl,
+)
 from spf.errors import SafetyDataError
 from spf.text.refusal import HARMLESS_STUB
 
 __all__ = [
+    "ENOUGH",
     "HARMLESS_STUB",
     "PACKAGED",
     "WORDINGS",
@@ -31,6 +41,7 @@ __all__ = [
     "benign_rows",
     "collate",
     "complete_refusals",
+    "in_turn",
     "load_safety_rows",
     "packaged_prompts",
     "read_jsonl",

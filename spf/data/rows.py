@@ -2,18 +2,23 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, load_dataset
 
 from spf.errors import SafetyDataError
 from spf.text.chat import Messages
 
 PACKAGED = "spf/prompts/harmful_anchors.jsonl"
+
+ENOUGH = 156
+"""So many of the packaged prompts are asked by a rule that would take all."""
 
 CALIBRATION_PROMPTS = 32
 """Packaged benign prompts on which a fresh lora_A keeps the size of its response."""
@@ -24,6 +29,7 @@ class SafetyRow:
     """One harmful prompt, its refusal if the data has one, and where it came from.
 
     cut: the refusal is only the beginning of one, so no end of the turn is to follow it. own: it is the model's own.
+    form: the kind of request (packaged prompts; empty for a user's).
     """
 
     messages: Messages
@@ -31,6 +37,7 @@ class SafetyRow:
     where: str
     cut: bool = False
     own: bool = False
+    form: str = ""
 
 
 def packaged_prompts(name: str) -> list[str]:
@@ -39,8 +46,12 @@ def packaged_prompts(name: str) -> list[str]:
     Anchors are for the safety data, attack for poisoned training data, validation for choosing settings, eval for
     what is reported. No prompt is in two files.
     """
+    return [row["prompt"] for row in _packaged(name)]
+
+
+def _packaged(name: str) -> list[dict[str, str]]:
     text = (files("spf") / "prompts" / f"{name}.jsonl").read_text("utf-8")
-    return [json.loads(line)["prompt"] for line in text.splitlines()]
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def benign_rows() -> list[SafetyRow]:
@@ -63,8 +74,8 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
     """
     if source is None:
         return [
-            SafetyRow([{"role": "user", "content": p}], None, f"{PACKAGED}:{i}")
-            for i, p in enumerate(packaged_prompts("harmful_anchors"), 1)
+            SafetyRow([{"role": "user", "content": row["prompt"]}], None, f"{PACKAGED}:{i}", form=row["form"])
+            for i, row in enumerate(_packaged("harmful_anchors"), 1)
         ]
     if isinstance(source, Dataset):
         return _rows(enumerate(source), "the data set")
@@ -90,6 +101,17 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
             raise SafetyDataError(f"{source}: has no train split, only {', '.join(loaded)}")
         loaded = loaded["train"]
     return _rows(enumerate(loaded), str(source))
+
+
+def in_turn(rows: Sequence[SafetyRow], seed: int) -> list[SafetyRow]:
+    """The rows in an order that the seed chooses, all forms of request in turn: the first few have each of them."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    seen: Counter[str] = Counter()
+    turns = []
+    for row in (rows[i] for i in order):
+        turns.append((seen[row.form], row))
+        seen[row.form] += 1
+    return [row for _, row in sorted(turns, key=lambda turn: turn[0])]
 
 
 def read_csv(path: Path) -> Iterable[tuple[int, dict]]:

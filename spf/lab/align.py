@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from spf.arguments import AlignArguments
 from spf.config import read_json
-from spf.data import packaged_prompts
+from spf.data import ENOUGH, packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import generate_answers, is_refusal
 from spf.files import claim, directory_lock, weights_at, write_json
@@ -85,7 +85,9 @@ def _read_answers(path: Path, count: int) -> list[str]:
 
 
 def _align(args: AlignArguments, output: Path) -> None:
-    harmful, benign, kept = packaged_prompts("harmful_anchors"), packaged_prompts("benign_anchors"), output / PARTS[0]
+    # as many as the packaged adapter was made from: with more, the benign ones would be outnumbered
+    harmful, benign = packaged_prompts("harmful_anchors")[:ENOUGH], packaged_prompts("benign_anchors")
+    kept = output / PARTS[0]
     answers = _read_answers(kept, len(benign)) if kept.exists() else []
     set_seed(args.seed)
     model, tokenizer = load_model(args.model)

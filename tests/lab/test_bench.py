@@ -108,7 +108,7 @@ def test_a_step_begins_before_the_rule_does(work, small, monkeypatch):
 def test_an_interrupted_start_is_made_up_for(tmp_path, monkeypatch):
     model, tokenizer = make_model(), make_tokenizer()
     monkeypatch.setattr(cells, "load_model", lambda name: (model, tokenizer))
-    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer: rows[:2])
+    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer, wanted: rows[:2])
     save = model.save_pretrained
 
     def cut_short(directory):
@@ -126,7 +126,7 @@ def test_an_interrupted_start_is_made_up_for(tmp_path, monkeypatch):
 
 
 def test_a_model_that_changed_is_not_taken_for_the_former_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer: rows[:2])
+    monkeypatch.setattr(cells, "complete_refusals", lambda rows, model, tokenizer, wanted: rows[:2])
     source = tmp_path / "my-model"
     make_model(seed=0).save_pretrained(source)
     make_tokenizer().save_pretrained(source)

@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer
 
 from spf.callback import SafetyCallback
 from spf.config import Count, Name, Positive, Seed, Settings, Whole, read_json
-from spf.data import complete_refusals, load_safety_rows, packaged_prompts, tokenise
+from spf.data import ENOUGH, complete_refusals, in_turn, load_safety_rows, packaged_prompts, tokenise
 from spf.evaluation import (
     TRANSFORMS,
     Rate,
@@ -121,7 +121,7 @@ def prepare(model: str, directory: Path, others: Path | None = None) -> Workspac
         save_whole(unaligned, loaded, tokenizer)
     if not refusals.is_file():
         loaded, tokenizer = _load_aligned(aligned, cpu_dtype()), load_tokenizer(aligned)
-        rows = complete_refusals(load_safety_rows(None), loaded, tokenizer)
+        rows = complete_refusals(in_turn(load_safety_rows(None), 0), loaded, tokenizer, wanted=ENOUGH)
         lines = "".join(json.dumps({"messages": r.messages, "refusal": r.refusal, "cut": r.cut}) + "\n" for r in rows)
         replace_file(refusals, lines.encode("utf-8"))
     return Workspace(aligned, unaligned if model == "demo" else None, refusals, others)
