@@ -1,18 +1,18 @@
 """Samples through the model: what its layers read and answer, and the directions of that."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spf.bases import InputSketch, Tokens
+from spf.bases import InputSketch, Tokens, log_odds, relative
 from spf.data import Anchor, AnchorBatch, collate
 from spf.errors import UnsupportedModelError
 from spf.linalg import project_out_right
 from spf.matrices import find_matrices, used_tokens
-from spf.models import evaluating
+from spf.models import evaluating, logits_only
 from spf.progress import progress, tracked
 from spf.sharding import reshard, spread_over_ranks
 
@@ -47,12 +47,15 @@ class Activations:
         energy: float = 1.0,
         tokens: Tokens = "all",
         decision_weight: float = 1.0,
+        gradient_share: float = 0.0,
         batch_size: int = 8,
     ) -> dict[str, Tensor]:
         """V (n, k), float32, per named matrix: the leading directions of its inputs over the anchors' tokens.
 
         The tokens around the beginning of the answer, where a refusal is decided (`DECISION_TOKENS`), weigh
-        `decision_weight`, all others 1.
+        `decision_weight`, all others 1. `gradient_share` of a token's weight is, instead, how much the matrix's answer
+        to it moves that decision: the squared gradient of the log-odds of the refusal's first tokens, over its sample's
+        mean. Matrices that read the same inputs share their weights.
 
         Raises:
             UnsupportedModelError: an anchor sends NaN or inf through a matrix, or none passes through it.
@@ -61,13 +64,24 @@ class Activations:
         # Twice the rank and 16 more keep the sketched directions accurate (Halko et al., section 4.2).
         sketches = {name: InputSketch(2 * rank + 16) for name in dict.fromkeys(shared.values())}
 
-        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
+        def add(name: str, x: Tensor, weights: Tensor) -> None:
             try:
-                sketches[name].add(x, 1 + (decision_weight - 1) * deciding)
+                sketches[name].add(x, weights)
             except ValueError as error:
                 raise UnsupportedModelError(f"{name}: {error}") from error
 
-        self._stream(anchors, list(sketches), take, batch_size, tokens)
+        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
+            add(name, x, 1 + (decision_weight - 1) * deciding)
+
+        if gradient_share:
+            groups: dict[str, list[str]] = {}
+            for name, first in shared.items():
+                groups.setdefault(first, []).append(name)
+            for name, x, deciding, moves in self._decisions(anchors, groups, max(1, batch_size // 2), tokens):
+                fixed = 1 + (decision_weight - 1) * deciding
+                add(name, x, (1 - gradient_share) * fixed + gradient_share * moves)
+        else:
+            self._stream(anchors, list(sketches), take, batch_size, tokens)
         for name, sketch in sketches.items():
             if sketch.count == 0:
                 raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
@@ -80,6 +94,59 @@ class Activations:
 
             bases = spread_over_ranks(list(sketches), basis)
         return {name: bases[shared[name]] for name in names}
+
+    def _decisions(
+        self, anchors: Sequence[Anchor], groups: Mapping[str, Sequence[str]], batch_size: int, kind: Tokens
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Name, inputs (T, n), which tokens are around the beginning of the answer (T,), and how much the answers of
+        its group to each token move the decision (T,), `relative`; call by call.
+
+        groups: matrices that read the same inputs, by the name that stands for them.
+        """
+        # a fresh lora_B is zero, so lora_A's own outputs have no gradient
+        answers = {name: name.replace(".lora_A.", ".lora_B.") for group in groups.values() for name in group}
+        tapped = [name for name in dict.fromkeys([*groups, *answers.values()]) if name in self.matrices]
+        head = set(self.model.get_output_embeddings().modules())  # type: ignore[operator]
+        ends = any(module in head for name in tapped for module in self.matrices[name].modules)
+        taps: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+        def tap(name: str) -> Callable:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                if not output.requires_grad:
+                    output.requires_grad_(True)  # nothing below it is trainable; the graph begins here
+                taps.setdefault(name, []).append((inputs[0].detach(), output))
+
+            return hook
+
+        for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
+            batch = self._batch(anchors[start : start + batch_size])
+            mask, predicts, deciding = self._places(batch)
+            rows, columns = (predicts & (predicts.cumsum(1) <= DECISION_TOKENS[1])).nonzero(as_tuple=True)
+            # a matrix at the end is given all tokens; without one, logits of the deciding tokens are enough
+            few = nullcontext() if ends else logits_only(self.model, rows, columns)
+            with torch.enable_grad(), self._quiet(), self._hooked(tap, tapped), few:
+                output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                logits = output.logits
+                logits = logits[rows.to(logits.device), columns.to(logits.device)] if ends else logits
+                targets = batch.input_ids[rows, columns + 1].to(logits.device)
+                moved = log_odds(logits.float(), targets).sum()
+                records = {name: list(pairs) for name, pairs in taps.items()}
+                flat = [output for pairs in records.values() for _, output in pairs]
+                gradients = iter(torch.autograd.grad(moved, flat, allow_unused=True))
+            found = {name: [next(gradients) for _ in pairs] for name, pairs in records.items()}
+            taps.clear()
+            mask = mask & (predicts == (kind == "refusal")) if kind != "all" else mask
+            counts = mask.sum(1).tolist()
+            for name, group in groups.items():
+                for call, (x, _) in enumerate(records.get(name, ())):
+                    rows = used_tokens(name, x, mask)
+                    total = torch.zeros(len(rows), device=rows.device)
+                    for member in group:
+                        d = found.get(answers[member], ())
+                        if call < len(d) and d[call] is not None:
+                            used = used_tokens(member, d[call], mask)
+                            total += used.float().square().sum(-1).to(total.device)
+                    yield name, rows, deciding[mask].to(rows.device), relative(total, counts)
 
     def _shared_inputs(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, str]:
         """For every name the first one that reads the same tensors in all its calls, as q, k and v projections do."""
@@ -155,16 +222,22 @@ class Activations:
         with self._quiet(), self._hooked(tap, names):
             for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
                 batch = self._batch(anchors[start : start + batch_size])
-                mask = batch.attention_mask.bool()
-                # the last prompt token predicts the first refusal token, so it counts with the refusal
-                predicts = torch.cat([batch.weights[:, 1:], torch.zeros_like(batch.weights[:, :1])], 1) > 0
-                before, after = DECISION_TOKENS
-                begin = predicts.int().argmax(1)[:, None] + 1
-                place = torch.arange(mask.shape[1], device=mask.device)
-                deciding = (place >= begin - before) & (place < begin + after) & predicts.any(1, keepdim=True)
+                mask, predicts, deciding = self._places(batch)
                 if kind != "all":
                     mask &= predicts == (kind == "refusal")
                 self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    @staticmethod
+    def _places(batch: AnchorBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Which tokens (B, L) are no padding, which predict the refusal, and which are around its beginning."""
+        mask = batch.attention_mask.bool()
+        # the last prompt token predicts the first refusal token, so it counts with the refusal
+        predicts = torch.cat([batch.weights[:, 1:], torch.zeros_like(batch.weights[:, :1])], 1) > 0
+        before, after = DECISION_TOKENS
+        begin = predicts.int().argmax(1)[:, None] + 1
+        place = torch.arange(mask.shape[1], device=mask.device)
+        deciding = (place >= begin - before) & (place < begin + after) & predicts.any(1, keepdim=True)
+        return mask, predicts, deciding
 
     def _batch(self, anchors: Sequence[Anchor], first_tokens: int = 0, first_weight: float = 1.0) -> AnchorBatch:
         device = next(self.model.parameters()).device

@@ -13,6 +13,29 @@ Tokens = Literal["all", "prompt", "refusal"]
 """Which tokens of a safety sample count."""
 
 
+CLIP = 50.0
+"""Most that one token's gradient may weigh, as a multiple of its sample's mean."""
+
+
+def log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p - log(1 - p) (P,) of each token under its logits (P, V): its gradient stays large where p is near 1."""
+    others = logits.scatter(-1, tokens[:, None], -torch.inf).logsumexp(-1)
+    return logits.gather(-1, tokens[:, None])[:, 0] - others
+
+
+def relative(squares: Tensor, counts: list[int]) -> Tensor:
+    """Squared gradients (T,) of samples' tokens in a row, over their sample's mean, at most `CLIP`.
+
+    counts: tokens of each sample. A sample without a finite gradient counts all its tokens the same, 1.
+    """
+    parts = []
+    for part in squares.float().split(counts):
+        mean = part.mean()
+        usable = bool(torch.isfinite(mean) & (mean > 0))
+        parts.append((part / mean).clamp(max=CLIP) if usable else torch.ones_like(part))
+    return torch.cat(parts)
+
+
 def outside(V: Tensor, free: Tensor) -> Tensor:
     """An orthonormal basis (n, <= k) of what V (n, k) spans orthogonally to the basis `free` (n, q)."""
     rest = V - exact_matmul(free, exact_matmul(free.T, V))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -51,6 +51,21 @@ def peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@contextmanager
+def logits_only(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Logits (P, V) of these P tokens of a batch only: all of a long batch's are larger than the model."""
+
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device)],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

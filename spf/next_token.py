@@ -3,18 +3,16 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spf.files import write_json
 from spf.models import evaluating
 from spf.progress import progress as bar_of
 from spf.sharding import gather_objects, rank_and_ranks, shares_parameters
+from spf.shared_prefix import NextToken
 
 BATCH = 8
 """Prompts that are asked together; sorted by length, so little is padding."""
@@ -87,12 +85,13 @@ def ask(
     own: dict[int, tuple[float, int]] = {}
     in_step = shares_parameters(model)
     with evaluating(model), bar_of(rounds, "audit", shown=progress) as bar:
+        asker = NextToken(model, [prompts[i] for i in order])
         for turn in range(rounds):
             number = turn * ranks + rank
             if number < len(batches) or in_step:
                 # those that gather each other's parameters make the same number of passes
                 batch = batches[min(number, len(batches) - 1)]
-                asked = _next_token(model, [prompts[i] for i in batch], [tokens[i] for i in batch])
+                asked = asker.ask([prompts[i] for i in batch], [tokens[i] for i in batch])
                 for i, answer in zip(batch, asked, strict=True):
                     own[i] = answer
                     known.add(prompts[i], answer)
@@ -102,33 +101,3 @@ def ask(
             answers[i] = answer
             known.answers[known.name(prompts[i])] = list(answer)
     return [answer for answer in answers if answer is not None]
-
-
-@torch.no_grad()
-def _next_token(
-    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
-) -> list[tuple[float, int]]:
-    device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-    mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts])
-    with _last_only(model, mask.sum(1) - 1):
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits.float().cpu()
-    shares = logits.softmax(-1)
-    sums = [float(share[list(chosen)].sum()) for share, chosen in zip(shares, tokens, strict=True)]
-    return list(zip(sums, logits.argmax(-1).tolist(), strict=True))
-
-
-@contextmanager
-def _last_only(model: Any, last: Tensor) -> Iterator[None]:
-    """Logits (B, V) at these positions (B,) only: at all of a long prompt they are larger than the model."""
-
-    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0]
-        return (hidden[torch.arange(len(hidden)).to(hidden.device), last.to(hidden.device)],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

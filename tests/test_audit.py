@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 import spf.audit
@@ -19,6 +19,7 @@ from spf.cli import main
 from spf.data import SafetyRow, collate, packaged_prompts, tokenise
 from spf.data.examples import read_examples
 from spf.probe import SafetyProbe
+from spf.shared_prefix import NextToken
 from tests.conftest import make_model, make_tokenizer
 from tests.test_callback import arguments, safety_data
 
@@ -189,16 +190,16 @@ def test_what_was_asked_is_kept_and_an_interrupted_audit_goes_on(refusing, token
     examples = read_examples(rows_of((p, COMPLIES) for p in [*HARMFUL, *BENIGN]), tokenizer)
     cache = tmp_path / "asked.json"
     asked = []
-    real = spf.next_token._next_token
+    real = NextToken.ask
     monkeypatch.setattr(spf.next_token, "SAVE_SECONDS", -1.0)
 
-    def counted(model, prompts, tokens):
+    def counted(asker, prompts, tokens):
         asked.extend(prompts)
         if len(asked) > 24 and interrupt:
             raise KeyboardInterrupt
-        return real(model, prompts, tokens)
+        return real(asker, prompts, tokens)
 
-    monkeypatch.setattr(spf.next_token, "_next_token", counted)
+    monkeypatch.setattr(NextToken, "ask", counted)
     interrupt = True
     with pytest.raises(KeyboardInterrupt):
         audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
@@ -446,3 +447,39 @@ def test_conflicts_are_spread_over_the_data():
     assert len(watched) == spf.audit.MOST_WATCHED
     assert len(held) + len(watched) == spf.audit.MOST_HELD
     assert not {tuple(a.prompt_ids) for a in held} & {tuple(a.prompt_ids) for a in watched}
+
+
+def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(tokenizer):
+    torch.manual_seed(0)
+    model = make_model(width=64).eval()
+    shared = tuple(range(5, 25))
+    prompts = [(*shared, *range(30 + i, 34 + i + i % 5)) for i in range(12)]
+    widths = []
+    handle = model.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    short, whole = NextToken(model, prompts), NextToken(model, prompts[:2])
+    assert (short.shared, whole.shared) == (20, 0)
+    widths.clear()
+    got = short.shares(prompts)
+    assert widths == [8]
+    assert torch.allclose(got, whole.shares(prompts), atol=1e-6)
+    handle.remove()
+
+
+@pytest.mark.parametrize("wrong", [lambda cache, count: None, lambda cache, count: [].pop()])
+def test_a_cache_that_cannot_be_repeated_or_answers_otherwise_is_not_used(wrong, monkeypatch):
+    model = make_model(width=64).eval()
+    prompts = [(*range(5, 25), *range(30 + i, 34 + i + i % 5)) for i in range(12)]
+    whole = NextToken(model, prompts[:2]).shares(prompts)
+
+    def repeat(cache, count):
+        wrong(cache, count)
+        for layer in cache.layers:  # as if the keys were another prompt's
+            layer.keys, layer.values = 3 * layer.keys.expand(count, -1, -1, -1), -layer.values.expand(count, -1, -1, -1)
+
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", repeat)
+    monkeypatch.setattr("spf.shared_prefix.CLOSE", 1e-6)
+    short = NextToken(model, prompts)
+    assert short.shared == 0
+    assert torch.equal(short.shares(prompts), whole)

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from spf.bases import relative
 from spf.data import collate
 from spf.errors import UnsupportedModelError
 from spf.matrices import find_matrices
@@ -163,3 +164,49 @@ def test_the_tokens_around_the_beginning_of_the_answer_take_the_first_directions
 
     assert missed(1e6) < 0.01
     assert missed(1.0) > 0.1
+
+
+def test_token_weights_follow_the_gradient_of_the_decision(anchors):
+    """The shares of the tokens' weights against the gradient taken by hand, with LoRA and without."""
+    for lora in (False, True):
+        model = make_model()
+        if lora:
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+        probe = SafetyProbe(model, anchors[:1], pad_token_id=1)
+        names = [n for n in probe.matrices if "layers.0" in n and ".lora_B." not in n]
+        groups = {n: [n] for n in names}
+        seen = {n: moves for n, _, _, moves in probe._decisions(anchors[:1], groups, 1, "all")}
+        anchor = anchors[0]
+        ids = torch.tensor([anchor.prompt_ids + anchor.refusal_ids])
+        for name in names:
+            layer = model.get_submodule(name.split(".lora_A")[0].removesuffix(".weight"))
+            outputs = []
+            handle = layer.register_forward_hook(lambda m, x, y, outputs=outputs: outputs.append(y))
+            log_p = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            handle.remove()
+            places = [len(anchor.prompt_ids) - 1, len(anchor.prompt_ids)]
+            said = log_p[places, torch.tensor(anchor.refusal_ids[:2])]
+            (d,) = torch.autograd.grad((said - torch.log1p(-said.exp())).sum(), outputs[0])
+            squares = d[0].float().square().sum(-1)
+            assert torch.allclose(seen[name], (squares / squares.mean()).clamp(max=50), rtol=1e-3, atol=1e-4), name
+
+
+def test_weights_of_tokens_are_clipped_and_even_without_a_gradient():
+    squares = torch.cat([torch.tensor([100.0] + [0.0] * 99), torch.zeros(3), torch.tensor([1.0, torch.nan])])
+    weights = relative(squares, [100, 3, 2])
+    assert weights.tolist() == [50.0] + [0.0] * 99 + [1.0] * 5
+
+
+def test_the_gradients_share_gives_the_directions_of_what_decides(anchors):
+    model = make_model()
+    probe = SafetyProbe(model, anchors[:4], pad_token_id=1)
+    name = next(name for name in probe.matrices if "layers.1.mlp.down_proj" in name)
+    weighed = [(x, moves) for _, x, _, moves in probe._decisions(anchors[:4], {name: [name]}, 4, "all")]
+    X, w = weighed[0]
+    X = torch.nn.functional.normalize(X, dim=1)
+
+    def missed(share):
+        V = probe.input_bases(anchors[:4], [name], rank=6, gradient_share=share)[name]
+        return float((w * (X - X @ V @ V.T).square().sum(1)).sum())
+
+    assert missed(1.0) < 0.5 * missed(0.0)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from spf.models import logits_only
+
 IGNORED = -100
 
 AnswerLoss = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor, Tensor], Tensor]
@@ -47,15 +49,9 @@ def answer_logits(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, 
     labels = inputs["labels"][:, 1:]
     used = labels != IGNORED
 
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, :-1][used],)
-
-    # PreTrainedModel and PeftModel both have it; nn.Module's stub does not.
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
-    try:
+    rows, columns = used.nonzero(as_tuple=True)
+    with logits_only(model, rows, columns):
         output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-    finally:
-        handle.remove()
     positions = used.cumsum(1) - 1
     return output.logits.float(), labels[used], positions[used]
 

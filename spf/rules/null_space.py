@@ -9,7 +9,7 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from spf.bases import Tokens, outside
-from spf.config import Count, Weight, Whole
+from spf.config import Count, Share, Weight, Whole
 from spf.data import Anchor
 from spf.errors import UnsupportedModelError
 from spf.linalg import exact_matmul
@@ -55,6 +55,12 @@ class NullSpace(Rule):
     decision_weight: Weight = field(
         default=8.0,
         metadata={"help": "weight of the tokens around the beginning of the answer in the choice of directions"},
+    )
+    gradient_share: Share = field(
+        default=0.5,
+        metadata={
+            "help": "share of a token's weight that is how much it moves the decision to refuse (its squared gradient)"
+        },
     )
     tokens: Tokens = field(
         default="all", metadata={"help": "tokens the directions are taken from: all, prompt or refusal"}
@@ -132,6 +138,7 @@ def null_space_bases(
         energy=rule.energy,
         tokens=rule.tokens,
         decision_weight=rule.decision_weight,
+        gradient_share=rule.gradient_share,
     )
     if rule.contrast:
         free = probe.input_bases(benign, names, rank=rule.contrast)

@@ -43,7 +43,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 
 import spf.audit  # noqa: E402
 import spf.data.refusals as refusals  # noqa: E402
-import spf.next_token  # noqa: E402
 import spf.rules.spf as published  # noqa: E402
 import spf.training_data  # noqa: E402
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError  # noqa: E402
@@ -51,6 +50,7 @@ from spf.data import Anchor  # noqa: E402
 from spf.data.examples import Example, Examples  # noqa: E402
 from spf.rules import Constrained, Mix, SafeGrad  # noqa: E402
 from spf.rules.holding import Holding  # noqa: E402
+from spf.shared_prefix import NextToken  # noqa: E402
 from spf.stepping import Stepping  # noqa: E402
 from tests.conftest import make_tokenizer  # noqa: E402
 from tests.test_callback import token_data  # noqa: E402
@@ -343,11 +343,11 @@ def own_refusals(case: Case, directory: Path) -> dict[str, Any]:
 
 def audited(case: Case, directory: Path) -> dict[str, Any]:
     """The training data's prompts are asked by all ranks together, and all get the same answers."""
-    real, asked, passes = spf.training_data.audit_data, spf.next_token._next_token, itertools.count()
+    real, asked, passes = spf.training_data.audit_data, NextToken.ask, itertools.count()
 
-    def counted(model: Any, prompts: Any, tokens: Any) -> Any:
+    def counted(asker: Any, prompts: Any, tokens: Any) -> Any:
         next(passes)
-        return asked(model, prompts, tokens)
+        return asked(asker, prompts, tokens)
 
     def made(dataset: Any, model: Any, tokenizer: Any, *rest: Any, **options: Any) -> spf.audit.Audit:
         prompts = [(*range(5, 9 + i % 7), 20 + i) for i in range(37)]
@@ -355,12 +355,14 @@ def audited(case: Case, directory: Path) -> dict[str, Any]:
         anchors = [Anchor([1], [token, 7], "") for token in range(0, 2000, 2)]
         return spf.audit.audit(model, tokenizer, examples, anchors)
 
-    spf.training_data.audit_data, spf.next_token._next_token, spf.audit.CONFIRM = made, counted, 0.0
+    spf.training_data.audit_data, spf.audit.CONFIRM = made, 0.0
+    NextToken.ask = counted  # type: ignore[method-assign]
     try:
         trainer, callback = make_trainer(case, directory)
         trainer.train()
     finally:
-        spf.training_data.audit_data, spf.next_token._next_token, spf.audit.CONFIRM = real, asked, 0.2
+        spf.training_data.audit_data, spf.audit.CONFIRM = real, 0.2
+        NextToken.ask = asked  # type: ignore[method-assign]
     assert callback.audit is not None
     return {
         "conflicts": [[c.row, c.probability, c.refusal_ids[0]] for c in callback.audit.conflicts],

@@ -68,7 +68,7 @@ RULES: dict[str, tuple[type, dict[str, Any], int | None]] = {
 
 _REPLAYED = {"refusals_per_step": Whole, "benign_per_step": Whole}
 _LOCK = {"k": Count, "alpha": float}
-_POST = ("rank", "energy", "prompts", "reworded", "decision_weight", "tokens")
+_POST = ("rank", "energy", "prompts", "reworded", "decision_weight", "gradient_share", "tokens")
 
 OTHERS: dict[str, dict[str, Any]] = {
     "plain": {},
