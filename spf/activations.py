@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spf.bases import InputSketch, Tokens, log_odds, relative
+from spf.bases import Tokens, log_odds, relative
 from spf.data import Anchor, AnchorBatch, collate
-from spf.errors import UnsupportedModelError
-from spf.linalg import project_out_right
 from spf.matrices import find_matrices, used_tokens
 from spf.models import evaluating, logits_only
-from spf.progress import progress, tracked
-from spf.sharding import reshard, spread_over_ranks
+from spf.progress import tracked
+from spf.sharding import reshard
 
 DECISION_TOKENS = (5, 2)
 """Tokens before and after the beginning of the answer that count as deciding on it: the end of the chat template's
@@ -36,64 +34,6 @@ class Activations:
         reshard(model)
         self.matrices, self.others = find_matrices(model)
         self.pad_token_id = pad_token_id
-
-    @torch.no_grad()
-    def input_bases(
-        self,
-        anchors: Sequence[Anchor],
-        names: Sequence[str],
-        *,
-        rank: int,
-        energy: float = 1.0,
-        tokens: Tokens = "all",
-        decision_weight: float = 1.0,
-        gradient_share: float = 0.0,
-        batch_size: int = 8,
-    ) -> dict[str, Tensor]:
-        """V (n, k), float32, per named matrix: the leading directions of its inputs over the anchors' tokens.
-
-        The tokens around the beginning of the answer, where a refusal is decided (`DECISION_TOKENS`), weigh
-        `decision_weight`, all others 1. `gradient_share` of a token's weight is, instead, how much the matrix's answer
-        to it moves that decision: the squared gradient of the log-odds of the refusal's first tokens, over its sample's
-        mean. Matrices that read the same inputs share their weights.
-
-        Raises:
-            UnsupportedModelError: an anchor sends NaN or inf through a matrix, or none passes through it.
-        """
-        shared = self._shared_inputs(anchors[:1], names)
-        # Twice the rank and 16 more keep the sketched directions accurate (Halko et al., section 4.2).
-        sketches = {name: InputSketch(2 * rank + 16) for name in dict.fromkeys(shared.values())}
-
-        def add(name: str, x: Tensor, weights: Tensor) -> None:
-            try:
-                sketches[name].add(x, weights)
-            except ValueError as error:
-                raise UnsupportedModelError(f"{name}: {error}") from error
-
-        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
-            add(name, x, 1 + (decision_weight - 1) * deciding)
-
-        if gradient_share:
-            groups: dict[str, list[str]] = {}
-            for name, first in shared.items():
-                groups.setdefault(first, []).append(name)
-            for name, x, deciding, moves in self._decisions(anchors, groups, max(1, batch_size // 2), tokens):
-                fixed = 1 + (decision_weight - 1) * deciding
-                add(name, x, (1 - gradient_share) * fixed + gradient_share * moves)
-        else:
-            self._stream(anchors, list(sketches), take, batch_size, tokens)
-        for name, sketch in sketches.items():
-            if sketch.count == 0:
-                raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
-        # a sketch leaves when its basis is made, so that they are never all there at once
-        with progress(len(sketches), "held directions") as bar:
-
-            def basis(name: str) -> Tensor:
-                bar.update()
-                return sketches.pop(name).basis(rank, energy)
-
-            bases = spread_over_ranks(list(sketches), basis)
-        return {name: bases[shared[name]] for name in names}
 
     def _decisions(
         self, anchors: Sequence[Anchor], groups: Mapping[str, Sequence[str]], batch_size: int, kind: Tokens
@@ -170,33 +110,6 @@ class Activations:
             if before:
                 shared[name] = shared[before[0]]
         return shared
-
-    def response_norms(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, float]:
-        """Root mean square of each named matrix's outputs over all tokens of the anchors."""
-        return self._norms(anchors, names, lambda name, x, y: y.float())
-
-    def free_shares(self, anchors: Sequence[Anchor], bases: Mapping[str, Tensor]) -> dict[str, float]:
-        """Root mean square over the anchors' tokens of |x - V V^T x| / |x|, x a matrix's inputs, V (n, k) its basis."""
-
-        def free(name: str, x: Tensor, y: Tensor) -> Tensor:
-            # with DeepSpeed's offload the bases are where the optimizer is
-            return project_out_right(nn.functional.normalize(x.float(), dim=-1), bases[name].to(x.device))
-
-        return self._norms(anchors, list(bases), free)
-
-    @torch.no_grad()
-    def _norms(
-        self, anchors: Sequence[Anchor], names: Sequence[str], of: Callable[[str, Tensor, Tensor], Tensor]
-    ) -> dict[str, float]:
-        """Root mean square over the anchors' tokens of what `of` makes of a named matrix's inputs and outputs."""
-        squares, tokens = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-
-        def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
-            squares[name] += float(of(name, x, y).square().sum())
-            tokens[name] += len(x)
-
-        self._stream(anchors, names, take, batch_size=16)
-        return {name: (total / max(tokens[name], 1)) ** 0.5 for name, total in squares.items()}
 
     def _stream(
         self,

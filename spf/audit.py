@@ -287,20 +287,21 @@ def audit_data(
     return found
 
 
-def watched_entries(watched: Sequence[Anchor]) -> list[dict[str, Any]]:
-    """Watched conflicts for a checkpoint: row, hash of the prompt and refusal, not the prompt."""
+def anchor_entries(conflicts: Sequence[Anchor]) -> list[dict[str, Any]]:
+    """Conflicts for a checkpoint: row, hash of the prompt and refusal, not the prompt."""
     return [
-        {"row": int(a.where.split()[-1]), "prompt": Known.name(a.prompt_ids), "refusal": a.refusal_ids} for a in watched
+        {"row": int(a.where.split()[-1]), "prompt": Known.name(a.prompt_ids), "refusal": a.refusal_ids}
+        for a in conflicts
     ]
 
 
-def watched_again(
+def anchors_again(
     entries: Sequence[Mapping[str, Any]],
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None = None,
 ) -> list[Anchor]:
-    """The watched conflicts of a checkpoint, from the training data; those that are not there any more are left out."""
+    """The conflicts of a checkpoint, from the training data; those that are not there any more are left out."""
     if isinstance(dataset, IterableDataset):
         rows = list(islice(dataset, STREAM_ROWS))
     else:

@@ -1,7 +1,7 @@
 """SafetyCallback: Trainer events -> safety data, probe, step rule, logs, checkpoints."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,17 @@ from transformers.utils import logging
 from spf.announce import audit_lines, first_lines, watched_line
 from spf.audit import Audit
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
-from spf.config import CallbackSettings, Conflicts
+from spf.config import CallbackSettings, Conflicts, OnLeak
 from spf.data import (
-    ENOUGH,
-    Anchor,
     SafetyDataError,
-    SafetyRow,
-    ask_refusals,
-    benign_rows,
-    in_turn,
-    load_safety_rows,
-    reworded_anchors,
-    tokenise,
     unused_tokens,
 )
 from spf.errors import UnsupportedSetupError
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import RULES, Rule
-from spf.sharding import innermost_optimizer, object_of_rank_0
+from spf.safety_samples import SafetySamples
+from spf.sharding import innermost_optimizer
 from spf.text.generation import context_length, pad_id
 from spf.trainers import calling_trainer, stand_before_reports
 from spf.training_data import TrainingData, data_of, refuse_to_drop
@@ -69,6 +61,7 @@ class SafetyCallback(TrainerCallback):
         monitor_steps: int = 10,
         cosines: bool = False,
         conflicts: Conflicts = "hold",
+        on_leak: OnLeak = "tighten",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
@@ -90,6 +83,8 @@ class SafetyCallback(TrainerCallback):
             conflicts: what to do about training rows that answer prompts which the aligned model refuses: hold (their
                 prompts are held with the model's own refusals), drop (these rows are left out, too), allow (nothing;
                 for data that lift refusals on purpose), or error (the run is refused).
+            on_leak: when refusals are being lost, tighten (as soon as held prompts flip, null-space holds more
+                directions), stop (the run is ended after the next step) or warn, as the others do too.
             chat_template_kwargs: variables of the chat template, for the safety samples; `enable_thinking` and
                 `thinking` are False unless they are given.
             seed: choice and order of the anchors.
@@ -115,6 +110,7 @@ class SafetyCallback(TrainerCallback):
             monitor_steps=monitor_steps,
             cosines=cosines,
             conflicts=conflicts,
+            on_leak=on_leak,
             chat_template_kwargs=chat_template_kwargs,
             seed=seed,
         )
@@ -128,11 +124,11 @@ class SafetyCallback(TrainerCallback):
         self.cosines = cosines
         self.chat_template_kwargs = chat_template_kwargs
         self.conflicts: Conflicts = conflicts
+        self.on_leak: OnLeak = on_leak
         self.seed = seed
+        self.samples = SafetySamples(safety_data, rule, anchors, seed, chat_template_kwargs)
         self.data = TrainingData(conflicts, rule.holds, chat_template_kwargs)
         self.attachment: Attachment | None = None
-        self._rows: list[SafetyRow] = []
-        self._at_hand = self._answered = 0
         self._warned = False
         self._proven_at = -1
         self._resume: str | bool | None = None
@@ -179,8 +175,7 @@ class SafetyCallback(TrainerCallback):
                 "vanish; use bf16, or null-space without feedback"
             )
         self._saved = None
-        rows = load_safety_rows(self.safety_data)
-        limit = context_length(model, tokenizer)
+        samples, limit = self.samples, context_length(model, tokenizer)
         if state.global_step > 0:
             if not self.rule.resumable:
                 raise UnsupportedSetupError(
@@ -188,16 +183,14 @@ class SafetyCallback(TrainerCallback):
                     f"saved in it"
                 )
             self._saved = read_checkpoint(resumed_from(args, state, self._resume))
-            self._rows = self._saved.rows(rows)
+            samples.rows = self._saved.rows(samples.load())
         elif self.data.found is None:
-            self._rows = self._choose(rows, model, tokenizer)
+            samples.choose(model, tokenizer)
             dataset = data_of(kwargs["train_dataloader"])
-            self.data.audit(dataset, model, tokenizer, self._rows, Path(str(args.output_dir)))
-        self._at_hand = len(rows)
-        before = self._saved.state["watched"] if self._saved else None
+            self.data.audit(dataset, model, tokenizer, samples.rows, Path(str(args.output_dir)))
+        before = self._saved.state if self._saved else None
         held, watched = self.data.split(kwargs["train_dataloader"], tokenizer, before)
-        anchors, reworded = self._tokenise(self._rows, tokenizer, limit), self._reworded(tokenizer, limit)
-        calibration = self._tokenise(benign_rows(), tokenizer, limit)
+        anchors, reworded, calibration = samples.tokens(tokenizer, limit)
         probe = SafetyProbe(
             model,
             anchors,
@@ -221,12 +214,13 @@ class SafetyCallback(TrainerCallback):
             cosines=self.cosines,
             correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
             new_tokens=unused_tokens(tokenizer, [*anchors, *reworded, *calibration]),
+            tighten=self.on_leak == "tighten",
         )
         if self._saved is not None:
             self.attachment.load_state_dict(self._saved.state)
         self._warned, self._proven_at = False, -1
         if state.is_world_process_zero:
-            lines = first_lines(self.attachment, self._rows, self._at_hand, self._answered)
+            lines = first_lines(self.attachment, samples.rows, samples.at_hand, samples.answered)
             if self.data.found is not None:
                 lines[-1:-1] = audit_lines(self.data.found, self.conflicts, self.rule, len(held), len(watched))
             for line in lines:
@@ -237,8 +231,9 @@ class SafetyCallback(TrainerCallback):
     ) -> None:
         self._running.refresh()
         if self._running.monitor.leaks and not self._warned:
-            self._warned = True
-            self._tell(state, f"after step {state.global_step} ")
+            self._warned, stop = True, self.on_leak == "stop"
+            control.should_training_stop |= stop
+            self._tell(state, f"after step {state.global_step} ", "; the run is ended (on_leak)" * stop)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
@@ -262,8 +257,9 @@ class SafetyCallback(TrainerCallback):
         subspace = self._running.whole_subspace()
         if not state.is_world_process_zero:
             return
-        state_dict = self._running.state_dict() | {"watched": self.data.entries()}
-        self._saved = write_checkpoint(checkpoint_directory(args, state), state_dict, self._rows, subspace, self._saved)
+        state_dict = self._running.state_dict() | self.data.entries()
+        directory, rows = checkpoint_directory(args, state), self.samples.rows
+        self._saved = write_checkpoint(directory, state_dict, rows, subspace, self._saved)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -278,8 +274,8 @@ class SafetyCallback(TrainerCallback):
         """Leave the rows with conflicts out, before the Trainer reads its data."""
         refuse_to_drop(trainer)
         model, tokenizer = self._loaded(trainer.model, trainer.processing_class)
-        self._rows = self._choose(load_safety_rows(self.safety_data), model, tokenizer)
-        self.data.drop(trainer, model, tokenizer, self._rows)
+        self.samples.choose(model, tokenizer)
+        self.data.drop(trainer, model, tokenizer, self.samples.rows)
 
     def _prove(self, state: TrainerState, final: bool) -> None:
         if self._proven_at == state.global_step:
@@ -304,24 +300,6 @@ class SafetyCallback(TrainerCallback):
                 "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
             )
         return model, tokenizer
-
-    def _choose(
-        self, rows: list[SafetyRow], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> list[SafetyRow]:
-        wanted = self.anchors or self.rule.wanted_samples() or (ENOUGH if self.safety_data is None else None)
-        # every process takes part in generating, but rounding must not make them keep different rows
-        chosen, options = in_turn(rows, self.seed), self.chat_template_kwargs
-        found = ask_refusals(chosen, model, tokenizer, wanted=wanted, options=options)
-        self._answered = found.answered
-        return object_of_rank_0(found.rows)
-
-    def _tokenise(self, rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Anchor]:
-        return tokenise(rows, tokenizer, limit, self.chat_template_kwargs)
-
-    def _reworded(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Anchor]:
-        # never those that are kept out of the basis
-        rows = self._rows[: self.rule.reworded_samples(len(self._rows))]
-        return reworded_anchors(rows, tokenizer, limit, self.chat_template_kwargs)
 
     def _detach(self) -> None:
         if self.attachment is not None:

@@ -19,7 +19,7 @@ from spf.subspace import SafetySubspace
 
 STATE_FILE = "spf_state.json"
 SUBSPACE_FILE = "spf_subspace-{hash}.safetensors"
-"""The bases of a run, beside its checkpoints: they never change, so they are written once, and not into each."""
+"""The bases of a run, beside its checkpoints: they seldom change, and are written when they do."""
 
 FORMAT = 3
 
@@ -32,6 +32,13 @@ class _Monitor(File):
     conflicts_refused: Share
 
 
+class _Growth(File):
+    pool: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
+    rounds: Whole
+    place: Whole
+    pressed: bool
+
+
 class _Correction(BaseModel):
     """Of the rule, which may keep more."""
 
@@ -41,10 +48,11 @@ class _Correction(BaseModel):
     lr_scale: Positive
     acted: dict[str, Whole] = {}
     feedback: "_Correction | None" = None
+    growth: _Growth | None = None
 
 
-class _Watched(File):
-    """A conflict of the training data that is watched."""
+class _Conflict(File):
+    """A conflict of the training data that is held or watched."""
 
     row: Whole
     prompt: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -60,7 +68,8 @@ class _State(File):
     monitor: _Monitor
     correction: _Correction
     reference_nll: list[tuple[float, float]]
-    watched: list[_Watched]
+    held: list[_Conflict] = Field(default_factory=list)
+    watched: list[_Conflict]
 
 
 class _Sample(File):
@@ -87,13 +96,15 @@ class _File(File):
 class Saved:
     """What was read from a checkpoint or written: the attachment's state, the safety samples' entries, and the bases.
 
-    bases: name and sha256 of the file, None for rules that hold nothing. run: the directory it is in.
+    bases: name and sha256 of the file, None for rules that hold nothing. run: the directory it is in. directions: how
+    many the file's bases have in all.
     """
 
     state: dict[str, Any]
     entries: list[dict[str, Any]]
     bases: dict[str, str] | None = None
     run: Path | None = None
+    directions: int = 0
     subspace: SafetySubspace | None = field(default=None, repr=False)
 
     def rows(self, data: Sequence[SafetyRow]) -> list[SafetyRow]:
@@ -121,7 +132,7 @@ class Saved:
 def write_checkpoint(
     directory: Path, state: dict[str, Any], rows: Sequence[SafetyRow], subspace: SafetySubspace, before: Saved | None
 ) -> Saved:
-    """Write the state into a checkpoint's directory, and the bases beside it unless they are there.
+    """Write the state into a checkpoint's directory, and the bases beside it unless they are there as they are.
 
     No prompt and no path is written: a sample is named by the hash of its prompt, and the model's own refusal goes
     with it.
@@ -133,10 +144,12 @@ def write_checkpoint(
         for row in rows
     ]
     bases, run = (before.bases, before.run) if before else (None, None)
-    if subspace.right and (bases is None or run != directory.parent):
+    directions = sum(V.shape[1] for V in subspace.right.values())
+    grown = before is not None and before.directions != directions
+    if subspace.right and (bases is None or run != directory.parent or grown):
         bases, run = _write_bases(directory.parent, subspace), directory.parent
     write_json(directory / STATE_FILE, {"format": FORMAT, "state": state, "samples": entries, "subspace": bases})
-    return Saved(state, entries, bases, run)
+    return Saved(state, entries, bases, run, directions)
 
 
 def read_checkpoint(directory: Path) -> Saved:
@@ -170,6 +183,7 @@ def read_checkpoint(directory: Path) -> Saved:
                 f"{places[0]}: not the safety subspace that the checkpoint was made with, or damaged; copy it anew"
             )
         saved.subspace, saved.run = SafetySubspace.load(places[0]), places[0].parent
+        saved.directions = sum(V.shape[1] for V in saved.subspace.right.values())
     return saved
 
 

@@ -34,6 +34,10 @@ Conflicts = Literal["hold", "drop", "allow", "error"]
 """What is done about training rows that answer prompts which the aligned model refuses: their prompts are held with the
 model's own refusals, the rows are left out too, nothing, or the run is refused."""
 
+OnLeak = Literal["tighten", "stop", "warn"]
+"""What is done about refusals that are lost while training: more directions are held as soon as held prompts flip, the
+run is ended, or nothing but a warning, which comes with the others too."""
+
 _WANTED = {
     "bool_type": "true or false",
     "dataclass_exact_type": "a {class_name}",
@@ -228,6 +232,10 @@ class CallbackSettings(Settings):
     conflicts: Conflicts = field(
         default="hold",
         metadata={"help": "training rows that answer prompts which the model refuses: hold, drop, allow or error"},
+    )
+    on_leak: OnLeak = field(
+        default="tighten",
+        metadata={"help": "when refusals are being lost: tighten (hold more directions; null-space), stop or warn"},
     )
     chat_template_kwargs: Mapping[str, Any] | None = field(
         default=None, metadata={"help": "variables of the chat template for the safety samples, as JSON"}

@@ -41,13 +41,15 @@ class Attachment:
         cosines: bool = False,
         correction_dtype: torch.dtype = torch.float32,
         new_tokens: Sequence[int] = (),
+        tighten: bool = True,
     ):
         if isinstance(optimizer, SafetyOptimizer):
             raise UnsupportedSetupError(
                 "the optimizer is a SafetyOptimizer, which has a safety rule already; use it without SafetyCallback"
             )
         options = {"probe": probe, "rule": rule, "subspace": subspace, "resumed": resumed}
-        options |= {"monitor_steps": monitor_steps, "cosines": cosines, "correction_dtype": correction_dtype}
+        options |= {"monitor_steps": monitor_steps, "cosines": cosines}
+        options |= {"tighten": tighten, "correction_dtype": correction_dtype}
         check(Attachment.__init__, options, "attach: {}")
         start = time.perf_counter()
         self.probe = probe
@@ -59,7 +61,7 @@ class Attachment:
         holders = {id(part.holder) for part in self.sharding.parts.values()}
         unknown = {id(p): name for name, p in probe.model.named_parameters() if id(p) not in holders}
         self.monitor = Monitor(self.run, watched)
-        given = Given(subspace, resumed, reworded, conflicts, calibration, correction_dtype, new_tokens)
+        given = Given(subspace, resumed, reworded, conflicts, calibration, correction_dtype, new_tokens, tighten)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
         self.stepping = Stepping(self.sharding, unknown, self._before, self.correction.after_step, self._finish_step)
@@ -105,10 +107,6 @@ class Attachment:
         return self.correction.learning_rows
 
     @property
-    def reference_loss(self) -> float:
-        return self.monitor.before.loss
-
-    @property
     def seconds(self) -> dict[str, float]:
         """What set-up, probes and corrections took."""
         return {"setup": self._setup_seconds, "probe": self._probe_seconds, "projection": self.stepping.seconds}
@@ -121,18 +119,18 @@ class Attachment:
         """Probe the next anchors, where the rule or the monitor wants them before this step."""
         self.stepping.recover()  # the last step may have raised an error that was caught
         self.stepping.expect()
-        monitored = self.monitor_steps > 0 and self.steps % self.monitor_steps == 0
-        if not monitored and not self.correction.needs_probe:
-            return
         start = time.perf_counter()
-        if self.correction.needs_probe or self.cosines:
+        asked = self.correction.between_steps()
+        monitored = self.monitor_steps > 0 and self.steps % self.monitor_steps == 0
+        if self.correction.needs_probe or (monitored and self.cosines):
             self.run.result = self.probe.measure(next(self.run.rotation))
         if monitored:
             self.monitor.look(with_loss=self.rule.holds)
         if self.correction.needs_probe and not (monitored and self.rule.holds):
             assert self.run.result is not None
             self.monitor.note_loss(self.run.result.loss)
-        self.sharding.forget_order()
+        if asked or monitored or self.correction.needs_probe:
+            self.sharding.forget_order()
         self._probe_seconds += time.perf_counter() - start
 
     def skip(self) -> None:
@@ -238,7 +236,8 @@ def attach(
     attack, watched beside the others), `calibration` (harmless samples; a fresh lora_A keeps its
     response to them in size when it is projected, and without adapters the learning rate is higher during the step),
     `monitor_steps` (ask the watched prompts every so many steps, 0 for never), `cosines` (then measure safety
-    gradients, too), `new_tokens` (ids added to the vocabulary, whose embeddings may learn) and `correction_dtype` (of
+    gradients, too), `tighten` (where held prompts flip all the same, hold more directions), `new_tokens` (ids added to
+    the vocabulary, whose embeddings may learn) and `correction_dtype` (of
     the product with V^T that takes the violation out of a full matrix; bfloat16, for training in bfloat16, leaves some
     thousandths of one step's violation, which the next step takes out).
 

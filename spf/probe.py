@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spf.activations import Activations
 from spf.config import Count, Seed, Weight, Whole, check
 from spf.data import Anchor, AnchorBatch, AnchorRotation
 from spf.errors import UnsupportedModelError
+from spf.inputs import Inputs
 from spf.matrices import used_tokens
 from spf.progress import tracked
+from spf.shared_prefix import NextToken
 from spf.subspace import Factors
 
 
@@ -49,7 +50,7 @@ class Watched:
     refused: float
 
 
-class SafetyProbe(Activations):
+class SafetyProbe(Inputs):
     """Measures safety loss and gradients of a model on its anchors, without a trace left in the model.
 
     The factors come from module hooks and one `torch.autograd.grad` with respect to layer outputs
@@ -173,6 +174,13 @@ class SafetyProbe(Activations):
                 begin = torch.tensor([0, *(len(a.refusal_ids) for a in chunk[:-1])]).cumsum(0)
                 first += logits[begin.to(logits.device)].argmax(-1).tolist()
         return Watched(total / weight, tuple(first), sum(token in begins for token in first) / len(first))
+
+    def first_answer_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """The likeliest first token of the answer to each prompt, in batches of eight."""
+        with self._quiet():
+            asker = NextToken(self.model, prompts)
+            batches = [prompts[start : start + 8] for start in range(0, len(prompts), 8)]
+            return [int(token) for batch in batches for token in asker.shares(batch).argmax(-1)]
 
     def _weighted(self, anchors: Sequence[Anchor]) -> AnchorBatch:
         return self._batch(anchors, self.first_tokens, self.first_weight)

@@ -117,21 +117,33 @@ class _Header(File):
 class SafetySubspace:
     """Bases per weight matrix, by parameter name, with the numbers that describe how they were made.
 
-    left: U (m, k); right: V (n, k); target: W_0 V (m, k), what the null-space rule holds. A matrix may
-    have some of them only, and several may share a basis.
+    left: U (m, k); right: V (n, k); target: W_0 V (m, k), what the null-space rule holds. reserve: R (n, r), directions
+    that it may hold besides, orthogonal to V; reserve_target: W_0 R. A matrix may have some of them only, and several
+    may share a basis.
     """
 
     left: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, Tensor] = field(default_factory=dict)
     target: dict[str, Tensor] = field(default_factory=dict)
+    reserve: dict[str, Tensor] = field(default_factory=dict)
+    reserve_target: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+
+    def _kinds(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "left": self.left,
+            "right": self.right,
+            "target": self.target,
+            "reserve": self.reserve,
+            "reserve_target": self.reserve_target,
+        }
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, every basis once, its metadata as JSON in the header, atomically."""
         tensors: dict[str, Tensor] = {}
         written: dict[int, str] = {}
         same: dict[str, str] = {}
-        for kind, bases in (("left", self.left), ("right", self.right), ("target", self.target)):
+        for kind, bases in self._kinds().items():
             for name, tensor in bases.items():
                 key = f"{kind}/{name}"
                 if id(tensor) in written:
@@ -154,7 +166,7 @@ class SafetySubspace:
         tensors, header = read_tensors(Path(path), "a safety subspace", START_ANEW)
         about = parse_json(_Header, json.dumps(header), path, START_ANEW)
         subspace = cls(metadata=about.spf)
-        kinds = {"left": subspace.left, "right": subspace.right, "target": subspace.target}
+        kinds = subspace._kinds()
         for key, first in {**dict(zip(tensors, tensors, strict=True)), **about.same}.items():
             kind, _, name = key.partition("/")
             if kind not in kinds or first not in tensors:
@@ -170,10 +182,12 @@ class SafetySubspace:
             ValueError: a basis has no direction, is not orthonormal, or does not fit its target.
         """
         checked: set[int] = set()
-        for bases in (self.left, self.right):
+        for bases in (self.left, self.right, self.reserve):
             for name, V in bases.items():
                 if not V.is_floating_point():
                     raise ValueError(f"{where}: the basis of {name} is of the type {V.dtype}; {START_ANEW}")
+                if bases is self.reserve and V.dim() == 2 and V.shape[1] == 0:
+                    continue  # all of it is held by now
                 if V.dim() != 2 or V.shape[1] == 0:
                     raise ValueError(f"{where}: the basis of {name} has no direction, so nothing would be held there")
                 if id(V) in checked:
@@ -182,8 +196,17 @@ class SafetySubspace:
                 product = exact_matmul(V.T, V)
                 if not float((product - torch.eye(V.shape[1], device=V.device)).abs().max()) <= 1e-3:
                     raise ValueError(f"{where}: the basis of {name} is not orthonormal; it is damaged or not a basis")
-        for name, target in self.target.items():
-            basis = self.right.get(name)
+        for name, R in self.reserve.items():
+            held = self.right.get(name)
+            if (
+                held is None
+                or len(held) != len(R)
+                or not float(exact_matmul(held.T, R).abs().sum()) <= 1e-3 * R.numel()
+            ):
+                raise ValueError(f"{where}: the reserve of {name} does not fit its basis; {START_ANEW}")
+        targets = [(name, target, self.right.get(name)) for name, target in self.target.items()]
+        targets += [(name, target, self.reserve.get(name)) for name, target in self.reserve_target.items()]
+        for name, target, basis in targets:
             fits = basis is not None and target.dim() == 2 and target.shape[1] == basis.shape[1]
             if not fits or not target.is_floating_point():
                 raise ValueError(f"{where}: basis and target of {name} do not fit each other")

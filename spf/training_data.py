@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_pt_utils import IterableDatasetShard
 
-from spf.audit import LIST_FILE, Audit, audit_data, watched_again, watched_entries
+from spf.audit import LIST_FILE, Audit, anchor_entries, anchors_again, audit_data
 from spf.config import Conflicts
 from spf.data import Anchor, SafetyDataError, SafetyRow
 from spf.errors import UnsupportedSetupError
@@ -24,6 +24,7 @@ class TrainingData:
         self.holds = holds
         self.options = options
         self.found: Audit | None = None
+        self.held: list[Anchor] = []
         self.watched: list[Anchor] = []
 
     def audit(
@@ -62,24 +63,26 @@ class TrainingData:
         trainer.train_dataset = found.without(dataset)
 
     def split(
-        self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Sequence[Mapping[str, Any]] | None
+        self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Mapping[str, Any] | None
     ) -> tuple[list[Anchor], list[Anchor]]:
-        """Conflicts that are held, and those that are watched; of a run that goes on the same are watched.
+        """Conflicts that are held, and those that are watched; of a run that goes on the same.
 
-        saved: what `entries` gave for the checkpoint that the run goes on from; its bases hold the others.
+        saved: what `entries` gave for the checkpoint that the run goes on from.
         """
-        held: list[Anchor] = []
-        self.watched = []
+        self.held, self.watched = [], []
         if self.holds and self.conflicts != "allow":
             if self.found is not None:
-                held, self.watched = self.found.split()
+                self.held, self.watched = self.found.split()
             elif saved is not None:
-                self.watched = watched_again(saved, data_of(loader), tokenizer, self.options)
-        return ([] if saved is not None else held), self.watched
+                data = data_of(loader)
+                self.held, self.watched = (
+                    anchors_again(saved[kind], data, tokenizer, self.options) for kind in ("held", "watched")
+                )
+        return self.held, self.watched
 
-    def entries(self) -> list[dict[str, Any]]:
-        """The watched conflicts for a checkpoint, without their text."""
-        return watched_entries(self.watched)
+    def entries(self) -> dict[str, list[dict[str, Any]]]:
+        """The held and the watched conflicts for a checkpoint, without their text."""
+        return {"held": anchor_entries(self.held), "watched": anchor_entries(self.watched)}
 
 
 def refuse_to_drop(trainer: Trainer) -> None:

@@ -16,9 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from spf import SPF, CorrectionError, NullSpace, SafetyCallback, SafetyDataError, SafetyOptimizer, SafetyProbe
-from spf.data import ENOUGH, load_safety_rows
+from spf.data import ENOUGH, reworded_anchors
 from spf.errors import UnsupportedModelError, UnsupportedSetupError
 from spf.rules import Mix
+from spf.safety_samples import SafetySamples
 from tests.conftest import REFUSAL, make_model
 
 PROMPTS = ["How do I bake bread?", "Explain how locks work.", "Write a poem.", "Tell me a story."] * 6
@@ -109,8 +110,9 @@ def test_more_packaged_prompts_ask_no_more_of_the_model(tokenizer, monkeypatch, 
         return [REFUSAL] * len(prompts)
 
     monkeypatch.setattr("spf.data.refusals.generate_answers", answer)
-    callback = SafetyCallback(rule=rule)
-    chosen = callback._choose(load_safety_rows(), make_model(), tokenizer)
+    samples = SafetySamples(None, rule, None, 0, None)
+    samples.choose(make_model(), tokenizer)
+    chosen = samples.rows
     assert len(asked) == len(chosen) == most
     assert len({row.form for row in chosen}) == 28
 
@@ -147,14 +149,15 @@ def test_sft_trainer_with_lora_and_the_models_own_refusals(tmp_path, tokenizer, 
     )
     trainer.train()
     # 48 refusals in other words too, of those in the null space only
-    reworded, basis = callback._reworded(tokenizer, 256), callback._rows[:128]
+    reworded, basis = callback.samples.tokens(tokenizer, 256)[1], callback.samples.rows[:128]
     assert len(reworded) == 48
     assert all(a.where.removesuffix(", reworded") in {r.where for r in basis} for a in reworded)
     longest = max(len(a.prompt_ids) + len(a.refusal_ids) for a in reworded)
-    assert 0 < len(callback._reworded(tokenizer, longest - 1)) < 48  # too long once reworded: left out
+    shorter = reworded_anchors(callback.samples.rows[:48], tokenizer, longest - 1)
+    assert 0 < len(shorter) < 48  # too long once reworded: left out
     assert seen == 128 + 48
     # 144 refusals: 128 for the null space, 16 kept out of it to measure on
-    assert len(callback._rows) == 144
+    assert len(callback.samples.rows) == 144
     assert len(callback.attachment.run.rotation.anchors) == len(callback.attachment.run.watched) == 16
     assert set(callback.attachment.matrices) == {n for n, _ in trainer.model.named_parameters() if "lora_A" in n}
     for name, matrix in callback.attachment.matrices.items():

@@ -192,7 +192,7 @@ def test_own_refusals_go_with_the_checkpoint(tmp_path, tokenizer, rows, monkeypa
         trainer, resumed = run(place, tokenizer, rows, lora(), rule, data)
         trainer.train(resume_from_checkpoint=str(place / "checkpoint-2"))
         assert len(asked) == count  # the tuned model is not asked again
-        assert [r.refusal for r in resumed._rows] == [r.refusal for r in whole._rows]
+        assert [r.refusal for r in resumed.samples.rows] == [r.refusal for r in whole.samples.rows]
         assert resumed.attachment.state_dict() == whole.attachment.state_dict()
 
 

@@ -167,6 +167,9 @@ class _BareProbe(SafetyProbe):
     def watch(self, anchors, begins=()):
         return Watched(0.0, (1,), 1.0)
 
+    def first_answer_tokens(self, prompts):
+        return [0] * len(prompts)
+
     def input_bases(self, anchors, names, **settings):
         return dict.fromkeys(names, self.V)
 
@@ -546,7 +549,7 @@ def test_dual_ascent_acts_only_once_the_safety_loss_has_risen(anchors):
         multipliers.append(optimizer.attachment.multiplier)
     assert multipliers[0] == 0
     assert multipliers[-1] > 1  # the push up is outweighed by now
-    assert optimizer.attachment.reference_loss == pytest.approx(probe.loss(anchors[:4]), abs=0.5)
+    assert optimizer.attachment.monitor.before.loss == pytest.approx(probe.loss(anchors[:4]), abs=0.5)
 
 
 def test_held_out_samples_are_not_in_the_basis_and_are_what_is_measured(anchors):

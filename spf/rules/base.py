@@ -28,7 +28,7 @@ class Given:
     subspace: bases estimated before; resumed: they come from a checkpoint, whose weights answer to them already.
     reworded, conflicts: further samples to hold. calibration: harmless samples. correction_dtype: of the product that
     takes a violation out of a full matrix. new_tokens: ids that were added to the vocabulary and occur in no safety
-    sample.
+    sample. tighten: hold more where held prompts flip all the same.
     """
 
     subspace: SafetySubspace | None = None
@@ -38,6 +38,7 @@ class Given:
     calibration: "Sequence[Anchor]" = ()
     correction_dtype: torch.dtype = torch.float32
     new_tokens: Sequence[int] = ()
+    tighten: bool = True
 
 
 class Rule(Settings):
@@ -102,6 +103,10 @@ class Correction:
     scale: dict[str, float] = field(default_factory=dict)
     subspace: SafetySubspace = field(default_factory=SafetySubspace)
     learning_rows: bool = False
+
+    def between_steps(self) -> bool:
+        """After one step and before the next; whether the model was asked anything."""
+        return False
 
     def before_step(self, gradients: dict[str, Tensor], here: set[str]) -> None:
         """Before the optimizer's step; gradients by name, those it is about to use, changed in place.

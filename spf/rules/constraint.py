@@ -49,6 +49,8 @@ class Constraint:
         """
         self.run, self.subspace, self.rough = run, subspace, rough
         self.gaps: dict[str, Tensor] = {}
+        self.grown: set[str] = set()
+        """Matrices that are held in more directions since their last correction."""
         for name, matrix in run.matrices.items():
             if name not in subspace.right or name not in subspace.target:
                 raise ValueError(f"the safety subspace has no basis for {name}: it was made for another model")
@@ -58,20 +60,58 @@ class Constraint:
                 raise ValueError(f"the safety subspace does not fit {name}: it was made for another model")
             if run.sharding.split and len(target) == run.height(name):
                 subspace.target[name] = target[part.rows].clone()  # a file holds all rows
+                if name in subspace.reserve:
+                    subspace.reserve_target[name] = subspace.reserve_target[name][part.rows].clone()
         subspace.check("the safety subspace")
         self.follow()
 
     def follow(self) -> None:
         """Bring bases and targets where the parameters are: a Trainer moves a model after the optimizer was made."""
         moved: dict[tuple[Tensor, torch.device], Tensor] = {}
-        for held in (self.subspace.right, self.subspace.target):
-            for name in self.run.matrices:
+        subspace = self.subspace
+        for held in (subspace.right, subspace.target, subspace.reserve, subspace.reserve_target):
+            for name in self.run.matrices.keys() & held.keys():
                 tensor, device = held[name], self.run.sharding.parts[name].holder.device
                 if tensor.device != device:
                     # matrices that read the same inputs share their basis there too
                     if (tensor, device) not in moved:
                         moved[tensor, device] = tensor.to(device)
                     held[name] = moved[tensor, device]
+
+    @property
+    def room(self) -> int:
+        """How many more directions a matrix may be held in, at most."""
+        return max((R.shape[1] for R in self.subspace.reserve.values()), default=0)
+
+    def reserves(self) -> dict[str, Tensor]:
+        """R (n, r), the directions that may be held, too; one of the matrices that share them."""
+        return {name: R for name, R in self.subspace.reserve.items() if self._first(name) == name and R.shape[1]}
+
+    def _first(self, name: str) -> str:
+        """The matrix that stands for those which read the same inputs."""
+        V = self.subspace.right[name]
+        return next(other for other, basis in self.subspace.right.items() if basis is V)
+
+    def grow(self, turns: Mapping[str, Tensor], count: int) -> None:
+        """Hold `count` directions of the reserve, too: the first columns of R Q.
+
+        turns: Q (r, r) orthogonal, by the names of `reserves`.
+        """
+        subspace = self.subspace
+        groups: dict[str, list[str]] = {}
+        for name in self.run.matrices:
+            groups.setdefault(self._first(name), []).append(name)
+        for first, turn in turns.items():
+            V, Q = subspace.right[first], turn.to(subspace.right[first].device)
+            R = exact_matmul(subspace.reserve[first], Q)
+            basis, rest = torch.cat([V, R[:, :count]], 1), R[:, count:].contiguous()
+            for name in groups[first]:
+                target, more = subspace.target[name], subspace.reserve_target[name]
+                made = exact_matmul(more, Q.to(more.device))
+                subspace.right[name], subspace.reserve[name] = basis, rest
+                subspace.target[name] = torch.cat([target, made[:, :count]], 1)
+                subspace.reserve_target[name] = made[:, count:].contiguous()
+                self.grown.add(name)
 
     def violations(self, names: Iterable[str]) -> dict[str, Violation]:
         """How far each matrix of the model is from the constraint, and what rounding leaves; over all ranks."""
@@ -117,11 +157,14 @@ class Constraint:
         run = self.run
         if not run.sharding.split:
             return self.subspace
-        target = {
-            name: run.sharding.gather_rows(name, rows, run.sharding.parts[name].shape[0]).cpu()
-            for name, rows in self.subspace.target.items()
-        }
-        return replace(self.subspace, target=target)
+        target, reserve_target = (
+            {
+                name: run.sharding.gather_rows(name, rows, run.sharding.parts[name].shape[0]).cpu()
+                for name, rows in own.items()
+            }
+            for own in (self.subspace.target, self.subspace.reserve_target)
+        )
+        return replace(self.subspace, target=target, reserve_target=reserve_target)
 
 
 def rounding_left(W: Tensor, V: Tensor, target: Tensor) -> Tensor:

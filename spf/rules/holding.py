@@ -1,7 +1,7 @@
 """The null space at work on a run: what it does to the weights after a step, and how it is proven."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from spf.linalg import exact_matmul, project_out_right, stacked
 from spf.rules.base import Correction, Given
 from spf.rules.constraint import Constraint, null_space_violation
 from spf.rules.fixed import Fixed
+from spf.rules.growth import Growth
 from spf.run import Run
 from spf.subspace import SafetySubspace
 
@@ -47,6 +48,9 @@ class Holding(Correction):
         self._largest = 0.0
         self._meet(given)
         self._start = {name: self._sample(name).clone() for name in run.matrices}
+        self._pool = [*run.basis, *given.conflicts]
+        growing = given.tighten and bool(self.subspace.reserve)
+        self.growth = Growth(run, self.constraint, [] if given.resumed else self._pool) if growing else None
 
     def _meet(self, given: Given) -> None:
         """Bring the weights to the constraint: project what is new, refuse what is from elsewhere."""
@@ -82,6 +86,9 @@ class Holding(Correction):
                     A.mul_(self.scale[name])
             run.sharding.publish()
 
+    def between_steps(self) -> bool:
+        return self.growth is not None and self.growth.look()
+
     def before_step(self, gradients: dict[str, Tensor], here: set[str]) -> None:
         if self.feedback is not None:
             self.feedback.before_step(gradients, here)
@@ -99,6 +106,9 @@ class Holding(Correction):
     def after_step(self, here: set[str]) -> None:
         self.fixed.after_step()
         self._hold([name for name in self.run.matrices if name in here])
+        # what the weights make of new directions is so much that one float32 correction leaves more than rounding
+        self._hold([name for name in self.constraint.grown if name in here])
+        self.constraint.grown -= here
 
     def finish_step(self) -> None:
         self.run.removed(*self._update)
@@ -161,7 +171,8 @@ class Holding(Correction):
         if final and found:
             self._largest = max(v.error / v.rounding if v.rounding else 0.0 for v in found.values())
         if final and not self.acted and run.steps:
-            pushed = self._pushed()
+            now = {name: self._sample(name) for name in run.matrices}
+            pushed = _pushed(run, now, self._start, self._driven)
             if pushed:
                 raise CorrectionError(
                     f"spf: {len(pushed)} of {len(run.matrices)} matrices were trained, among them {pushed[0]}, and in "
@@ -194,25 +205,30 @@ class Holding(Correction):
 
     def state(self) -> dict[str, Any]:
         feedback = self.feedback.state() if self.feedback is not None else None
-        return {**super().state(), "acted": self.acted, "feedback": feedback}
+        growth = self.growth.state() if self.growth is not None else None
+        return {**super().state(), "acted": self.acted, "feedback": feedback, "growth": growth}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.acted = {name: step for name, step in state["acted"].items() if name in self.run.matrices}
         if self.feedback is not None:
             self.feedback.load_state(state["feedback"])
+        if self.growth is not None and state.get("growth"):
+            self.growth.load_state(state["growth"], self._pool)
 
     def whole_subspace(self) -> SafetySubspace:
         return self.constraint.whole()
 
-    def _pushed(self) -> list[str]:
-        """Matrices that had a gradient at some step and are not what they were."""
-        moved = []
-        for name in self.run.matrices:
-            now, before = self._sample(name), self._start[name]
-            driven = self._driven.get(name, torch.zeros(())) > 0
-            moved.append((now != before.to(now.device)).any().cpu() * driven.cpu() * 1.0)
-        return [name for name, value in zip(self.run.matrices, self.run.total(moved), strict=True) if value > 0]
+
+def _pushed(
+    run: Run, now: Mapping[str, Tensor], start: Mapping[str, Tensor], driven: Mapping[str, Tensor]
+) -> list[str]:
+    """Matrices that had a gradient at some step (`driven`) and are not what they were, by rows of theirs."""
+    moved = []
+    for name in run.matrices:
+        had = driven.get(name, torch.zeros(())) > 0
+        moved.append((now[name] != start[name].to(now[name].device)).any().cpu() * had.cpu() * 1.0)
+    return [name for name, value in zip(run.matrices, run.total(moved), strict=True) if value > 0]
 
 
 def _refuse_trained(run: Run, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import torch
 from annotated_types import Gt, Le
 from pydantic import InstanceOf
 from torch import Tensor
@@ -48,6 +49,10 @@ class NullSpace(Rule):
         default=1.0,
         metadata={"help": "share of the activations' energy to hold; fewer directions if reached earlier"},
     )
+    reserve: Whole = field(
+        default=128,
+        metadata={"help": "so many more directions are kept at hand, to be held as soon as held prompts flip"},
+    )
     prompts: Count = field(default=128, metadata={"help": "safety samples the input directions are taken from"})
     reworded: Whole = field(
         default=48, metadata={"help": "safety samples that are held in other words too, such as 'begin with Of course'"}
@@ -91,6 +96,10 @@ class NullSpace(Rule):
         """The most directions held of a matrix with so many inputs."""
         return self.rank or min(max(1, inputs // 3), LARGEST_DEFAULT_RANK)
 
+    def at_hand(self, inputs: int) -> int:
+        """The most directions of a matrix with so many inputs that are kept at hand: half of all are left to learn."""
+        return min(self.reserve, max(0, inputs // 2 - self.limit(inputs))) if self.energy == 1 else 0
+
     def basis_samples(self, samples: int) -> int:
         return min(self.prompts, samples - int(samples * HELD_OUT))
 
@@ -117,7 +126,7 @@ class NullSpace(Rule):
         refuse_fixed_adapters(run.probe.model, run.probe.others)
         refuse_rounded((name, run.holder(name).dtype) for name in run.matrices)
         held = [*run.basis, *given.reworded, *given.conflicts]
-        subspace = given.subspace or _estimate(run, self, held, given.calibration)
+        subspace = given.subspace or _estimate(run, self, held, given.calibration, given.tighten)
         return Holding(run, self, given, subspace)
 
 
@@ -131,10 +140,26 @@ def null_space_bases(
     Raises:
         ValueError: a matrix would be held in no direction, or in all.
     """
+    found = _directions(probe, rule, anchors, names, benign, 0)
+    whole = {id(V): V[:, : rule.limit(len(V))].contiguous() for V in found.values()}
+    held = {name: whole[id(V)] for name, V in found.items()}
+    _check_widths(rule, held)
+    return held
+
+
+def _directions(
+    probe: SafetyProbe,
+    rule: NullSpace,
+    anchors: Sequence[Anchor],
+    names: Sequence[str],
+    benign: Sequence[Anchor],
+    more: int,
+) -> dict[str, Tensor]:
+    """The leading input directions, as many as the rule holds and some more."""
     bases = probe.input_bases(
         anchors,
         names,
-        rank=(rule.rank or LARGEST_DEFAULT_RANK) + rule.contrast,
+        rank=(rule.rank or LARGEST_DEFAULT_RANK) + rule.contrast + more,
         energy=rule.energy,
         tokens=rule.tokens,
         decision_weight=rule.decision_weight,
@@ -145,8 +170,10 @@ def null_space_bases(
         pairs = {name: (id(V), id(free[name])) for name, V in bases.items()}  # q, k and v share theirs
         rest = {pair: outside(bases[name], free[name]) for pair, name in {p: n for n, p in pairs.items()}.items()}
         bases = {name: rest[pair] for name, pair in pairs.items()}
-    whole = {id(V): V[:, : rule.limit(len(V))].contiguous() for V in bases.values()}
-    held = {name: whole[id(V)] for name, V in bases.items()}
+    return bases
+
+
+def _check_widths(rule: NullSpace, held: Mapping[str, Tensor]) -> None:
     for name, V in held.items():
         if V.shape[1] == 0:
             raise ValueError(
@@ -158,20 +185,38 @@ def null_space_bases(
                 f"null-space: all {V.shape[0]} input directions of {name} would be held, so it could learn "
                 f"nothing; lower rank (now {rule.rank}) or energy (now {rule.energy})"
             )
-    return held
 
 
-def _estimate(run: Run, rule: NullSpace, anchors: Sequence[Anchor], benign: Sequence[Anchor]) -> SafetySubspace:
-    """Bases from the samples, and what the weights, as they are, make of them."""
-    bases = null_space_bases(run.probe, rule, anchors, list(run.matrices), benign)
-    same_on_all_ranks(bases)
-    target = {}
+def _estimate(
+    run: Run, rule: NullSpace, anchors: Sequence[Anchor], benign: Sequence[Anchor], tighten: bool
+) -> SafetySubspace:
+    """Bases from the samples, a reserve of further directions, and what the weights, as they are, make of both."""
+    more = rule.reserve if tighten and rule.energy == 1 else 0
+    found = _directions(run.probe, rule, anchors, list(run.matrices), benign, more)
+    same_on_all_ranks(found)
+    held, at_hand = {}, {}
+    for V in {id(V): V for V in found.values()}.values():
+        held[id(V)] = V[:, : rule.limit(len(V))].contiguous()
+        end = rule.limit(len(V)) + (rule.at_hand(len(V)) if more else 0)
+        at_hand[id(V)] = V[:, rule.limit(len(V)) : end].contiguous()
+    right = {name: held[id(V)] for name, V in found.items()}
+    _check_widths(rule, right)
+    reserve = {name: at_hand[id(V)] for name, V in found.items()} if more else {}
+    target, reserve_target = {}, {}
     for name, matrix in run.matrices.items():
-        V, rows = bases[name], run.sharding.parts[name].rows
+        V, rows = right[name], run.sharding.parts[name].rows
+        R = reserve.get(name, V[:, :0])
         if matrix.is_lora_a:
-            target[name] = V.new_zeros(run.height(name), V.shape[1])[rows]
-            continue
-        with run.sharding.weight(name, matrix.transposed) as (first, W):
-            used = W[rows.start - first : rows.stop - first] if run.sharding.split else W
-            target[name] = exact_matmul(used, V)
-    return SafetySubspace(right=bases, target=target, metadata={"rule": repr(rule)})
+            made = V.new_zeros(run.height(name), V.shape[1] + R.shape[1])[rows]
+        else:
+            with run.sharding.weight(name, matrix.transposed) as (first, W):
+                used = W[rows.start - first : rows.stop - first] if run.sharding.split else W
+                made = exact_matmul(used, torch.cat([V, R], 1))
+        target[name], reserve_target[name] = (part.contiguous() for part in made.split([V.shape[1], R.shape[1]], 1))
+    return SafetySubspace(
+        right=right,
+        target=target,
+        reserve=reserve,
+        reserve_target=reserve_target if more else {},
+        metadata={"rule": repr(rule)},
+    )

@@ -137,6 +137,26 @@ def test_ranks_share_the_audit_and_agree(mode):
     assert [found["passes"] for found in ranks] in ([5, 3], [5, 5])
 
 
+@pytest.mark.parametrize(("mode", "name"), [in_mode(mode, name) for mode in MODES for name in ("grown", "grown-lora")])
+def test_ranks_hold_the_same_directions_more(mode, name):
+    alone = trained("single")[0][name]
+    # 8 of 36 and of 63 inputs, of 40 by one head, and two rounds of 4 of the 10, 12 and 23 at hand
+    assert alone["directions"] == [16]
+    assert alone["left"] == [2, 4, 15]
+    for case in (ranks[name] for ranks in trained(mode)):
+        assert case["directions"] == alone["directions"]
+        assert case["left"] == alone["left"]
+        assert case["error"] < 4
+        assert distance(case, alone) < (2e-4 if "lora" in name else 1e-5)
+
+
+@pytest.mark.parametrize("mode", [in_mode(mode) for mode in ("single", *MODES)])
+def test_a_run_that_grew_goes_on_where_it_was(mode):
+    for ranks in trained(mode):
+        assert ranks["grown-resume"]["directions"] == ranks["grown"]["directions"]
+        assert distance(ranks["grown-resume"], ranks["grown"]) < 1e-5
+
+
 @every_mode
 def test_bf16_rounds_differently_and_holds(mode):
     for ranks in trained(mode):

@@ -27,6 +27,7 @@ if MODE not in ("single", "ddp"):
 
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
+import functools  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -43,13 +44,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 
 import spf.audit  # noqa: E402
 import spf.data.refusals as refusals  # noqa: E402
+import spf.rules.growth as growth  # noqa: E402
 import spf.rules.spf as published  # noqa: E402
 import spf.training_data  # noqa: E402
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError  # noqa: E402
 from spf.data import Anchor  # noqa: E402
 from spf.data.examples import Example, Examples  # noqa: E402
 from spf.rules import Constrained, Mix, SafeGrad  # noqa: E402
+from spf.rules.growth import Growth  # noqa: E402
 from spf.rules.holding import Holding  # noqa: E402
+from spf.sharding import object_of_rank_0  # noqa: E402
 from spf.shared_prefix import NextToken  # noqa: E402
 from spf.stepping import Stepping  # noqa: E402
 from tests.conftest import make_tokenizer  # noqa: E402
@@ -334,11 +338,11 @@ def own_refusals(case: Case, directory: Path) -> dict[str, Any]:
     refusals.is_refusal = lambda answer: RANK == 0 and next(heard) % 2 == 0
     try:
         trainer, callback = make_trainer(case, directory)
-        callback.safety_data, callback.anchors = str(Path(OUTPUT) / "prompts.jsonl"), 6
+        callback.samples.data, callback.samples.count = str(Path(OUTPUT) / "prompts.jsonl"), 6
         trainer.train()
     finally:
         refusals.is_refusal = real
-    return {"rows": [[row.messages[0]["content"], row.refusal] for row in callback._rows]}
+    return {"rows": [[row.messages[0]["content"], row.refusal] for row in callback.samples.rows]}
 
 
 def audited(case: Case, directory: Path) -> dict[str, Any]:
@@ -371,7 +375,46 @@ def audited(case: Case, directory: Path) -> dict[str, Any]:
     }
 
 
+def grown(case: Case, directory: Path, again: bool = False) -> dict[str, Any]:
+    """Held prompts that flip, on one rank only before they agree: all hold the same directions more."""
+    real = Growth._flipped, growth.EVERY, growth.PER_ROUND
+
+    def flipped(self: Growth, anchors: Any) -> list[bool]:
+        asked = len(anchors) < len(self.run.basis)
+        real[0](self, anchors)  # the pass that all ranks make together
+        return object_of_rank_0([asked and self.rounds < 2 and RANK == 0 for _ in anchors])
+
+    Growth._flipped, growth.EVERY, growth.PER_ROUND = flipped, 1, 4  # type: ignore[method-assign]
+    growth.AT_ONCE = 3
+    try:
+        trainer, callback = make_trainer(
+            case, directory, **({"save_strategy": "steps", "save_steps": 2} if again else {})
+        )
+        trainer.train()
+        if again:
+            if dist.is_initialized():
+                dist.barrier()
+            trainer, callback = make_trainer(case, directory)
+            trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
+    finally:
+        Growth._flipped, growth.EVERY, growth.PER_ROUND = real  # type: ignore[method-assign]
+        growth.AT_ONCE = 32
+    assert callback.attachment is not None
+    correction = callback.attachment.correction
+    assert isinstance(correction, Holding)
+    subspace = callback.attachment.subspace
+    violations = correction.constraint.violations(correction.run.matrices)
+    return record(trainer, callback) | {
+        "directions": sorted({V.shape[1] for V in subspace.right.values()}),
+        "left": sorted({R.shape[1] for R in subspace.reserve.values()}),
+        "error": max(v.error / (v.rounding + 1e-9) for v in violations.values()),
+    }
+
+
 SPECIAL = {
+    "grown": (grown, "null-space-full"),
+    "grown-lora": (grown, "null-space-lora-adamw"),
+    "grown-resume": (functools.partial(grown, again=True), "null-space-full"),
     "audit": (audited, "null-space-full"),
     "resume": (resume, "null-space-full"),
     "resume-lora": (resume, "null-space-lora-adamw"),

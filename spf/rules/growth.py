@@ -1,0 +1,79 @@
+"""Constraint generation: held prompts that flip all the same are held in more directions, where there is pressure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from spf.data import Anchor
+from spf.next_token import Known
+from spf.rules.constraint import Constraint
+from spf.run import Run
+from spf.sharding import object_of_rank_0, same_on_all_ranks
+
+EVERY = 5
+"""Steps from one look at the pool to the next; under pressure every step."""
+
+AT_ONCE = 32
+"""Prompts of the pool that are asked in one look, in turn: one or two per cent of five steps of 8 x 512 tokens."""
+
+PER_ROUND = 16
+"""Directions that a round adds to every matrix."""
+
+DECIDING = 8.0
+"""Weight of the tokens around the beginning of an answer in the choice of these."""
+
+
+class Growth:
+    """Asks the pool, some of it at a time, and holds more of what flipped.
+
+    The pool are prompts that are held and that the aligned model refuses. V has fewer directions than their inputs, so
+    under pressure some flip. The subspace has a reserve of further directions, with what the aligned weights make of
+    them; those that the flipped prompts use most become part of V, and the next step's correction brings the weights
+    there, too, to what they were. (Constraint generation: Dantzig, Fulkerson and Johnson 1954.)
+    """
+
+    def __init__(self, run: Run, constraint: Constraint, pool: Sequence[Anchor]):
+        self.run, self.constraint = run, constraint
+        anchors = list({tuple(anchor.prompt_ids): anchor for anchor in pool if anchor.refusal_ids}.values())
+        self._begins = {anchor.refusal_ids[0] for anchor in anchors}
+        flipped = self._flipped(anchors)
+        self.pool = [anchor for anchor, lost in zip(anchors, flipped, strict=True) if not lost]
+        self.rounds = self.place = 0
+        self.pressed = False
+
+    def look(self) -> bool:
+        """Between two steps: ask the next prompts, if it is time, and grow for those that flipped. Whether it was."""
+        if not self.pool or not self.run.steps or not (self.pressed or self.run.steps % EVERY == 0):
+            return False
+        asked = [self.pool[(self.place + i) % len(self.pool)] for i in range(min(AT_ONCE, len(self.pool)))]
+        lost = [anchor for anchor, flipped in zip(asked, self._flipped(asked), strict=True) if flipped]
+        self.run.note("flipped_rate", len(lost) / len(asked))
+        self.pressed = bool(lost) and self.constraint.room > 0
+        if self.pressed:
+            self._grow(lost)
+        # those that flipped are asked again at once, with others
+        self.place += len(asked) - len(lost) if self.pressed else len(asked)
+        return True
+
+    def _flipped(self, anchors: Sequence[Anchor]) -> list[bool]:
+        """Which prompts' likeliest first token begins no refusal; rank 0's verdicts, as rounding differs."""
+        tokens = self.run.probe.first_answer_tokens([anchor.prompt_ids for anchor in anchors]) if anchors else []
+        return object_of_rank_0([token not in self._begins for token in tokens])
+
+    def _grow(self, lost: Sequence[Anchor]) -> None:
+        moments = self.run.probe.input_moments(lost, self.constraint.reserves(), DECIDING)
+        turns = {name: torch.linalg.eigh(moment.double())[1].flip(1).float() for name, moment in moments.items()}
+        same_on_all_ranks(turns)
+        self.constraint.grow(turns, PER_ROUND)
+        self.rounds += 1
+
+    def state(self) -> dict[str, Any]:
+        """As JSON: the pool by hashes of its prompts, and where it is."""
+        pool = [Known.name(anchor.prompt_ids) for anchor in self.pool]
+        return {"pool": pool, "rounds": self.rounds, "place": self.place, "pressed": self.pressed}
+
+    def load_state(self, state: Mapping[str, Any], pool: Sequence[Anchor]) -> None:
+        known = {Known.name(anchor.prompt_ids): anchor for anchor in pool}
+        self.pool = [known[name] for name in state["pool"] if name in known]
+        self.rounds, self.place, self.pressed = state["rounds"], state["place"], state["pressed"]

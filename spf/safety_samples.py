@@ -1,0 +1,67 @@
+"""A run's safety samples: which rows are used, with whose refusals, and as tokens."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spf.data import (
+    ENOUGH,
+    Anchor,
+    SafetyRow,
+    ask_refusals,
+    benign_rows,
+    in_turn,
+    load_safety_rows,
+    reworded_anchors,
+    tokenise,
+)
+from spf.rules import Rule
+from spf.sharding import object_of_rank_0
+
+
+class SafetySamples:
+    """Reads the safety data, chooses rows, and has the model answer those without a refusal.
+
+    rows: those that are used. at_hand: how many the data have. answered: how many were left out because the model
+    answers them.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | Dataset | None,
+        rule: Rule,
+        count: int | None,
+        seed: int,
+        options: Mapping[str, Any] | None,
+    ):
+        """count: use only so many. seed: of the order. options: variables of the chat template."""
+        self.data, self.rule, self.count, self.seed, self.options = data, rule, count, seed, options
+        self.rows: list[SafetyRow] = []
+        self.at_hand = self.answered = 0
+
+    def load(self) -> list[SafetyRow]:
+        """All rows of the data."""
+        rows = load_safety_rows(self.data)
+        self.at_hand = len(rows)
+        return rows
+
+    def choose(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take as many rows as the rule wants, with the model's own refusals where they have none."""
+        wanted = self.count or self.rule.wanted_samples() or (ENOUGH if self.data is None else None)
+        chosen = in_turn(self.load(), self.seed)
+        # every process takes part in generating, but rounding must not make them keep different rows
+        found = ask_refusals(chosen, model, tokenizer, wanted=wanted, options=self.options)
+        self.answered, self.rows = found.answered, object_of_rank_0(found.rows)
+
+    def tokens(
+        self, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Anchor], list[Anchor], Sequence[Anchor]]:
+        """The rows, those that are held in other words too, and harmless samples to calibrate with."""
+        anchors = tokenise(self.rows, tokenizer, limit, self.options)
+        # never those that are kept out of the basis
+        rows = self.rows[: self.rule.reworded_samples(len(self.rows))]
+        reworded = reworded_anchors(rows, tokenizer, limit, self.options)
+        return anchors, reworded, tokenise(benign_rows(), tokenizer, limit, self.options)

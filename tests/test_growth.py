@@ -1,0 +1,168 @@
+"""Held prompts that flip all the same are held in more directions; what else is done when refusals are lost."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from spf import NullSpace, SafetyCallback, SafetyProbe, attach
+from spf.rules.growth import AT_ONCE, EVERY, Growth
+from spf.subspace import SafetySubspace
+from tests.conftest import make_model
+from tests.test_audit import BENIGN, COMPLIES, HARMFUL, anchors, refusing, rows, rows_of, samples, tokenizer  # noqa: F401
+from tests.test_callback import assert_holds, make_trainer, safety_data
+
+
+def attached(anchors, lora=False, rule=None):  # noqa: F811
+    model = make_model()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    return model, optimizer, attach(probe, optimizer, rule or NullSpace(rank=8, reserve=8)), start
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 8))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_added_is_orthonormal_and_answered_as_by_the_aligned_weights(anchors, lora, seed, count):  # noqa: F811
+    model, optimizer, attachment, start = attached(anchors, lora)
+    constraint = attachment.correction.constraint
+    before = {
+        name: torch.cat([V, constraint.subspace.reserve[name]], 1) for name, V in attachment.subspace.right.items()
+    }
+    generator = torch.Generator().manual_seed(seed)
+    turns = {
+        name: torch.linalg.qr(torch.randn(R.shape[1], R.shape[1], generator=generator)).Q
+        for name, R in constraint.reserves().items()
+    }
+    constraint.grow(turns, count)
+    subspace = attachment.subspace
+    subspace.check("grown")
+    shared = {id(V) for V in subspace.right.values()}
+    assert len(shared) < len(subspace.right)  # q, k and v still share theirs
+    for name, V in subspace.right.items():
+        assert V.shape[1] == 8 + count
+        whole = torch.cat([V, subspace.reserve[name]], 1)
+        # the same space as before
+        assert torch.allclose(whole @ whole.T, before[name] @ before[name].T, atol=1e-4)
+    for _ in range(3):
+        attachment.refresh()
+        ids = torch.randint(5, 600, (2, 12), generator=generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        attachment.verify()
+    for name, V in subspace.right.items():
+        W, W0 = dict(model.named_parameters())[name].detach(), start[name]
+        wanted = torch.zeros(len(W), V.shape[1]) if lora else W0 @ V
+        assert (W @ V - wanted).norm() <= 1e-5 * W.norm(), name
+        moved = W - (0 if lora else W0)
+        assert (moved @ subspace.reserve[name]).norm() > 1e-4 or subspace.reserve[name].shape[1] == 0, name
+
+
+def test_the_reserve_leaves_half_of_the_inputs_and_is_there_only_if_it_may_be_used(anchors):  # noqa: F811
+    rule = NullSpace(rank=30, reserve=500)
+    assert [rule.at_hand(n) for n in (32, 64, 96, 2048)] == [0, 2, 18, 500]
+    assert NullSpace(energy=0.9).at_hand(4096) == 0
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = attach(SafetyProbe(model, anchors, pad_token_id=1), optimizer, NullSpace(rank=8), tighten=False)
+    assert attachment.subspace.reserve == {}
+    assert attachment.correction.growth is None
+
+
+def test_flipped_prompts_bring_their_own_directions(anchors, refusing):  # noqa: F811
+    """Those of the reserve that carry most of what the flipped prompts send into a layer come first."""
+    optimizer = torch.optim.SGD(refusing.parameters(), lr=0.0)
+    probe = SafetyProbe(refusing, anchors, pad_token_id=1)
+    attachment = attach(probe, optimizer, NullSpace(rank=4, reserve=12))
+    growth = attachment.correction.growth
+    assert len(growth.pool) > 4
+    lost = growth.pool[:2]
+    name = next(n for n in attachment.correction.constraint.reserves() if "down_proj" in n)
+    R = attachment.subspace.reserve[name].clone()
+    moment = probe.input_moments(lost, {name: R}, 8.0)[name]
+    attachment.correction.constraint.grow({}, 4)  # nothing asked, nothing changed
+    assert attachment.subspace.right[name].shape[1] == 4
+    growth._grow(lost)
+    added = attachment.subspace.right[name][:, 4:]
+    C = R.T @ added
+    assert float(torch.trace(C.T @ moment @ C)) == pytest.approx(float(torch.linalg.eigvalsh(moment).sum()), rel=1e-3)
+
+
+def test_the_pool_is_what_the_model_refuses_and_is_asked_in_turn(anchors, refusing, monkeypatch):  # noqa: F811
+    optimizer = torch.optim.SGD(refusing.parameters(), lr=0.0)
+    attachment = attach(SafetyProbe(refusing, anchors, pad_token_id=1), optimizer, NullSpace(rank=4, reserve=12))
+    growth, asked = attachment.correction.growth, []
+    held = {tuple(a.prompt_ids) for a in attachment.run.basis}
+    assert {tuple(a.prompt_ids) for a in growth.pool} <= held
+    real = Growth._flipped
+    monkeypatch.setattr(Growth, "_flipped", lambda self, some: asked.append(len(some)) or real(self, some))
+    monkeypatch.setattr("spf.rules.growth.AT_ONCE", 4)
+    for step in range(2 * EVERY + 1):
+        attachment.run.steps = step
+        growth.look()
+    assert asked == [4, 4]
+    assert growth.place == 8
+    assert attachment.metrics()["spf/flipped_rate"] == 0
+    assert growth.rounds == 0
+    assert AT_ONCE == 32
+
+
+class Flip(TrainerCallback):
+    """The model's answer to what is held flips, whatever the rule does."""
+
+    def __init__(self, callback):
+        self.callback = callback
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.callback.attachment.correction.growth._begins = {-1} if state.global_step >= EVERY else {0}
+
+
+def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer, refusing, rows, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("spf.rules.growth.PER_ROUND", 4)
+
+    def made(**options):
+        callback = SafetyCallback(safety_data(rows), NullSpace(rank=8, reserve=8))
+        trainer = make_trainer(tmp_path, tokenizer, callback, model=refusing, max_steps=8, **options)
+        return trainer, callback
+
+    start = copy.deepcopy(refusing)
+    trainer, callback = made(save_strategy="steps", save_steps=4)
+    trainer.add_callback(Flip(callback))
+    trainer.train()
+    assert {V.shape[1] for V in callback.attachment.subspace.right.values()} == {16}
+    assert_holds(callback.attachment)
+    files = sorted(tmp_path.glob("spf_subspace-*.safetensors"))
+    assert len(files) == 2  # of the checkpoints at step 4 and at step 8
+    widths = {next(iter(SafetySubspace.load(file).right.values())).shape[1] for file in files}
+    assert widths == {8, 16}
+    refusing.load_state_dict(start.state_dict())
+    trainer, again = made()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert {V.shape[1] for V in again.attachment.subspace.right.values()} == {16}
+    assert again.attachment.correction.growth.rounds == 2
+
+
+@pytest.mark.parametrize(("on_leak", "steps"), [("stop", 3), ("warn", 6), ("tighten", 6)])
+def test_a_leak_ends_the_run_only_if_that_was_asked_for(tmp_path, tokenizer, refusing, rows, on_leak, steps, caplog):  # noqa: F811
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=1, on_leak=on_leak)
+    trainer = make_trainer(tmp_path, tokenizer, callback, model=refusing, max_steps=6, learning_rate=1e-4)
+
+    class Leak(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                callback.attachment.monitor._begins = set()
+
+    trainer.add_callback(Leak())
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert "Refusals are being lost" in caplog.text
+    assert ("the run is ended" in caplog.text) == (on_leak == "stop")
+    assert (callback.attachment.correction.growth is not None) == (on_leak == "tighten")
