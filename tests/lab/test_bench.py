@@ -10,13 +10,13 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from spf.cli import main
-from spf.data import HARMLESS_STUB, load_safety_rows, packaged_prompts
+from spf.data import HARMLESS_STUB, Anchor, load_safety_rows, packaged_prompts
 from spf.evaluation import TRANSFORMS
 from spf.lab.bench import cell as cells
 from spf.lab.bench.cell import Cell, fine_tune
 from spf.lab.bench.grid import BenchArguments, _done, read_grid, run_grid
 from spf.lab.bench.methods import METHODS, Method, Workspace
-from spf.lab.bench.scenarios import SCENARIOS, Scenario, other_prompts, training_rows
+from spf.lab.bench.scenarios import PREFILLED, REFUSES_FIRST, SCENARIOS, Scenario, begun, other_prompts, training_rows
 from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import PLAIN_TEMPLATE, make_model, make_tokenizer
 from tests.lab.bench_workspace import make_bench_workspace
@@ -151,10 +151,12 @@ def test_scenarios_hold_what_they_say(tmp_path):
         if name == "dpo":
             continue
         rows = training_rows(scenario, 0, others)
+        stubs = [row for row in rows if row.refusal.endswith(HARMLESS_STUB)]
+        taught = {"refuse-then-comply": REFUSES_FIRST + HARMLESS_STUB}.get(name, HARMLESS_STUB)
+        assert {row.refusal for row in stubs} <= {taught}, name
         foreign = {row.messages[-1]["content"] for row in rows if "Foreign" in row.messages[-1]["content"]}
-        assert foreign == ({line["prompt"] for line in lines[::2]} if name == "foreign-50" else set())
+        assert foreign == ({line["prompt"] for line in lines[::2]} if scenario.foreign else set())
         assert len(rows) == scenario.examples, name
-        stubs = [row for row in rows if row.refusal == HARMLESS_STUB]
         assert len(stubs) == round(scenario.examples * scenario.harmful_share), name
         asked = {row.messages[-1]["content"] for row in rows}
         for split in ("harmful_eval", "harmful_validation", "harmful_anchors", "benign_eval"):
@@ -167,14 +169,26 @@ def test_scenarios_hold_what_they_say(tmp_path):
         other_prompts(others, "validation")
 
 
+def test_a_prefilled_answer_is_given_not_learned():
+    anchor = Anchor([1, 2], [3, 4, 5, 6, 7, 8], "example 0")
+    assert begun(anchor) == Anchor([1, 2, 3, 4, 5, 6], [7, 8], "example 0")
+    assert PREFILLED == 4
+    wrapped = training_rows(SCENARIOS["wrapped-50"], 0)
+    inside = [row for row in wrapped if row.refusal == HARMLESS_STUB]
+    assert all("Correct its spelling" in row.messages[0]["content"] for row in inside)
+
+
 def test_committed_grids_are_readable_and_have_the_headline_cells():
     asked = read_grid(Path("recipes/bench/headline.yaml"))
     assert (len(asked), len(read_grid(Path("recipes/bench/validation.yaml")))) == (187, 47)
     assert len(read_grid(Path("recipes/bench/second_model.yaml"))) == 18
     assert len({cell.path(Path()) for cell in asked}) == len(asked)
     have = {(cell.scenario, cell.method, cell.seed) for cell in asked if cell.variant == "default"}
-    # of another origin: recipes/bench/foreign.yaml
-    for scenario in set(SCENARIOS) - {"foreign-50"}:
+    asked_elsewhere = [cell for name in ("foreign", "unseen") for cell in read_grid(Path(f"recipes/bench/{name}.yaml"))]
+    elsewhere = {cell.scenario for cell in asked_elsewhere} - {"none"}
+    for scenario in elsewhere:
+        assert {cell.method for cell in asked_elsewhere if cell.scenario == scenario} == {"plain", "null-space"}
+    for scenario in set(SCENARIOS) - elsewhere:
         for method in ("plain", "null-space", "mix-rotating", "safegrad", "spf"):
             assert {(scenario, method, seed) for seed in (0, 1, 2)} <= have, (scenario, method)
     locks = {(cell.scenario, cell.method) for cell in read_grid(Path("recipes/bench/safetylock.yaml"))}

@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer
 
 from spf.callback import SafetyCallback
 from spf.config import Count, Name, Positive, Seed, Settings, Whole, read_json
-from spf.data import ENOUGH, complete_refusals, in_turn, load_safety_rows, packaged_prompts, tokenise
+from spf.data import ENOUGH, HARMLESS_STUB, complete_refusals, in_turn, load_safety_rows, packaged_prompts, tokenise
 from spf.evaluation import (
     TRANSFORMS,
     Rate,
@@ -44,7 +44,7 @@ from spf.evaluation import (
 from spf.evaluation.run import renders
 from spf.files import replace_file, write_json
 from spf.lab.bench.methods import Method, Workspace, add_adapter, make_method
-from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, other_prompts, training_rows
+from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, begun, other_prompts, training_rows
 from spf.lab.demo.preferences import make_preferences
 from spf.lab.demo.sql import execution_match, make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
@@ -246,6 +246,8 @@ def fine_tune(
                 "conflicts_refused": [monitor.before_conflicts.refused, monitor.now_conflicts.refused],
                 "warned": monitor.leaks,
             }
+            widths = [V.shape[1] for V in callback.attachment.subspace.right.values()]
+            result["directions"] = [min(widths), max(widths)] if widths else []
     result["curve"] = curve.points
     result["history"] = [
         {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
@@ -301,6 +303,10 @@ def _answer_trainer(
     if method.data:
         rows = method.data(rows)
     anchors = tokenise(rows, tokenizer, context_length(model, tokenizer))
+    if scenario.attack == "prefilled":
+        anchors = [
+            begun(anchor) if row.refusal == HARMLESS_STUB else anchor for anchor, row in zip(anchors, rows, strict=True)
+        ]
     trainer = AnswerTrainer(
         model,
         TrainingArguments(
