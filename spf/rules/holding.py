@@ -107,7 +107,7 @@ class Holding(Correction):
         self.fixed.after_step()
         self._hold([name for name in self.run.matrices if name in here])
         # what the weights make of new directions is so much that one float32 correction leaves more than rounding
-        self._hold([name for name in self.constraint.grown if name in here])
+        self._hold([name for name in self.run.matrices if name in here & self.constraint.grown])
         self.constraint.grown -= here
 
     def finish_step(self) -> None:

@@ -92,7 +92,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 """The other methods and the settings of their own that a grid may change."""
 
-CALLBACK_SETTINGS = ("anchors_per_step", "first_tokens", "first_weight", "anchors", "conflicts")
+CALLBACK_SETTINGS = ("anchors_per_step", "first_tokens", "first_weight", "anchors", "conflicts", "on_leak")
 """Settings of a step rule's method that go to its callback."""
 
 METHODS = (*RULES, *OTHERS)
