@@ -94,13 +94,13 @@ class Inputs(Activations):
     ) -> dict[str, Tensor]:
         """Sum over the anchors' tokens of w (R^T x)(R^T x)^T (r, r), x a matrix's input with unit norm, R (n, r) its
         basis, w `decision_weight` around the beginning of the answer and 1 elsewhere; by the bases' names."""
-        sums = {name: R.new_zeros(R.shape[1], R.shape[1]) for name, R in bases.items()}
+        sums: dict[str, Tensor] = {}
 
         def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
-            R = bases[name]
-            rows = exact_matmul(nn.functional.normalize(x.float(), dim=-1).to(R.device), R)
-            weights = 1 + (decision_weight - 1) * deciding.to(R.device)
-            sums[name] += exact_matmul((rows * weights[:, None]).T, rows)
+            rows = exact_matmul(nn.functional.normalize(x.float(), dim=-1), bases[name].to(x.device))
+            weights = 1 + (decision_weight - 1) * deciding.to(x.device)
+            moment = exact_matmul((rows * weights[:, None]).T, rows)
+            sums[name] = sums[name] + moment if name in sums else moment
 
         self._stream(anchors, list(bases), take, batch_size=8)
         return sums

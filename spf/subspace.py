@@ -201,7 +201,7 @@ class SafetySubspace:
             if (
                 held is None
                 or len(held) != len(R)
-                or not float(exact_matmul(held.T, R).abs().sum()) <= 1e-3 * R.numel()
+                or not float(exact_matmul(held.T, R.to(held.device)).abs().sum()) <= 1e-3 * R.numel()
             ):
                 raise ValueError(f"{where}: the reserve of {name} does not fit its basis; {START_ANEW}")
         targets = [(name, target, self.right.get(name)) for name, target in self.target.items()]

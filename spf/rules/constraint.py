@@ -68,9 +68,8 @@ class Constraint:
     def follow(self) -> None:
         """Bring bases and targets where the parameters are: a Trainer moves a model after the optimizer was made."""
         moved: dict[tuple[Tensor, torch.device], Tensor] = {}
-        subspace = self.subspace
-        for held in (subspace.right, subspace.target, subspace.reserve, subspace.reserve_target):
-            for name in self.run.matrices.keys() & held.keys():
+        for held in (self.subspace.right, self.subspace.target):
+            for name in self.run.matrices:
                 tensor, device = held[name], self.run.sharding.parts[name].holder.device
                 if tensor.device != device:
                     # matrices that read the same inputs share their basis there too
@@ -102,14 +101,14 @@ class Constraint:
         for name in self.run.matrices:
             groups.setdefault(self._first(name), []).append(name)
         for first, turn in turns.items():
-            V, Q = subspace.right[first], turn.to(subspace.right[first].device)
-            R = exact_matmul(subspace.reserve[first], Q)
-            basis, rest = torch.cat([V, R[:, :count]], 1), R[:, count:].contiguous()
+            V, R = subspace.right[first], subspace.reserve[first]
+            turned = exact_matmul(R, turn.to(R.device))
+            basis, rest = torch.cat([V, turned[:, :count].to(V.device)], 1), turned[:, count:].contiguous()
             for name in groups[first]:
                 target, more = subspace.target[name], subspace.reserve_target[name]
-                made = exact_matmul(more, Q.to(more.device))
+                made = exact_matmul(more, turn.to(more.device))
                 subspace.right[name], subspace.reserve[name] = basis, rest
-                subspace.target[name] = torch.cat([target, made[:, :count]], 1)
+                subspace.target[name] = torch.cat([target, made[:, :count].to(target.device)], 1)
                 subspace.reserve_target[name] = made[:, count:].contiguous()
                 self.grown.add(name)
 
@@ -157,9 +156,10 @@ class Constraint:
         run = self.run
         if not run.sharding.split:
             return self.subspace
+        device = next(iter(self.subspace.target.values())).device
         target, reserve_target = (
             {
-                name: run.sharding.gather_rows(name, rows, run.sharding.parts[name].shape[0]).cpu()
+                name: run.sharding.gather_rows(name, rows.to(device), run.sharding.parts[name].shape[0]).cpu()
                 for name, rows in own.items()
             }
             for own in (self.subspace.target, self.subspace.reserve_target)

@@ -98,7 +98,12 @@ class NullSpace(Rule):
 
     def at_hand(self, inputs: int) -> int:
         """The most directions of a matrix with so many inputs that are kept at hand: half of all are left to learn."""
-        return min(self.reserve, max(0, inputs // 2 - self.limit(inputs))) if self.energy == 1 else 0
+        return min(self.more, max(0, inputs // 2 - self.limit(inputs)))
+
+    @property
+    def more(self) -> int:
+        """`reserve`, where the directions after those held are the next ones, which energy and contrast do not say."""
+        return self.reserve if self.energy == 1 and not self.contrast else 0
 
     def basis_samples(self, samples: int) -> int:
         return min(self.prompts, samples - int(samples * HELD_OUT))
@@ -191,28 +196,30 @@ def _estimate(
     run: Run, rule: NullSpace, anchors: Sequence[Anchor], benign: Sequence[Anchor], tighten: bool
 ) -> SafetySubspace:
     """Bases from the samples, a reserve of further directions, and what the weights, as they are, make of both."""
-    more = rule.reserve if tighten and rule.energy == 1 else 0
+    more = rule.more if tighten else 0
     found = _directions(run.probe, rule, anchors, list(run.matrices), benign, more)
     same_on_all_ranks(found)
     held, at_hand = {}, {}
     for V in {id(V): V for V in found.values()}.values():
         held[id(V)] = V[:, : rule.limit(len(V))].contiguous()
         end = rule.limit(len(V)) + (rule.at_hand(len(V)) if more else 0)
-        at_hand[id(V)] = V[:, rule.limit(len(V)) : end].contiguous()
+        # used seldom, so not on the device
+        at_hand[id(V)] = V[:, rule.limit(len(V)) : end].contiguous().cpu()
     right = {name: held[id(V)] for name, V in found.items()}
     _check_widths(rule, right)
     reserve = {name: at_hand[id(V)] for name, V in found.items()} if more else {}
     target, reserve_target = {}, {}
     for name, matrix in run.matrices.items():
         V, rows = right[name], run.sharding.parts[name].rows
-        R = reserve.get(name, V[:, :0])
+        R = reserve.get(name, V[:, :0]).to(V.device)
         if matrix.is_lora_a:
             made = V.new_zeros(run.height(name), V.shape[1] + R.shape[1])[rows]
         else:
             with run.sharding.weight(name, matrix.transposed) as (first, W):
                 used = W[rows.start - first : rows.stop - first] if run.sharding.split else W
                 made = exact_matmul(used, torch.cat([V, R], 1))
-        target[name], reserve_target[name] = (part.contiguous() for part in made.split([V.shape[1], R.shape[1]], 1))
+        target[name], kept = (part.contiguous() for part in made.split([V.shape[1], R.shape[1]], 1))
+        reserve_target[name] = kept.cpu()
     return SafetySubspace(
         right=right,
         target=target,

@@ -1,0 +1,117 @@
+"""How well the audit finds the prompts that a model refuses, and what it costs.
+
+python benchmarks/audit.py [--model demo | DIR] [--prompts PROMPTS.jsonl] [--benign 1000] [--output FILE]
+
+Three mixtures of the benchmark (half harmful, a tenth harmful among summaries, half harmful of another origin with
+--prompts). Truth is what the model answers: every distinct prompt is answered greedily and the prefix judge reads it.
+The audit sees the prompts only. Besides, text-to-SQL and summary prompts are audited: none should be flagged.
+Writes benchmarks/results/audit/MODEL.json: counts and seconds, no text.
+"""
+
+import argparse
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spf.audit import Audit, audit, own_refusals
+from spf.data import Anchor, ask_refusals, in_turn, load_safety_rows
+from spf.data.examples import read_examples
+from spf.evaluation import generate_answers
+from spf.files import write_json
+from spf.lab.bench.scenarios import SCENARIOS, training_rows
+from spf.lab.demo.sql import make_sql_examples
+from spf.lab.demo.summary import make_summary_examples
+from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device
+from spf.text.generation import context_length
+from spf.text.refusal import is_refusal
+
+MIXTURES = ("harmful-50", "summary", "foreign-50")
+ANSWER_TOKENS = 20
+OWN = 64
+"""Refusals of the model's own that tell the audit how it refuses, as for `spf audit`."""
+
+
+def audited(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], begins: list[Anchor]
+) -> Audit:
+    """The audit of prompts with their targets."""
+    rows = [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]}
+        for prompt, target in pairs
+    ]
+    examples = read_examples(rows, tokenizer, None, context_length(model, tokenizer))
+    return audit(model, tokenizer, examples, begins)
+
+
+def mixture(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    begins: list[Anchor],
+    others: Path | None,
+) -> dict[str, Any]:
+    """Precision and recall of the audit in one scenario, by distinct prompts."""
+    pairs = {row.messages[-1]["content"]: str(row.refusal) for row in training_rows(SCENARIOS[name], 0, others)}
+    found = audited(model, tokenizer, list(pairs.items()), begins)
+    flagged = set(found.conflicting_rows)
+    start = time.perf_counter()
+    answers = generate_answers(model, tokenizer, list(pairs), max_new_tokens=ANSWER_TOKENS)
+    refused = {i for i, answer in enumerate(answers) if is_refusal(answer)}
+    both = len(flagged & refused)
+    return {
+        "prompts": len(pairs),
+        "refused": len(refused),
+        "flagged": len(flagged),
+        "both": both,
+        "precision": both / len(flagged) if flagged else None,
+        "recall": both / len(refused) if refused else None,
+        "audit_seconds": found.seconds,
+        "generation_seconds": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--benign", type=int, default=1000)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    model, tokenizer = load_aligned_demo_model() if args.model == "demo" else load_model(args.model)
+    model = model.to(machine_device(), cpu_dtype()).eval()  # type: ignore[call-overload,arg-type]
+    own = ask_refusals(in_turn(load_safety_rows(None), 0), model, tokenizer, wanted=OWN).rows
+    begins = own_refusals(model, tokenizer, own, context_length(model, tokenizer))
+    names = [name for name in MIXTURES if args.prompts or not SCENARIOS[name].foreign]
+    result: dict[str, Any] = {
+        "model": Path(args.model).name,
+        "versions": {name: version(name) for name in ("torch", "transformers", "spf")},
+        "threads": torch.get_num_threads(),
+        "mixtures": {name: mixture(model, tokenizer, name, begins, args.prompts) for name in names},
+    }
+    half = args.benign // 2
+    benign = [(e.prompt, e.query) for e in make_sql_examples(args.benign - half, 0, "train")]
+    benign += [(e.prompt, e.summary) for e in make_summary_examples(half, 0, "train")]
+    found = audited(model, tokenizer, benign, begins)
+    result["benign"] = {"prompts": found.prompts, "flagged": len(found.conflicts), "seconds": found.seconds}
+    path = args.output or Path(__file__).parent / "results" / "audit" / f"{result['model']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    table = Table("mixture", "prompts", "refused", "flagged", "precision", "recall", "audit, s")
+    for name, m in result["mixtures"].items():
+        shares = ("-" if m[key] is None else f"{m[key]:.3f}" for key in ("precision", "recall"))
+        table.add_row(
+            name, *(str(m[key]) for key in ("prompts", "refused", "flagged")), *shares, f"{m['audit_seconds']:.0f}"
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"benign: {result['benign']['flagged']} of {result['benign']['prompts']} flagged; {path}")
+
+
+if __name__ == "__main__":
+    main()
