@@ -23,8 +23,9 @@ from spf.run import Run
 from spf.sharding import same_on_all_ranks
 from spf.subspace import SafetySubspace
 
-LARGEST_DEFAULT_RANK = 192
-"""The rank that held on the validation prompts of the demo model, whose hidden size is three times that."""
+LARGEST_DEFAULT_RANK = 320
+"""A third of the inputs held on the validation prompts of the demo model (192 of 576) and of a really aligned one (298 of
+896, where 192 lost a sixth of its refusals of another origin than the anchors')."""
 
 HELD_OUT = 1 / 9
 """Share of the safety samples kept out of the null space, so that what is measured on them is not held by design."""
@@ -43,7 +44,7 @@ class NullSpace(Rule):
 
     rank: Count | None = field(
         default=None,
-        metadata={"help": "most input directions held per matrix; by default a third of its inputs, at most 192"},
+        metadata={"help": "most input directions held per matrix; by default a third of its inputs, at most 320"},
     )
     energy: Annotated[float, Gt(0), Le(1)] = field(
         default=1.0,
