@@ -125,7 +125,7 @@ class Flip(TrainerCallback):
         self.callback.attachment.correction.growth._begins = {-1} if state.global_step >= EVERY else {0}
 
 
-def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer, refusing, rows, monkeypatch):  # noqa: F811
+def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer, refusing, rows, monkeypatch, caplog):  # noqa: F811
     monkeypatch.setattr("spf.rules.growth.PER_ROUND", 4)
 
     def made(**options):
@@ -139,6 +139,10 @@ def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer
     trainer.train()
     assert {V.shape[1] for V in callback.attachment.subspace.right.values()} == {16}
     assert_holds(callback.attachment)
+    assert (
+        "held prompts flipped in 2 rounds, so up to 16 directions are held by now, all there were at hand"
+        in caplog.text
+    )
     files = sorted(tmp_path.glob("spf_subspace-*.safetensors"))
     assert len(files) == 2  # of the checkpoints at step 4 and at step 8
     widths = {next(iter(SafetySubspace.load(file).right.values())).shape[1] for file in files}

@@ -68,6 +68,18 @@ class Growth:
         self.constraint.grow(turns, PER_ROUND)
         self.rounds += 1
 
+    def told(self) -> str:
+        """What happened, in words."""
+        if not self.pool:
+            return "; none of the held prompts were refused before training, so none were asked whether they flip"
+        if not self.rounds:
+            return f"; none of {min(self.place, len(self.pool))} held prompts that were asked had flipped" * (
+                self.place > 0
+            )
+        widest = max(V.shape[1] for V in self.constraint.subspace.right.values())
+        end = "" if self.constraint.room else ", all there were at hand"
+        return f"; held prompts flipped in {self.rounds} rounds, so up to {widest} directions are held by now{end}"
+
     def state(self) -> dict[str, Any]:
         """As JSON: the pool by hashes of its prompts, and where it is."""
         pool = [Known.name(anchor.prompt_ids) for anchor in self.pool]

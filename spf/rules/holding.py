@@ -200,7 +200,7 @@ class Holding(Correction):
         return (
             f"proven on the model's own parameters: all {count} matrices answer the held inputs as before training "
             f"({self._largest:.1f} times what rounding leaves, at most); {acted} were seen to be pushed and put back"
-            f"{rest}"
+            f"{rest}{self.growth.told() if self.growth is not None else ''}"
         )
 
     def state(self) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from spf.sharding import same_on_all_ranks
 from spf.subspace import SafetySubspace
 
 LARGEST_DEFAULT_RANK = 320
-"""A third of the inputs held on the validation prompts of the demo model (192 of 576) and of a really aligned one (298 of
-896, where 192 lost a sixth of its refusals of another origin than the anchors')."""
+"""A third of the inputs held on the validation prompts of the demo model (192 of 576) and of a really aligned one (298
+of 896, where 192 lost a sixth of its refusals of another origin)."""
 
 HELD_OUT = 1 / 9
 """Share of the safety samples kept out of the null space, so that what is measured on them is not held by design."""
