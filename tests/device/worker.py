@@ -125,6 +125,8 @@ def prepare(directory: Path, device: torch.device) -> Workspace:
     cells.packaged_prompts = lambda name: packaged_prompts(name)[:6]
     cells.cpu_dtype = lambda: torch.float32  # the pretended device has no autocast
     cells.machine_device = lambda: device
+    # a process whose first model is loaded under a dispatch mode gets rotary frequencies that nobody set
+    cells.AutoModelForCausalLM.from_pretrained(workspace.aligned)
     trainer_device = TrainingArguments.device.fget
 
     def pretended(self: TrainingArguments) -> torch.device:
