@@ -42,6 +42,10 @@ class _Safety(Settings):
     safety_data: str | None = field(
         default=None, metadata={"help": "JSONL or CSV file or hub id; the packaged prompts if left out"}
     )
+    safety_keep: str | None = field(
+        default=None,
+        metadata={"help": "JSONL or CSV file or hub id of any prompts whose answers are to stay what they are, too"},
+    )
     safety_rule: str = field(
         default="null-space",
         metadata={
@@ -128,6 +132,10 @@ class EvalArguments(Arguments):
     limit: Count | None = field(default=None, metadata={"help": "first examples of each task only"})
     reference: Name | None = field(
         default=None, metadata={"help": "--output of another model on the same prompts, to compare with"}
+    )
+    fail_if: Name | None = field(
+        default=None,
+        metadata={"help": "exit with code 1 if so: 'asr > 10' (percent), 'asr > +2' (points more than the reference)"},
     )
     chat_template_kwargs: Name | None = field(
         default=None, metadata={"help": "variables of the chat template as JSON, such as '{\"enable_thinking\": true}'"}

@@ -164,6 +164,32 @@ def test_first_token_judge_takes_one_token(workspace):
 
 
 @pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ("asr > 100, over_refusal > +0", None),
+        ("asr < +75, asr/prefill > +100", None),
+        ("asr > +74.9", "asr is 100.0%, +75.0 points against the reference (--fail_if 'asr > +74.9')"),
+        ("over_refusal<-10,asr > 99.9", "over_refusal is 0.0%, -25.0 points against the reference"),
+    ],
+)
+def test_eval_has_an_exit_code(workspace, capsys, limits, said):
+    """1 where a figure is what must not be, with the figures written all the same; 2 is for the input."""
+    command = ["eval", "model", *SUITES, "--transforms", "prefill", "--output"]
+    assert cli.main([*command, "base.json"]) == 0
+    base = json.loads((workspace / "base.json").read_text())
+    base |= {"asr": 0.25, "over_refusal": 0.25}  # a random model refuses nothing
+    (workspace / "base.json").write_text(json.dumps(base))
+    capsys.readouterr()
+    code = cli.main([*command, "second.json", "--reference", "base.json", "--fail_if", limits])
+    assert code == (1 if said else 0)
+    assert json.loads((workspace / "second.json").read_text())["asr"] == 1.0
+    error = capsys.readouterr().err
+    if said:
+        assert said in error
+        assert error.strip().splitlines()[-1].endswith("the figures are in second.json")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["eval"], "needs a model, or --validate_judge FILE"),
@@ -183,6 +209,18 @@ def test_first_token_judge_takes_one_token(workspace):
         (["eval", "model", *SUITES[:4], "--reference", "ref.json"], "ref.json: measured with max_new_tokens 3, not 32"),
         (["eval", "model", *SUITES, "--judge", "first-token", "--reference", "ref.json"], "ref.json: measured with ju"),
         (["eval", "model", *SUITES[2:], "--reference", "ref.json"], "ref.json: measured on other harmful prompts"),
+        (["eval", "model", *SUITES, "--fail_if", "asr >= 2"], "--fail_if: 'asr >= 2' is not FIGURE > NUMBER"),
+        (["eval", "model", *SUITES, "--fail_if", "asr > 2,"], "--fail_if: '' is not FIGURE > NUMBER"),
+        (["eval", "model", *SUITES, "--fail_if", "asr/base64 > 2"], "--fail_if: asr/base64 is not measured; asr, over"),
+        (["eval", "model", *SUITES, "--fail_if", "asr > +2"], "points against a --reference, which is not given"),
+        (
+            ["eval", "model", *SUITES, "--reference", "ref.json", "--fail_if", "asr > +2"],
+            "points against a --reference, which has no asr",
+        ),
+        (
+            ["eval", "--validate_judge", "labels.jsonl", "--fail_if", "asr > 2"],
+            "--fail_if: asr is not measured; without a model nothing is",
+        ),
     ],
 )
 def test_mistakes_end_in_one_sentence(workspace, capsys, arguments, message):

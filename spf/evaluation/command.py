@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from spf.arguments import EvalArguments
-from spf.errors import keeping, working
+from spf.errors import RunFailedError, keeping, working
 from spf.evaluation.judges import agreement, load_judges, prefix_judge
+from spf.evaluation.limits import parse_limits
 from spf.evaluation.perplexity import neutral_texts, perplexity
 from spf.evaluation.run import (
     compare,
@@ -33,6 +34,7 @@ def evaluate(args: EvalArguments) -> None:
 
     Raises:
         ValueError: a mistake in the arguments or in what they name.
+        RunFailedError: a figure is what `fail_if` says.
     """
     with keeping(lambda: "nothing was written"):
         _evaluate(args, Console())
@@ -51,6 +53,8 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
     harmful, benign = load_suite(args.harmful), load_suite(args.benign)
     shared = settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens)
     reference = read_reference(Path(args.reference), shared) if args.reference else None
+    figures = ["asr", *(f"asr/{name}" for name in transforms), "over_refusal"] if args.model is not None else []
+    limits = parse_limits(args.fail_if, figures, reference)
     judges = load_judges(args.judge, args.refusal_label)
     results: dict[str, Any] = {"model": args.model, **shared}
     if args.validate_judge:
@@ -66,6 +70,8 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
                 raise ValueError(f"--transforms: {sentence}")
             console.print(f"Left out: {sentence}.")
             transforms = [name for name in transforms if name not in refused]
+            figures = [name for name in figures if name.removeprefix("asr/") not in refused]
+            limits = parse_limits(args.fail_if, figures, reference)
         model = model.to(machine_device())  # type: ignore[arg-type]
         sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         with working():
@@ -87,3 +93,7 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
         with working():
             write_json(Path(args.output), results)
         console.print(f"Figures: {args.output}", soft_wrap=True)
+    if broken := [said for limit in limits if (said := limit.broken(results, reference))]:
+        failed = RunFailedError("; ".join(broken))
+        failed.add_note(f"the figures are in {args.output}" if args.output else "no --output was named")
+        raise failed
