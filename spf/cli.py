@@ -17,6 +17,7 @@ from yaml import YAMLError
 from spf import arguments as given
 from spf import words
 from spf.errors import INPUT_ERRORS, CorrectionError, RunFailedError, keeping
+from spf.waiting import waiting
 
 USAGE = """spf keeps an aligned language model's refusals while you fine-tune it.
 
@@ -166,7 +167,8 @@ def _run(name: str, arguments: list[str]) -> None:
         parser.print_help()
         return
     module, function = command.run.split(":")
-    with keeping(lambda: "nothing was written"):  # the first import of torch takes seconds
+    # the first import of torch takes seconds, of TRL on a slow machine half a minute
+    with keeping(lambda: "nothing was written"), waiting("loading torch, transformers and TRL"):
         run: Callable[[Any], None] = getattr(import_module(module), function)
     run(parsed)
 

@@ -5,7 +5,10 @@ import math
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,15 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
         return _run(args, rule, output, console or Console())
 
 
+@contextmanager
+def _timed(console: Console, what: str) -> Iterator[None]:
+    """Say which part of the demo begins and how long it took; what takes long inside has bars of its own."""
+    console.print(f"{what} ...", highlight=False)
+    started = time.perf_counter()
+    yield
+    console.print(f"    {time.perf_counter() - started:.0f} s", highlight=False)
+
+
 class _Finished(File):
     """An arm's file."""
 
@@ -91,12 +103,13 @@ def _read_arm(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     started = time.perf_counter()
+    part = partial(_timed, console)
     for path in (output / "arms").glob("*.json"):
         _read_arm(path, {})  # a damaged one is named before any work
     aligned = output / "aligned-model"
     if not (aligned / "config.json").is_file():
-        console.print("Preparing the aligned model (SmolLM2-135M-Instruct with the packaged safety adapter) ...")
-        save_whole(aligned, *load_aligned_demo_model())
+        with part("Preparing the aligned model (SmolLM2-135M-Instruct with the packaged safety adapter)"):
+            save_whole(aligned, *load_aligned_demo_model())
     every = 3 if args.quick else 1
     harmful_eval, benign_eval = packaged_prompts("harmful_eval")[::every], packaged_prompts("benign_eval")[::every]
     sql_eval = make_sql_examples(args.sql_eval, args.seed, "eval")
@@ -138,16 +151,16 @@ def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> d
                 console.print(f"[{number}/{len(arms)}] {LABELS[label]}: done before, kept")
                 results["arms"][arm] = done
                 continue
-            console.print(f"[{number}/{len(arms)}] {LABELS[label]}")
             result: dict[str, Any] = {"label": LABELS[label], "seconds_per_step": None, "overhead": None, "history": []}
-            if arm == "base":
+            said, saved = f"[{number}/{len(arms)}] {LABELS[label]}", None if arm == "base" else output / arm
+            if saved is None:
                 model = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype())
                 tokenizer = AutoTokenizer.from_pretrained(aligned)
-                saved: Path | None = None
             else:
-                saved = output / arm
-                model, tokenizer = fine_tune(args, aligned, train, rule, anchors, saved, result)
-            result |= evaluate(model, tokenizer, harmful_eval, benign_eval, sql_eval)
+                with part(f"{said}: training"):
+                    model, tokenizer = fine_tune(args, aligned, train, rule, anchors, saved, result)
+            with part(f"{said}: {len(harmful_eval) + len(benign_eval) + len(sql_eval)} questions"):
+                result |= evaluate(model, tokenizer, harmful_eval, benign_eval, sql_eval)
             result["saved_to"] = str(saved) if saved else None
             results["arms"][arm] = result
             write_json(paths[arm], {"config": config, "result": result})
@@ -156,8 +169,9 @@ def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> d
     base, plain = results["arms"]["base"], results["arms"]["plain"]
     results["config"]["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / "results.json", results)
-    plot_demo(results, output / "safety_utility.png")
-    report = write_report(results, output)
+    with part("Drawing the report"):
+        plot_demo(results, output / "safety_utility.png")
+        report = write_report(results, output)
     console.print(demo_table(results))
     console.print(rich_table(overhead_table(results), "What a step's time is made of"))
     kept = results["arms"]["spf"]
