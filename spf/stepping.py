@@ -58,12 +58,10 @@ class Stepping:
         for handle in self._handles:
             handle.remove()
 
-    def recover(self) -> bool:
-        """Whether the last step raised an error between the hooks; if so, put back what it left."""
-        failed = self._depth > 0
+    def recover(self) -> None:
+        """Put back what a step that raised an error between the hooks has left."""
         self._restore()
         self._depth, self._to_step = 0, set()
-        return failed
 
     def expect(self) -> None:
         """The next call of the optimizer's step is one of training."""

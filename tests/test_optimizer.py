@@ -600,6 +600,12 @@ def test_contrast_leaves_benign_directions_free(anchors):
     rule = NullSpace(rank=8, contrast=3, prompts=4)
     held = attach(probe, torch.optim.SGD(model.parameters(), lr=0.1), rule, calibration=benign).subspace.right
     free = probe.input_bases(benign, list(held), rank=3)
+    # what reads the same tensor shares one basis, also when something was taken out of it
+    readers = {name: name.rpartition("self_attn.")[2] for name in held if "layers.0.self_attn" in name}
+    q, k, v = (next(held[n] for n, what in readers.items() if what.startswith(kind)) for kind in ("q_", "k_", "v_"))
+    assert q is k
+    assert k is v
+    assert len({id(V) for V in held.values()}) < len(held)
     for name, V in held.items():
         assert float((V.T @ free[name]).norm()) < 1e-4, name
         assert torch.allclose(V.T @ V, torch.eye(V.shape[1]), atol=1e-5)

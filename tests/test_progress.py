@@ -2,11 +2,12 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers.utils import logging
 
+from spf import cli, waiting
 from spf import progress as module
 from spf.probe import SafetyProbe
 from spf.progress import progress, tracked
@@ -29,6 +30,31 @@ def soon(monkeypatch):
     monkeypatch.setattr(module, "BEAT", 0.02)
 
 
+def test_imports_show_life_and_leave_no_trace(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "BEAT", 0.02)
+    with waiting.waiting("loading"):
+        time.sleep(0.2)
+    said = capsys.readouterr().err
+    assert said.startswith("\rloading: 00:00\rloading: 00:00")
+    assert said.endswith("\r              \r")
+    monkeypatch.undo()
+    with waiting.waiting("loading"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_commands_say_that_they_import(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "BEAT", 0.02)
+
+    def slow(name):
+        time.sleep(0.1)
+        return SimpleNamespace(evaluate=lambda args: None)
+
+    monkeypatch.setattr(cli, "import_module", slow)
+    assert cli.main(["eval", "model"]) == 0
+    assert "loading torch, transformers and TRL: 00:00" in capsys.readouterr().err
+
+
 def test_what_is_over_soon_says_nothing(capsys):
     assert list(tracked(range(3), "quick")) == [0, 1, 2]
     with progress(None, "quick"):
@@ -49,8 +75,7 @@ def test_one_long_step_shows_life(soon, capsys, total, shown):
 @pytest.mark.parametrize("reason", ["another rank", "turned off", "not asked for"])
 def test_it_is_silent_where_it_should_be(soon, capsys, monkeypatch, reason):
     if reason == "another rank":
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+        monkeypatch.setattr(module, "rank_and_ranks", lambda: (1, 2))
     elif reason == "turned off":
         monkeypatch.setattr(module, "is_progress_bar_enabled", lambda: False)
     with progress(2, "slow", shown=reason != "not asked for") as bar:

@@ -111,7 +111,9 @@ def tune_lock(args: TuneArguments) -> None:
         lock.top(k)
     output = Path(args.output)
     grid = [(ks[0], 0.0), *((k, alpha) for k in ks for alpha in alphas if alpha != 0)]
-    settings = {name: value for name, value in asdict(args).items() if name not in ("lock", "output", "overwrite")}
+    # what is chosen among the measured settings costs nothing, so its bound may change
+    others = ("lock", "output", "overwrite", "max_over_refusal")
+    settings = {name: value for name, value in asdict(args).items() if name not in others}
     settings |= {"lock": lock.fingerprint, "weights": weights_at(args.model)}
     with directory_lock(output):
         claim(output / "settings.json", settings, overwrite=args.overwrite, parts=TUNED)
@@ -147,21 +149,19 @@ class _Sweep(File):
     chosen: _Point | None = None
 
 
-def _read_sweep(output: Path) -> tuple[list[TunePoint], bool]:
-    """The settings that are measured, and whether the choice among them is made: the run is finished then."""
+def _read_sweep(output: Path) -> tuple[list[TunePoint], float | None]:
+    """The settings that are measured, and the bound by which one was chosen; None if the run is not finished."""
     path = output / "sweep.json"
     if not path.exists():
-        return [], False
+        return [], None
     found = read_json(_Sweep, path, "damaged; --overwrite starts over")
-    return [TunePoint.from_dict(point.model_dump()) for point in found.points], "chosen" in found.model_fields_set
+    return [TunePoint.from_dict(point.model_dump()) for point in found.points], found.max_over_refusal
 
 
 def _tune(args: TuneArguments, lock: SafetyLock, grid: list[tuple[int, float]], output: Path) -> None:
-    points, finished = _read_sweep(output)
+    points, chosen_by = _read_sweep(output)
     found: dict[str, Any] = {"model": args.model, "lock": lock.fingerprint}
-    if finished:
-        print(f"{output}: finished before with the same settings, kept (--overwrite starts over)")
-    elif points:
+    if points and chosen_by is None:
         print(f"{len(points)} of {len(grid)} settings were measured before, kept")
     if pending := grid[len(points) :]:
         model, tokenizer = _load(args.model)
@@ -185,6 +185,10 @@ def _tune(args: TuneArguments, lock: SafetyLock, grid: list[tuple[int, float]], 
             )
     unlocked = points[0]
     limit = unlocked.over_refusal + 0.05 if args.max_over_refusal is None else args.max_over_refusal
+    finished = chosen_by == limit
+    if chosen_by is not None:
+        what = "kept" if finished else f"kept; now chosen with over-refusal up to {limit:.1%}"
+        print(f"{output}: finished before with the same settings, {what} (--overwrite starts over)")
     best = choose(points, limit, PERPLEXITY_RISE * unlocked.perplexity)
     table = Table("K", "alpha", "ASR", "over-refusal", "perplexity", "")
     for p in points:
@@ -202,6 +206,7 @@ def _tune(args: TuneArguments, lock: SafetyLock, grid: list[tuple[int, float]], 
     with working():
         print(f"Curves: {plot_sweep(points, output / 'sweep.png', f'SafetyLock on {args.model}')}")
         if best is None or best.alpha == 0:
+            (output / "lock.safetensors").unlink(missing_ok=True)
             warnings.warn("no setting lowers ASR within the bounds; no tuned lock was written", stacklevel=2)
         else:
             print(f"Tuned lock: {lock.top(best.k).with_alpha(best.alpha).save(output / 'lock.safetensors')}")

@@ -95,15 +95,21 @@ def test_tune_writes_points_curves_and_the_chosen_lock(workspace, capsys, monkey
         unread.setattr("spf.safetylock.command.load_model", lambda *_: pytest.fail("it is finished"))
         assert lock(*arguments, "--max_over_refusal", 1) == 0
         assert "finished before with the same settings, kept" in capsys.readouterr().out
-        assert lock(*arguments) == 2
-        sentence = "holds a run with other settings: max_over_refusal was 1.0, now None; name another directory or give"
+        assert lock(*arguments, "--max_new_tokens", 3) == 2
+        sentence = "holds a run with other settings: max_new_tokens was 20, now 3; name another directory or give"
         assert sentence in capsys.readouterr().err
-    kept = {file.name: file.stat().st_mtime_ns for file in (w / "out").iterdir()}
-    assert kept == written
-    with pytest.warns(UserWarning, match="no setting lowers ASR within the bounds"):
-        assert lock(*arguments, "--overwrite") == 0  # over-refusal may rise by 5 points only
-    assert not (w / "out" / "lock.safetensors").exists()
-    assert json.loads((w / "out" / "sweep.json").read_text())["chosen"]["alpha"] == 0
+        kept = {file.name: file.stat().st_mtime_ns for file in (w / "out").iterdir()}
+        assert kept == written
+        # over-refusal may rise by 5 points only: another choice, and nothing is measured for it
+        with pytest.warns(UserWarning, match="no setting lowers ASR within the bounds"):
+            assert lock(*arguments) == 0
+        assert "kept; now chosen with over-refusal up to 5.0%" in " ".join(capsys.readouterr().out.split())
+        assert not (w / "out" / "lock.safetensors").exists()
+        assert json.loads((w / "out" / "sweep.json").read_text())["chosen"]["alpha"] == 0
+        assert lock(*arguments, "--max_over_refusal", 1) == 0
+        assert json.loads((w / "out" / "sweep.json").read_text())["chosen"]["alpha"] == 2
+        assert (w / "out" / "lock.safetensors").exists()
+    assert lock(*arguments, "--overwrite") == 0
 
 
 def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it(workspace, capsys, monkeypatch):

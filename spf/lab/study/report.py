@@ -16,8 +16,8 @@ from annotated_types import MinLen
 
 from spf.arguments import SeedsArguments
 from spf.config import File, Name, NotNegative, Whole, read_json
-from spf.errors import working
-from spf.files import check_output_directory
+from spf.errors import RunFailedError
+from spf.files import check_output_directory, directory_lock
 from spf.lab.report import charts
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.stats import normal_margin, spread
@@ -573,6 +573,10 @@ class _Results(File):
     bridge: dict[str, dict[str, Any]] | None = None
 
 
+class _DifferentRunsError(ValueError):
+    """Each run is as it should be, but they are no seeds of one another."""
+
+
 def report_runs(args: SeedsArguments) -> None:
     """`spf study report`: read the runs and write their report.
 
@@ -580,7 +584,8 @@ def report_runs(args: SeedsArguments) -> None:
         FileNotFoundError: a directory holds no results.json.
         ValueError: runs of different presets or grammars, or of other models.
     """
-    check_output_directory(Path(args.output))
+    output = Path(args.output)
+    check_output_directory(output)
     found = []
     for run in args.runs:
         path = Path(run) / "results.json"
@@ -590,11 +595,16 @@ def report_runs(args: SeedsArguments) -> None:
     kinds = {(r.get("kind"), r.get("preset"), r.get("grammar")) for r in found}
     if len(kinds) > 1:
         raise ValueError(f"spf study report: the runs differ in preset or grammar: {sorted(map(str, kinds))}")
-    try:
-        with working():
-            print(f"Report: {write_report(found, Path(args.output))}")
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{', '.join(args.runs)}: results.json lacks {error!r}; {REDO}") from error
+    with directory_lock(output):
+        try:
+            path = write_report(found, output)
+        except _DifferentRunsError:
+            raise
+        except OSError as error:  # no mistake in the results
+            raise RunFailedError(str(error)) from error
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise ValueError(f"{', '.join(args.runs)}: results.json does not fit ({error!r}); {REDO}") from error
+    print(f"Report: {path}")
 
 
 _Plot = Callable[[Sequence[Run]], "Figure"]
@@ -628,7 +638,7 @@ def write_report(results: Run | Sequence[Run], directory: Path) -> Path:
         raise ValueError("write_report: no results")
     runs = [{**r, **r["measurements"]} for r in many]
     if len({(tuple(run["models"]), tuple(_sets(run))) for run in runs}) > 1:
-        raise ValueError("write_report: the seeds did not measure the same models and prompts")
+        raise _DifferentRunsError("the seeds did not measure the same models and prompts")
     first, config = many[0], runs[0]["config"]
     study = first.get("kind") != "measure"
     found = [claims(r) for r in many] if study else []

@@ -6,6 +6,7 @@ import torch
 
 from spf.cli import main
 from spf.evaluation import Rate
+from spf.files import directory_lock
 from spf.lab.analysis.inputs import Prompts
 from spf.lab.study import measure, report
 from tests.conftest import make_model
@@ -204,6 +205,25 @@ def test_command_reads_the_runs_and_names_what_does_not_fit(runs, tmp_path, caps
     said = capsys.readouterr().err
     assert "differ in preset or grammar" in said
     assert "nowhere/results.json: no such file" in said.replace("\n", "")
+    with directory_lock(tmp_path):
+        assert main([*command, str(tmp_path / "0")]) == 2
+    assert "another run writes here (pid" in capsys.readouterr().err
+
+
+def test_what_is_wrong_deep_inside_is_a_mistake_in_the_input(runs, tmp_path, capsys):
+    """Not a run that failed: such results were once code 1, or a traceback."""
+    short, other = copy.deepcopy(runs[0]), copy.deepcopy(runs[1])
+    short["measurements"]["models"]["base"]["separation"].pop()
+    del other["measurements"]["models"]["ssft-small"]
+    for name, run in {"short": short, "good": runs[0], "other": other}.items():
+        measure.write_json(tmp_path / name / "results.json", run)
+    command = ["study", "report", "--output", str(tmp_path / "out"), "--runs"]
+    assert main([*command, str(tmp_path / "short")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"spf: {tmp_path / 'short'}: results.json does not fit (ValueError('zip() argument")
+    assert main([*command, str(tmp_path / "good"), str(tmp_path / "other")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "spf: the seeds did not measure the same models and prompts"
 
 
 def test_unusable_results_are_refused(runs, tmp_path):
