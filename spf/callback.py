@@ -9,9 +9,6 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -21,20 +18,19 @@ from transformers.utils import logging
 
 from spf.announce import audit_lines, first_lines, watched_line
 from spf.audit import Audit
+from spf.card import ModelCard
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
 from spf.config import CallbackSettings, Conflicts, OnLeak
-from spf.data import (
-    SafetyDataError,
-    unused_tokens,
-)
+from spf.data import check_source
 from spf.errors import UnsupportedSetupError
+from spf.keep import Keep
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import RULES, Rule
 from spf.safety_samples import SafetySamples
 from spf.sharding import innermost_optimizer
 from spf.text.generation import context_length, pad_id
-from spf.trainers import calling_trainer, stand_before_reports
+from spf.trainers import calling_trainer, stand_before_reports, tokenizer_of
 from spf.training_data import TrainingData, data_of, refuse_to_drop
 
 logger = logging.get_logger(__name__)
@@ -54,6 +50,7 @@ class SafetyCallback(TrainerCallback):
         safety_data: str | Path | Dataset | None = None,
         rule: str | Rule = "null-space",
         *,
+        keep: str | Path | Dataset | None = None,
         anchors: int | None = None,
         anchors_per_step: int = 4,
         first_tokens: int = 0,
@@ -72,6 +69,8 @@ class SafetyCallback(TrainerCallback):
                 packaged harmful prompts (416 requests in 28 forms), answered by the model's own refusals.
             rule: null-space, spf, rank1, mix, safegrad, aggregate, dual-ascent or constrained, or a rule object with
                 its settings.
+            keep: any other prompts (style, tools, a language, knowledge), as `safety_data`: what the model answers, or
+                what the data have as the last message or completion, is held, too. With the null-space rule only.
             anchors: use only so many safety samples; 1 is the paper's single fixed sample. By default
                 all of them (of the packaged ones 156), or as many as the null space is taken from.
             anchors_per_step: safety samples a probe, in turn (gradient rules and the monitor).
@@ -91,7 +90,7 @@ class SafetyCallback(TrainerCallback):
 
         Raises:
             ValueError: an unknown rule, or an argument of another type or out of its range.
-            TypeError: safety_data or rule is of another kind.
+            TypeError, SafetyDataError: safety_data, keep or rule is of another kind, or there is a mistake in a file.
         """
         if isinstance(rule, str):
             if rule not in RULES:
@@ -99,9 +98,8 @@ class SafetyCallback(TrainerCallback):
             rule = RULES[rule]()
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a name or a rule object such as NullSpace(), not {rule!r}")
-        if not isinstance(safety_data, str | Path | Dataset | None):
-            kind = type(safety_data).__name__
-            raise TypeError(f"safety_data must be a file, a hub id or a datasets.Dataset (one split), not {kind}")
+        check_source("safety_data", safety_data)
+        check_source("keep", keep)
         CallbackSettings(
             anchors=anchors,
             anchors_per_step=anchors_per_step,
@@ -127,6 +125,8 @@ class SafetyCallback(TrainerCallback):
         self.on_leak: OnLeak = on_leak
         self.seed = seed
         self.samples = SafetySamples(safety_data, rule, anchors, seed, chat_template_kwargs)
+        self.keep = Keep(keep, rule, seed, chat_template_kwargs)
+        self.card = ModelCard()
         self.data = TrainingData(conflicts, rule.holds, chat_template_kwargs)
         self.attachment: Attachment | None = None
         self._warned = False
@@ -144,6 +144,7 @@ class SafetyCallback(TrainerCallback):
         trainer = calling_trainer()
         if trainer is None:
             return
+        self.card.follow(trainer)
         train = trainer.train
 
         @functools.wraps(train)
@@ -162,13 +163,12 @@ class SafetyCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, optimizer, tokenizer = kwargs["model"], kwargs["optimizer"], kwargs["processing_class"]
+        model, optimizer, tokenizer = kwargs["model"], kwargs["optimizer"], tokenizer_of(kwargs["processing_class"])
         self._detach()
         innermost_optimizer(optimizer)
         trainer = calling_trainer()
         if trainer is not None:
             stand_before_reports(self, trainer, SafetyCallback)
-        model, tokenizer = self._loaded(model, tokenizer)
         if args.fp16 and self.rule.adds_gradients:
             raise UnsupportedSetupError(
                 f"the rule {self.rule.name} adds safety gradients to scaled float16 gradients, where they may "
@@ -191,6 +191,7 @@ class SafetyCallback(TrainerCallback):
         before = self._saved.state if self._saved else None
         held, watched = self.data.split(kwargs["train_dataloader"], tokenizer, before)
         anchors, reworded, calibration = samples.tokens(tokenizer, limit)
+        kept = self.keep.samples(model, tokenizer, limit, before)
         probe = SafetyProbe(
             model,
             anchors,
@@ -206,14 +207,14 @@ class SafetyCallback(TrainerCallback):
             self.rule,
             subspace=self._saved.subspace if self._saved else None,
             resumed=self._saved is not None,
-            reworded=reworded,
+            reworded=[*reworded, *kept],
             conflicts=held,
             watched=watched,
             calibration=calibration if self.rule.holds else (),
             monitor_steps=self.monitor_steps,
             cosines=self.cosines,
             correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
-            new_tokens=unused_tokens(tokenizer, [*anchors, *reworded, *calibration]),
+            new_tokens=self.keep.unused(tokenizer, [*anchors, *reworded, *calibration]),
             tighten=self.on_leak == "tighten",
         )
         if self._saved is not None:
@@ -223,6 +224,8 @@ class SafetyCallback(TrainerCallback):
             lines = first_lines(self.attachment, samples.rows, samples.at_hand, samples.answered)
             if self.data.found is not None:
                 lines[-1:-1] = audit_lines(self.data.found, self.conflicts, self.rule, len(held), len(watched))
+            lines[1:1] = self.keep.lines
+            self.card.begin(lines)
             for line in lines:
                 logger.warning(f"spf: {line}")
 
@@ -257,7 +260,7 @@ class SafetyCallback(TrainerCallback):
         subspace = self._running.whole_subspace()
         if not state.is_world_process_zero:
             return
-        state_dict = self._running.state_dict() | self.data.entries()
+        state_dict = self._running.state_dict() | self.data.entries() | {"kept": self.keep.entry}
         directory, rows = checkpoint_directory(args, state), self.samples.rows
         self._saved = write_checkpoint(directory, state_dict, rows, subspace, self._saved)
 
@@ -267,13 +270,14 @@ class SafetyCallback(TrainerCallback):
         running = self._running
         proven = running.finish()
         running.monitor.look()
-        self._tell(state, f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
+        line = self._tell(state, f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
+        self.card.finish(args, state, self.rule, line)
         self._detach()
 
-    def _drop(self, trainer: Trainer) -> None:
+    def _drop(self, trainer: Any) -> None:
         """Leave the rows with conflicts out, before the Trainer reads its data."""
         refuse_to_drop(trainer)
-        model, tokenizer = self._loaded(trainer.model, trainer.processing_class)
+        model, tokenizer = trainer.model, tokenizer_of(trainer.processing_class)
         self.samples.choose(model, tokenizer)
         self.data.drop(trainer, model, tokenizer, self.samples.rows)
 
@@ -284,22 +288,16 @@ class SafetyCallback(TrainerCallback):
         if final:
             self._proven_at = state.global_step
 
-    def _tell(self, state: TrainerState, what: str, end: str = "") -> None:
+    def _tell(self, state: TrainerState, what: str, end: str = "") -> str:
+        line = watched_line(self._running, what, end)
         if state.is_world_process_zero:
-            logger.warning(f"spf: {watched_line(self._running, what, end)}")
+            logger.warning(f"spf: {line}")
+        return line
 
     @property
     def _running(self) -> Attachment:
         assert self.attachment is not None, "training has not begun"
         return self.attachment
-
-    @staticmethod
-    def _loaded(model: Any, tokenizer: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise SafetyDataError(
-                "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
-            )
-        return model, tokenizer
 
     def _detach(self) -> None:
         if self.attachment is not None:

@@ -59,6 +59,13 @@ class _Conflict(File):
     refusal: Annotated[list[Whole], MinLen(1)]
 
 
+class _Kept(File):
+    """What `keep` named: a hash of it, and the added tokens in it."""
+
+    prompts: Annotated[str, Field(pattern="^[0-9a-f]{24}$")] | None
+    tokens: list[Whole]
+
+
 class _State(File):
     rule: str
     steps: Whole
@@ -70,6 +77,7 @@ class _State(File):
     reference_nll: list[tuple[float, float]]
     held: list[_Conflict] = Field(default_factory=list)
     watched: list[_Conflict]
+    kept: _Kept
 
 
 class _Sample(File):

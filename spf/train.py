@@ -165,14 +165,15 @@ def make_callback(safety: SafetyArguments) -> SafetyCallback | None:
     options = settings["chat_template_kwargs"]
     if isinstance(options, str):
         settings["chat_template_kwargs"] = parse_options(options)
-    return SafetyCallback(safety.safety_data, rule, **settings)
+    return SafetyCallback(safety.safety_data, rule, keep=safety.safety_keep, **settings)
 
 
 def _train(
     callback: SafetyCallback | None, script: ScriptArguments, training: SFTConfig, model_config: Any, saving: list[str]
 ) -> None:
-    if callback is not None:
-        load_safety_rows(callback.safety_data)  # a mistake in them shows before the model is loaded
+    for source in (callback.safety_data, callback.keep.source) if callback is not None else ():
+        if source is not None:
+            load_safety_rows(source)  # what is on the hub, too, before the model is loaded
     data = _load(script)
     train = _split(data, script, "dataset_train_split")
     evaluated = None if training.eval_strategy == "no" else _split(data, script, "dataset_test_split")

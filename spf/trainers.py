@@ -1,11 +1,12 @@
 """The Trainer around a callback: which it is, and the callback's place in it."""
 
 import sys
+from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
-from spf.errors import UnsupportedSetupError
+from spf.errors import SafetyDataError, UnsupportedSetupError
 
 
 def stand_before_reports(callback: TrainerCallback, trainer: Trainer, kind: type[TrainerCallback]) -> None:
@@ -20,6 +21,19 @@ def stand_before_reports(callback: TrainerCallback, trainer: Trainer, kind: type
     flow = [i for i, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)]
     callbacks.remove(callback)
     callbacks.insert(flow[0] + 1 if flow else 0, callback)
+
+
+def tokenizer_of(given: Any) -> PreTrainedTokenizerBase:
+    """A Trainer's `processing_class`.
+
+    Raises:
+        SafetyDataError: it is no tokenizer.
+    """
+    if not isinstance(given, PreTrainedTokenizerBase):
+        raise SafetyDataError(
+            "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
+        )
+    return given
 
 
 def calling_trainer() -> Trainer | None:

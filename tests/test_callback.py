@@ -287,7 +287,6 @@ def test_bad_input_stops_before_any_step(tmp_path, tokenizer, rows):
         assert trainer.state.global_step == 0
         assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
 
-    refuses(r"missing\.jsonl: no such safety data file", str(tmp_path / "missing.jsonl"))
     refuses("needs the tokenizer", safety_data(rows), tok=None)
     refuses("all 32 input directions of .* would be held", safety_data(rows), rule=NullSpace(rank=96))
     refuses("refused none of the prompts", Dataset.from_list([{"prompt": "Write a poem."}]))

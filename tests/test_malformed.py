@@ -109,6 +109,7 @@ def of_data():
     yield Case("an empty data set", lambda p: load_safety_rows(Dataset.from_list([])), ("the data set",))
     for value in (3, True, 1.5, ["x"], {"train": []}, b"x"):
         yield Case(f"safety_data {short(value)}", lambda p, v=value: SafetyCallback(v), ("safety_data",))
+        yield Case(f"keep {short(value)}", lambda p, v=value: SafetyCallback(keep=v), ("keep",))
 
 
 def of_pairs():
@@ -362,7 +363,8 @@ def of_training():
         "adam_beta1": 1.5,
         "max_length": 0, "warmup_steps": -1, "save_steps": -1, "logging_steps": -1, "seed": -1,
         "lr_scheduler_type": "zigzag", "optim": "evil", "save_strategy": "often", "eval_strategy": "never",
-        "safety_rule": "mixed", "safety_data": "gone.jsonl", "dataset_name": "gone.jsonl", "nonsense": 1,
+        "safety_rule": "mixed", "safety_data": "gone.jsonl", "safety_keep": "gone.jsonl",
+        "dataset_name": "gone.jsonl", "nonsense": 1,
         "dataset_streaming": True, "dataset_train_split": "trian",
     }.items():  # fmt: skip
         yield train(f"{name} = {value}", {name: value}, name, str(value))
@@ -733,7 +735,7 @@ def test_the_table_is_large_enough():
 
 
 def test_every_setting_of_the_callback_is_checked():
-    assert {*hints(SafetyCallback.__init__)} == {*hints(CallbackSettings), "safety_data", "rule"}
+    assert {*hints(SafetyCallback.__init__)} == {*hints(CallbackSettings), "safety_data", "keep", "rule"}
 
 
 @pytest.mark.parametrize("case", parameters(CASES))

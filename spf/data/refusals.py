@@ -1,6 +1,6 @@
 """Rows without a refusal are given the model's own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ def complete_refusals(
     options: Mapping[str, Any] | None = None,
 ) -> list[SafetyRow]:
     """The rows of `ask_refusals`."""
-    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    sizes: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     return ask_refusals(rows, model, tokenizer, wanted=wanted, options=options, **sizes).rows
 
 
@@ -48,11 +48,13 @@ def ask_refusals(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     options: Mapping[str, Any] | None = None,
+    accept: Callable[[str], bool] = is_refusal,
+    what: str = "own refusals",
 ) -> Completed:
     """The first `wanted` rows (all by default) with refusals, and how many were asked for one.
 
-    A row without one gets the model's own answer, its first `max_new_tokens`, and is kept if the judge accepts it. All
-    processes ask in step, and what rank 0 heard counts. options: variables of the template.
+    A row without one gets the model's own answer, its first `max_new_tokens`, and is kept if `accept` says so. All
+    processes ask in step, and what rank 0 heard counts. options: variables of the template. what: the bar's name.
 
     Raises:
         SafetyDataError: a row cannot be rendered, or none is left.
@@ -75,14 +77,14 @@ def ask_refusals(
                 missing,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                description=f"own refusals, {len(kept)} of {wanted}",
+                description=f"{what}, {len(kept)} of {wanted}",
                 options=options,
             )
             if missing
             else []
         )
         # rounding must not have ranks judge differently: the number of rounds depends on it
-        answers = iter(object_of_rank_0([(answer, is_refusal(answer)) for answer in heard]))
+        answers = iter(object_of_rank_0([(answer, accept(answer)) for answer in heard]))
         for row in chunk:
             if row.refusal is not None:
                 kept.append(row)

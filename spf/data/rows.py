@@ -80,16 +80,8 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
     if isinstance(source, Dataset):
         return _rows(enumerate(source), "the data set")
     path = Path(source)
-    if path.is_file():
-        if path.suffix.lower() == ".csv":
-            return _rows(read_csv(path), str(path))
-        if path.suffix.lower() in (".jsonl", ".json"):
-            return _rows(read_jsonl(path), str(path))
-        raise SafetyDataError(f"{path}: safety data must be .jsonl or .csv, not {path.suffix or 'without suffix'}")
-    if path.is_dir():
-        raise SafetyDataError(f"{path}: a directory; give a .jsonl or .csv file, or datasets.load_from_disk of it")
-    if path.suffix.lower() in (".jsonl", ".json", ".csv") or path.is_absolute():
-        raise SafetyDataError(f"{path}: no such safety data file")
+    if _is_local(path):
+        return _local_rows(path)
     try:
         loaded = load_dataset(str(source))
     except Exception as error:
@@ -101,6 +93,37 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
             raise SafetyDataError(f"{source}: has no train split, only {', '.join(loaded)}")
         loaded = loaded["train"]
     return _rows(enumerate(loaded), str(source))
+
+
+def check_source(name: str, source: Any) -> None:
+    """Refuse what is no source of rows; a file is read, so that a mistake in it shows before a model is loaded.
+
+    Raises:
+        TypeError: of another kind.
+        SafetyDataError: as `load_safety_rows`.
+    """
+    if not isinstance(source, str | Path | Dataset | None):
+        kind = type(source).__name__
+        raise TypeError(f"{name} must be a file, a hub id or a datasets.Dataset (one split), not {kind}")
+    if isinstance(source, str | Path) and _is_local(Path(source)):
+        load_safety_rows(source)
+
+
+def _is_local(path: Path) -> bool:
+    """Whether the name is that of a file or directory, be it there or not; any other is looked up on the hub."""
+    return path.exists() or path.suffix.lower() in (".jsonl", ".json", ".csv") or path.is_absolute()
+
+
+def _local_rows(path: Path) -> list[SafetyRow]:
+    if path.is_file():
+        if path.suffix.lower() == ".csv":
+            return _rows(read_csv(path), str(path))
+        if path.suffix.lower() in (".jsonl", ".json"):
+            return _rows(read_jsonl(path), str(path))
+        raise SafetyDataError(f"{path}: safety data must be .jsonl or .csv, not {path.suffix or 'without suffix'}")
+    if path.is_dir():
+        raise SafetyDataError(f"{path}: a directory; give a .jsonl or .csv file, or datasets.load_from_disk of it")
+    raise SafetyDataError(f"{path}: no such safety data file")
 
 
 def in_turn(rows: Sequence[SafetyRow], seed: int) -> list[SafetyRow]:

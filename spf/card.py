@@ -1,0 +1,64 @@
+"""The model card's section on safety: which rule, what was held, what was refused before and after, what was proven."""
+
+import functools
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from spf.files import replace_file
+
+BEGIN, END = "<!-- spf: begin -->", "<!-- spf: end -->"
+
+EMPTY = "---\ntags:\n- spf\n---\n"
+"""A card that nobody has written yet; what libraries add to one keeps our section."""
+
+
+class ModelCard:
+    """Puts a section into the README.md of a run's output, also where a trainer writes that file anew."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        """What the run said of itself when it began."""
+        self._section = ""
+
+    def follow(self, trainer: Trainer) -> None:
+        """Have the section added whenever this trainer writes its card."""
+        create = trainer.create_model_card
+
+        @functools.wraps(create)
+        def created(*args: Any, **kwargs: Any) -> None:
+            create(*args, **kwargs)
+            if trainer.is_world_process_zero():
+                self._add(Path(str(trainer.args.output_dir)))
+
+        trainer.create_model_card = created  # type: ignore[method-assign]
+
+    def begin(self, lines: Sequence[str]) -> None:
+        """A run begins, of which nothing can be said yet."""
+        self.begun, self._section = list(lines), ""
+
+    def finish(self, args: TrainingArguments, state: TrainerState, rule: object, line: str) -> None:
+        """Write the section, on the first process. line: what the run says of itself at its end."""
+        if not state.is_world_process_zero:
+            return
+        said = "\n".join(f"- {line}" for line in [*self.begun, line])
+        self._section = (
+            f"{BEGIN}\n## Safety\n\nFine-tuned with `SafetyCallback` of spf {version('spf')}, which keeps an aligned "
+            f"model's refusals: `{rule!r}`.\n\n{said}\n\nWatched prompts are not among those that are held. Attack "
+            f"success rate and over-refusal are measured by `spf eval`.\n{END}\n"
+        )
+        self._add(Path(str(args.output_dir)))
+
+    def _add(self, directory: Path) -> None:
+        if not self._section:
+            return
+        path = directory / "README.md"
+        text = path.read_text("utf-8") if path.is_file() else EMPTY
+        before, _, rest = text.partition(BEGIN)
+        after = rest.partition(END)[2].lstrip("\n")
+        text = f"{before.rstrip()}\n\n{self._section}" + (f"\n{after}" if after else "")
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode("utf-8"))

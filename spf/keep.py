@@ -1,0 +1,89 @@
+"""Keep anything: what the model answers to any prompts (style, a language, knowledge) is held as refusals are."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spf.data import Anchor, ask_refusals, in_turn, load_safety_rows, tokenise, unused_tokens
+from spf.rules import Rule
+from spf.sharding import object_of_rank_0
+
+MOST = 256
+"""So many prompts are held at most: the directions of a matrix are shared with the refusals."""
+
+ANSWER = 64
+"""Tokens of an answer that is the model's own."""
+
+
+class Keep:
+    """Further samples for the rule to hold.
+
+    Raises:
+        ValueError: the rule holds nothing.
+    """
+
+    def __init__(self, source: str | Path | Dataset | None, rule: Rule, seed: int, options: Mapping[str, Any] | None):
+        """source: the data, None for none. seed: of their order. options: variables of the chat template."""
+        if source is not None and not rule.holds:
+            raise ValueError(f"keep: the rule {rule.name} does not hold answers; null-space does")
+        self.source, self.seed, self.options = source, seed, options
+        self._entry: dict[str, Any] = {"prompts": None, "tokens": []}
+        self.lines: list[str] = []
+
+    def samples(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int,
+        saved: Mapping[str, Any] | None,
+    ) -> list[Anchor]:
+        """Prompts with their answers, the model's own where the data have none, tokenised.
+
+        saved: the state in the checkpoint that the run goes on from, whose bases hold the samples already: then none.
+
+        Raises:
+            SafetyDataError: data that cannot be used, or an answer that is too long.
+            ValueError: the checkpoint was made with other prompts.
+        """
+        rows = load_safety_rows(self.source) if self.source is not None else []
+        asked = json.dumps([[row.messages, row.refusal] for row in rows], sort_keys=True)
+        prompts = hashlib.sha256(asked.encode("utf-8")).hexdigest()[:24] if rows else None
+        if saved is not None:
+            if saved["kept"]["prompts"] != prompts:
+                raise ValueError(
+                    "the checkpoint was made with other prompts in `keep`; give the same, or start a new run"
+                )
+            self._entry = saved["kept"]
+            return []
+        if not rows:
+            return []
+        chosen = in_turn(rows, self.seed)[:MOST]
+        found = ask_refusals(
+            chosen,
+            model,
+            tokenizer,
+            max_new_tokens=ANSWER,
+            options=self.options,
+            accept=lambda answer: True,
+            what="answers to keep",
+        )
+        samples = tokenise(object_of_rank_0(found.rows), tokenizer, limit, self.options)
+        used = {token for sample in samples for token in (*sample.prompt_ids, *sample.refusal_ids)}
+        self._entry = {"prompts": prompts, "tokens": sorted(used & set(tokenizer.get_added_vocab().values()))}
+        own = sum(row.own for row in found.rows)
+        self.lines = [f"keep: {len(samples)} of {len(rows)} prompts held with their answers, {own} the model's own"]
+        return samples
+
+    def unused(self, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Anchor]) -> list[int]:
+        """`unused_tokens` of these samples and of what is kept."""
+        return [token for token in unused_tokens(tokenizer, samples) if token not in self._entry["tokens"]]
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a checkpoint holds of it: no text."""
+        return self._entry

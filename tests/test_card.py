@@ -1,0 +1,78 @@
+"""The model card says what protected the run, and keeps what others write into it."""
+
+import re
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from spf import SafetyCallback
+from spf.card import BEGIN
+from tests.conftest import make_model
+from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
+
+
+def sft(directory, tokenizer, rows, **kwargs):
+    data = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": "A poem."}]}
+         for p in PROMPTS]
+    )  # fmt: skip
+    return SFTTrainer(
+        make_model(),
+        arguments(SFTConfig, directory, **kwargs),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        callbacks=[SafetyCallback(safety_data(rows))],
+    )
+
+
+def checked(path, rows):
+    text = path.read_text("utf-8")
+    assert text.count(BEGIN) == 1
+    assert text.count("## Safety") == 1
+    section = text[text.index(BEGIN) :]
+    assert "`NullSpace(rank=None" in section
+    assert re.search("rule null-space on 1[45] matrices; 12 safety samples, 11 of them held in", section)
+    assert "watched prompts refused" in section
+    assert "before training, now" in section
+    assert re.search("proven on the model.s own parameters: all 1[45] matrices answer the held inputs", section)
+    assert not any(row.messages[0]["content"] in text for row in rows)
+    return text
+
+
+def test_trl_s_card_is_kept_and_ours_stays_when_it_is_written_anew(tmp_path, tokenizer, rows):
+    trainer = sft(tmp_path, tokenizer, rows, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert "This model is a fine-tuned version of" in checked(tmp_path / "README.md", rows)
+    trainer.create_model_card(model_name="again")
+    assert "# Model Card for again" in checked(tmp_path / "README.md", rows)
+
+
+def test_peft_adds_to_a_card_that_nobody_had_written(tmp_path, tokenizer, rows):
+    trainer = sft(tmp_path, tokenizer, rows)
+    trainer.train()
+    assert checked(tmp_path / "README.md", rows).startswith("---\ntags:\n- spf\n---\n\n<!--")
+    trainer.save_model()
+    assert "- PEFT " in checked(tmp_path / "README.md", rows)
+
+
+def test_a_later_run_replaces_the_section(tmp_path, tokenizer, rows):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    for _ in range(2):
+        make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows))).train()
+    text = checked(tmp_path / "README.md", rows)
+    assert text.startswith("# Mine\n\n<!--")
+
+
+def test_a_run_that_breaks_off_writes_no_section(tmp_path, tokenizer, rows, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows)))
+
+    def broken(self):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("spf.optimizer.Attachment.finish", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train()
+    assert not (tmp_path / "README.md").exists()
