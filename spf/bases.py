@@ -59,7 +59,8 @@ class InputSketch:
     (the first one, often) do not take all directions: what is minimised is the weighted sum of each token's
     squared relative error. Up to `size` rows are kept as they are, and the basis is exact. Beyond that they
     are folded into a Nyström sketch Y = X^T X Omega (n, size) of their covariance (Halko et al.,
-    arXiv 0909.4061, section 5.5), so memory stays at 2 n size numbers however many prompts there are.
+    arXiv 0909.4061, section 5.5), so memory stays at 2 n size numbers however many prompts there are; of inputs
+    narrower than 2 size into X^T X itself, which is less work and exact.
     """
 
     def __init__(self, size: int):
@@ -91,17 +92,25 @@ class InputSketch:
     def _fold(self) -> None:
         X = torch.cat(self.rows)
         self.rows = []
-        if self.omega is None or self.Y is None:
-            n = X.shape[1]
-            self.omega = _test_matrix(n, min(self.size, n), X.device)
-            self.Y = torch.zeros_like(self.omega)
-        self.Y += exact_matmul(X.T, exact_matmul(X, self.omega))
+        n = X.shape[1]
+        if n < 2 * self.size:
+            more = exact_matmul(X.T, X)
+        else:
+            if self.omega is None:
+                self.omega = _test_matrix(n, self.size, X.device)
+            more = exact_matmul(X.T, exact_matmul(X, self.omega))
+        self.Y = more if self.Y is None else self.Y.add_(more)
 
     def basis(self, rank: int, energy: float = 1.0) -> Tensor:
         """V (n, k), float32: the fewest directions that hold the share `energy` of the rows, at most `rank`."""
-        if self.omega is None or self.Y is None:
+        if self.Y is None:
             _, s, Vh = torch.linalg.svd(torch.cat(self.rows).double(), full_matrices=False)
             V = Vh.T[:, : numerical_rank(s, max(self.count, Vh.shape[1]))]
+        elif self.omega is None:
+            values, V = (part.flip(-1) for part in torch.linalg.eigh(self.Y.double()))
+            # summed in float32: what is below its rounding is noise, not a direction
+            s = values[values > 1e-6 * values[0]].sqrt()
+            V = V[:, : len(s)]
         else:
             # Y was summed in float32, so what is below its rounding in the core is noise, not a direction.
             Y, omega = self.Y.double(), self.omega.double()

@@ -24,6 +24,7 @@ class Inputs(Activations):
         names: Sequence[str],
         *,
         rank: int,
+        more: int = 0,
         energy: float = 1.0,
         tokens: Tokens = "all",
         decision_weight: float = 1.0,
@@ -31,6 +32,8 @@ class Inputs(Activations):
         batch_size: int = 8,
     ) -> dict[str, Tensor]:
         """V (n, k), float32, per named matrix: the leading directions of its inputs over the anchors' tokens.
+
+        The `more` after the first `rank` of them are less exact.
 
         The tokens around the beginning of the answer, where a refusal is decided (`DECISION_TOKENS`), weigh
         `decision_weight`, all others 1. `gradient_share` of a token's weight is, instead, how much the matrix's answer
@@ -70,7 +73,7 @@ class Inputs(Activations):
 
             def basis(name: str) -> Tensor:
                 bar.update()
-                return sketches.pop(name).basis(rank, energy)
+                return sketches.pop(name).basis(rank + more, energy)
 
             bases = spread_over_ranks(list(sketches), basis)
         return {name: bases[shared[name]] for name in names}

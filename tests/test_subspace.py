@@ -72,27 +72,32 @@ def test_sketch_is_exact_for_few_rows():
     assert torch.allclose(X @ V @ V.T, X, atol=1e-4)
 
 
-def test_sketch_of_many_rows_finds_the_leading_directions():
+@pytest.mark.parametrize("size", [32, 40])
+def test_sketch_of_many_rows_finds_the_leading_directions(size):
+    """By a test matrix (32), or from all of X^T X (40), which is less work where the inputs are not twice as wide."""
     basis = torch.linalg.qr(random(64, 8, seed=1)).Q
     X = random(2000, 8, seed=2) @ basis.T + 1e-3 * random(2000, 64, seed=4)
-    sketch = InputSketch(32)
+    sketch = InputSketch(size)
     for part in X.split(100):
         sketch.add(part)
     V = sketch.basis(8)
     assert overlap(V, basis) > 0.999
     assert not sketch.rows
+    assert (sketch.omega is None) == (size == 40)
     assert sketch.basis(32, energy=0.99).shape[1] == 8
     with pytest.raises(ValueError, match="NaN or inf"):
         sketch.add(torch.full((1, 64), float("nan")))
 
 
-def test_sketch_survives_fewer_directions_than_it_has_room_for():
+@pytest.mark.parametrize("size", [32, 40])
+def test_sketch_survives_fewer_directions_than_it_has_room_for(size):
     """A bug once: the sketch's core is singular when the inputs span fewer directions than the sketch."""
     basis = torch.linalg.qr(random(64, 5, seed=1)).Q
-    sketch = InputSketch(32)
+    sketch = InputSketch(size)
     for part in (random(3000, 5, seed=2) @ basis.T).split(300):
         sketch.add(part)
-    V = sketch.basis(5)
+    V = sketch.basis(20)
+    assert V.shape[1] == 5
     assert overlap(V, basis) > 0.9999
     assert torch.allclose(V.T @ V, torch.eye(5), atol=1e-5)
 

@@ -165,7 +165,8 @@ def _directions(
     bases = probe.input_bases(
         anchors,
         names,
-        rank=(rule.rank or LARGEST_DEFAULT_RANK) + rule.contrast + more,
+        rank=(rule.rank or LARGEST_DEFAULT_RANK) + rule.contrast,
+        more=more,
         energy=rule.energy,
         tokens=rule.tokens,
         decision_weight=rule.decision_weight,
