@@ -1,6 +1,6 @@
 """Samples through the model: what its layers read and answer, and the directions of that."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from spf.bases import Tokens, log_odds, relative
 from spf.data import Anchor, AnchorBatch, collate
-from spf.matrices import find_matrices, used_tokens
+from spf.matrices import find_matrices, lora_b_of, used_places, used_tokens
 from spf.models import evaluating, logits_only
 from spf.progress import tracked
 from spf.sharding import reshard
+from spf.taps import Seen, Taps
 
 DECISION_TOKENS = (5, 2)
 """Tokens before and after the beginning of the answer that count as deciding on it: the end of the chat template's
@@ -33,6 +34,7 @@ class Activations:
         self.model = model
         reshard(model)
         self.matrices, self.others = find_matrices(model)
+        self.taps = Taps(model, self.matrices)
         self.pad_token_id = pad_token_id
 
     def _decisions(
@@ -44,19 +46,20 @@ class Activations:
         groups: matrices that read the same inputs, by the name that stands for them.
         """
         # a fresh lora_B is zero, so lora_A's own outputs have no gradient
-        answers = {name: name.replace(".lora_A.", ".lora_B.") for group in groups.values() for name in group}
+        members = [name for group in groups.values() for name in group]
+        answers = {name: self.taps.answers_of(name, lora_b_of(name)) for name in members}
         tapped = [name for name in dict.fromkeys([*groups, *answers.values()]) if name in self.matrices]
         head = set(self.model.get_output_embeddings().modules())  # type: ignore[operator]
         ends = any(module in head for name in tapped for module in self.matrices[name].modules)
-        taps: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        taps: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
 
-        def tap(name: str) -> Callable:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                if not output.requires_grad:
-                    output.requires_grad_(True)  # nothing below it is trainable; the graph begins here
-                taps.setdefault(name, []).append((inputs[0].detach(), output))
+        def tap(name: str) -> Seen:
+            def see(x: Tensor, y: Tensor, tokens: Tensor | None) -> None:
+                if not y.requires_grad:
+                    y.requires_grad_(True)  # nothing below it is trainable; the graph begins here
+                taps.setdefault(name, []).append((x.detach(), y, tokens))
 
-            return hook
+            return see
 
         for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
             batch = self._batch(anchors[start : start + batch_size])
@@ -64,29 +67,31 @@ class Activations:
             rows, columns = (predicts & (predicts.cumsum(1) <= DECISION_TOKENS[1])).nonzero(as_tuple=True)
             # a matrix at the end is given all tokens; without one, logits of the deciding tokens are enough
             few = nullcontext() if ends else logits_only(self.model, rows, columns)
-            with torch.enable_grad(), self._quiet(), self._hooked(tap, tapped), few:
+            with torch.enable_grad(), self._quiet(), self.taps.open(tap, tapped), few:
                 output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 logits = output.logits
                 logits = logits[rows.to(logits.device), columns.to(logits.device)] if ends else logits
                 targets = batch.input_ids[rows, columns + 1].to(logits.device)
                 moved = log_odds(logits.float(), targets).sum()
                 records = {name: list(pairs) for name, pairs in taps.items()}
-                flat = [output for pairs in records.values() for _, output in pairs]
-                gradients = iter(torch.autograd.grad(moved, flat, allow_unused=True))
+                flat = [y for pairs in records.values() for _, y, _ in pairs]
+                gradients = iter(torch.autograd.grad(moved, flat, allow_unused=True) if flat else ())
             found = {name: [next(gradients) for _ in pairs] for name, pairs in records.items()}
             taps.clear()
             mask = mask & (predicts == (kind == "refusal")) if kind != "all" else mask
-            counts = mask.sum(1).tolist()
             for name, group in groups.items():
-                for call, (x, _) in enumerate(records.get(name, ())):
-                    rows = used_tokens(name, x, mask)
-                    total = torch.zeros(len(rows), device=rows.device)
+                for call, (x, _, known) in enumerate(records.get(name, ())):
+                    tokens = used_places(name, x, mask, known)
+                    read = used_tokens(name, x, mask, known)
+                    total = torch.zeros(len(read), device=read.device)
                     for member in group:
                         d = found.get(answers[member], ())
                         if call < len(d) and d[call] is not None:
-                            used = used_tokens(member, d[call], mask)
+                            used = used_tokens(member, d[call], mask, known)
                             total += used.float().square().sum(-1).to(total.device)
-                    yield name, rows, deciding[mask].to(rows.device), relative(total, counts)
+                    around = deciding.flatten()[tokens].to(read.device)
+                    samples = (tokens // mask.shape[1]).to(read.device)
+                    yield name, read, around, relative(total, samples)
 
     def _shared_inputs(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, str]:
         """For every name the first one that reads the same tensors in all its calls, as q, k and v projections do."""
@@ -101,12 +106,21 @@ class Activations:
                 for a, b in zip(one, other, strict=True)
             )
 
-        self._stream(anchors, names, take, len(anchors))
-        called = list(inputs)
+        # what two experts read of one sample says nothing of the others
+        plain = self.taps.plain(names)
+
+        def called(names: Sequence[str]) -> set[str]:
+            inputs.clear()
+            self._stream(anchors, names, take, len(anchors))
+            return set(inputs)
+
+        if self.taps.find_bypassed(set(plain) - called(plain), called) or len(inputs) < len(plain):
+            called(plain)
+        order = list(inputs)
         shared = {name: name for name in names}
-        for i, name in enumerate(called):
+        for i, name in enumerate(order):
             # those that share an input are called one after the other
-            before = [other for other in called[max(0, i - 3) : i] if same(inputs[name], inputs[other])]
+            before = [other for other in order[max(0, i - 3) : i] if same(inputs[name], inputs[other])]
             if before:
                 shared[name] = shared[before[0]]
         return shared
@@ -125,14 +139,14 @@ class Activations:
         """
         mask = deciding = torch.empty(0)
 
-        def tap(name: str) -> Callable:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                x = inputs[0]
-                take(name, used_tokens(name, x, mask), used_tokens(name, output, mask), deciding[mask].to(x.device))
+        def tap(name: str) -> Seen:
+            def see(x: Tensor, y: Tensor, tokens: Tensor | None) -> None:
+                around = deciding.flatten()[used_places(name, x, mask, tokens)].to(x.device)
+                take(name, used_tokens(name, x, mask, tokens), used_tokens(name, y, mask, tokens), around)
 
-            return hook
+            return see
 
-        with self._quiet(), self._hooked(tap, names):
+        with self._quiet(), self.taps.open(tap, names):
             for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
                 batch = self._batch(anchors[start : start + batch_size])
                 mask, predicts, deciding = self._places(batch)
@@ -156,15 +170,6 @@ class Activations:
         device = next(self.model.parameters()).device
         batch = collate(anchors, self.pad_token_id, first_tokens, first_weight)
         return AnchorBatch(batch.input_ids.to(device), batch.attention_mask.to(device), batch.weights.to(device))
-
-    @contextmanager
-    def _hooked(self, tap: Callable[[str], Callable], names: Iterable[str]) -> Iterator[None]:
-        handles = [module.register_forward_hook(tap(name)) for name in names for module in self.matrices[name].modules]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from spf.audit import LIST_FILE, Audit
 from spf.config import Conflicts
 from spf.data import SafetyRow
-from spf.matrices import describe_fixed
+from spf.matrices import NAMED, describe_fixed
 from spf.optimizer import Attachment
 from spf.rules import Rule
 from spf.text.refusal import is_refusal
@@ -20,13 +20,18 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
     lines = [_samples(running, rows, at_hand, answered)]
     rule = running.rule
     if rule.holds:
-        fixed = describe_fixed(running.probe.model, running.probe.others)
+        run = running.run
+        fixed = describe_fixed(running.probe.model, [name for name in run.others if name not in run.kept])
         if fixed:
             learn = "; rows of tokens that were added to the vocabulary learn" if running.learning_rows else ""
             lines.append(
                 f"kept fixed: {', '.join(fixed)}; they are no matrices on an input, so null-space cannot hold what "
                 f"they change{learn}; train them with another rule, or freeze them to save their memory"
             )
+        for why in dict.fromkeys(run.kept.values()):
+            names = [name for name, reason in run.kept.items() if reason == why]
+            more = ", ..." * (len(names) > NAMED)
+            lines.append(f"kept fixed, too: {len(names)} matrices, {why} ({', '.join(names[:NAMED])}{more})")
         if rule.basis_samples(len(rows)) == len(rows):
             lines.append(
                 f"all {len(rows)} safety samples are held, so the watched prompts stay refused whatever leaks; with 9 "

@@ -23,17 +23,16 @@ def log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[:, None])[:, 0] - others
 
 
-def relative(squares: Tensor, counts: list[int]) -> Tensor:
-    """Squared gradients (T,) of samples' tokens in a row, over their sample's mean, at most `CLIP`.
+def relative(squares: Tensor, samples: Tensor) -> Tensor:
+    """Squared gradients (T,) of tokens, over the mean of their sample (T,), a number, at most `CLIP`.
 
-    counts: tokens of each sample. A sample without a finite gradient counts all its tokens the same, 1.
+    The tokens of a sample without a finite gradient count 1 each.
     """
-    parts = []
-    for part in squares.float().split(counts):
-        mean = part.mean()
-        usable = bool(torch.isfinite(mean) & (mean > 0))
-        parts.append((part / mean).clamp(max=CLIP) if usable else torch.ones_like(part))
-    return torch.cat(parts)
+    squares = squares.float()
+    count = int(samples.max()) + 1 if len(samples) else 0
+    means = squares.new_zeros(count).scatter_reduce(0, samples, squares, "mean", include_self=False)[samples]
+    usable = torch.isfinite(means) & (means > 0)
+    return torch.where(usable, (squares / means).clamp(max=CLIP), 1.0)
 
 
 def outside(V: Tensor, free: Tensor) -> Tensor:

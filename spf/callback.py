@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from spf.announce import audit_lines, first_lines, watched_line
+from spf.answering import refuse_unanswering
 from spf.audit import Audit
 from spf.card import ModelCard
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
@@ -164,6 +165,7 @@ class SafetyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer, tokenizer = kwargs["model"], kwargs["optimizer"], tokenizer_of(kwargs["processing_class"])
+        refuse_unanswering(model)
         self._detach()
         innermost_optimizer(optimizer)
         trainer = calling_trainer()
@@ -278,6 +280,7 @@ class SafetyCallback(TrainerCallback):
         """Leave the rows with conflicts out, before the Trainer reads its data."""
         refuse_to_drop(trainer)
         model, tokenizer = trainer.model, tokenizer_of(trainer.processing_class)
+        refuse_unanswering(model)
         self.samples.choose(model, tokenizer)
         self.data.drop(trainer, model, tokenizer, self.samples.rows)
 

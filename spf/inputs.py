@@ -10,6 +10,7 @@ from spf.bases import InputSketch, Tokens
 from spf.data import Anchor
 from spf.errors import UnsupportedModelError
 from spf.linalg import exact_matmul, project_out_right
+from spf.pools import Pools
 from spf.progress import progress
 from spf.sharding import spread_over_ranks
 
@@ -40,16 +41,21 @@ class Inputs(Activations):
         to it moves that decision: the squared gradient of the log-odds of the refusal's first tokens, over its sample's
         mean. Matrices that read the same inputs share their weights.
 
+        A matrix that no anchor passes through, or only zeros, is left out. An expert that fewer tokens reach than
+        `rank` is given directions of what the other experts of its layer read, too.
+
         Raises:
-            UnsupportedModelError: an anchor sends NaN or inf through a matrix, or none passes through it.
+            UnsupportedModelError: an anchor sends NaN or inf through a matrix.
         """
         shared = self._shared_inputs(anchors[:1], names)
         # Twice the rank and 16 more keep the sketched directions accurate (Halko et al., section 4.2).
         sketches = {name: InputSketch(2 * rank + 16) for name in dict.fromkeys(shared.values())}
+        pools = Pools([name for name in names if self.matrices[name].expert], 2 * rank + 16)
 
         def add(name: str, x: Tensor, weights: Tensor) -> None:
             try:
                 sketches[name].add(x, weights)
+                pools.add(name, x, weights)
             except ValueError as error:
                 raise UnsupportedModelError(f"{name}: {error}") from error
 
@@ -65,9 +71,8 @@ class Inputs(Activations):
                 add(name, x, (1 - gradient_share) * fixed + gradient_share * moves)
         else:
             self._stream(anchors, list(sketches), take, batch_size, tokens)
-        for name, sketch in sketches.items():
-            if sketch.count == 0:
-                raise UnsupportedModelError(f"{name}: no safety sample passes through this matrix")
+        counts = {name: sketch.count for name, sketch in sketches.items()}
+        sketches = {name: sketch for name, sketch in sketches.items() if sketch.count}
         # a sketch leaves when its basis is made, so that they are never all there at once
         with progress(len(sketches), "held directions") as bar:
 
@@ -76,7 +81,9 @@ class Inputs(Activations):
                 return sketches.pop(name).basis(rank + more, energy)
 
             bases = spread_over_ranks(list(sketches), basis)
-        return {name: bases[shared[name]] for name in names}
+        bases = pools.fill(bases, counts, rank + more, energy)
+        found = {name: bases[shared[name]] for name in names if shared[name] in bases}
+        return {name: V for name, V in found.items() if V.shape[1]}
 
     def response_norms(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, float]:
         """Root mean square of each named matrix's outputs over all tokens of the anchors."""

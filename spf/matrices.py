@@ -3,14 +3,18 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from spf.answering import refuse_unanswering
 from spf.errors import UnsupportedModelError
+from spf.experts import Expert, adapted_experts, is_packed, packed_names
 from spf.sharding import full_shape
 
 NAMED = 3
@@ -22,21 +26,26 @@ class Matrix:
     """A trainable weight matrix seen as W (m, n) with y = W x.
 
     modules: every layer that holds it; several where weights are tied. Each may be called more than once in a pass.
+    expert: of packed experts, whose inputs it is given; `among` is then its place in the parameter called `parameter`.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     transposed: bool
+    parameter: str = "weight"
+    expert: Expert | None = None
+    among: int | slice | None = None
 
     @property
     def weight(self) -> nn.Parameter:
         """The parameter as the modules hold it."""
-        weight = self.modules[0].weight
+        weight = getattr(self.modules[0], self.parameter)
         assert isinstance(weight, nn.Parameter)
         return weight
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The parameter, or its gradient, as (m, n); a view, so in-place changes reach the parameter."""
+        """The matrix in its parameter, or in its gradient, as (m, n); a view, so in-place changes reach it."""
+        tensor = tensor if self.among is None else tensor[self.among]
         return tensor.T if self.transposed else tensor
 
     @property
@@ -51,14 +60,16 @@ class Matrix:
 def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Parameter]]:
     """The trainable weight matrices of linear layers, and all other trainable parameters, by name.
 
-    Linear layers are `nn.Linear` (so also lora_A and lora_B) and GPT-2's `Conv1D`. Embeddings (a tied
-    output layer is one), norms and biases are among the others.
+    Linear layers are `nn.Linear` (so also lora_A and lora_B), GPT-2's `Conv1D`, and every expert of packed ones, by the
+    parameter's name and a number, `...down_proj[3]`. Embeddings (a tied output layer is one), norms, biases,
+    convolutions, state parameters and routers are among the others.
 
     Raises:
-        UnsupportedModelError: nothing is trainable, a parameter of two or more dimensions belongs to
-            neither a linear layer nor an embedding (expert tensors, convolutions, DoRA, prompt tuning ...), a weight is
-            read in two orientations, or two parameters share memory.
+        UnsupportedModelError: nothing is trainable, DoRA, LoRA on packed experts whose inputs cannot be seen, a model
+            that writes no answers (`refuse_unanswering`), a weight is read in two orientations, or two parameters
+            share memory.
     """
+    refuse_unanswering(model)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not names:
         raise UnsupportedModelError("the model has no trainable parameter")
@@ -77,18 +88,76 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
         if len(transposed) > 1:
             raise UnsupportedModelError(f"{name}: layers read it in two orientations (Linear and Conv1D); untie them")
         matrices[name] = Matrix(name, tuple(holders), transposed.pop())
-    others = {name: parameter for parameter, name in names.items() if name not in matrices}
-    for name, parameter in others.items():
+    _unpack(model, names, matrices)
+    held = {id(matrix.weight) for matrix in matrices.values()}
+    others = {name: parameter for parameter, name in names.items() if id(parameter) not in held}
+    for name in others:
         if "lora_magnitude_vector" in name:
             raise UnsupportedModelError(f"{name}: DoRA is not supported; use LoRA without use_dora")
-        if len(full_shape(parameter)) >= 2 and parameter not in embeddings:
-            raise UnsupportedModelError(
-                f"{name}: a trainable tensor of shape {full_shape(parameter)} outside linear layers and "
-                "embeddings; freeze it, or train it without spf"
-            )
     if not matrices:
         raise UnsupportedModelError(f"no trainable weight matrix, only {', '.join(list(others)[:NAMED])}")
     return matrices, others
+
+
+def _unpack(model: nn.Module, names: Mapping[nn.Parameter, str], matrices: dict[str, Matrix]) -> None:
+    """Put the matrices of packed experts, and of LoRA on them, into `matrices`, an expert at a time.
+
+    LoRA on another parameter (a router's) is taken out: its layers are never called.
+    """
+    layer: Any
+    for layer in model.modules():
+        if is_packed(layer):
+            for parameter in packed_names(layer):
+                weight = layer._parameters[parameter]
+                for i in range(full_shape(weight)[0]) if weight in names else ():
+                    whole = f"{names[weight]}[{i}]"
+                    matrices[whole] = Matrix(
+                        whole, (layer,), layer.is_transposed, parameter, Expert(layer, parameter, i), i
+                    )
+        elif isinstance(layer, ParamWrapper):
+            experts = adapted_experts(layer)
+            for adapter in layer.lora_A:
+                down: Any = layer.lora_A[adapter].weight
+                up: Any = layer.lora_B[adapter].weight
+                matrix = matrices.pop(names.get(down, ""), None)
+                if experts is None:
+                    if matrix is not None and layer.num_experts > 1:
+                        _refuse_unseen(matrix.name, layer)
+                    matrices.pop(names.get(up, ""), None)
+                elif matrix is not None:
+                    height = len(down) // len(experts)
+                    for expert in experts:
+                        rows = slice(expert.index * height, (expert.index + 1) * height)
+                        whole = f"{matrix.name}[{expert.index}]"
+                        matrices[whole] = Matrix(whole, (layer.lora_A[adapter],), False, expert=expert, among=rows)
+
+
+def _refuse_unseen(name: str, wrapper: ParamWrapper) -> None:
+    layer = type(wrapper.get_base_layer()).__name__
+    raise UnsupportedModelError(
+        f"{name}: LoRA on the packed experts of {layer}, whose inputs spf cannot see (and PEFT may have put lora_A on "
+        f"their output side); leave {wrapper.parameter_name} out of target_parameters and train the other layers, or "
+        "all weights, where these experts are kept fixed"
+    )
+
+
+def refuse_tensors(model: nn.Module, others: Mapping[str, nn.Parameter]) -> None:
+    """For rules that leave `others` as free as they are without a rule.
+
+    Raises:
+        UnsupportedModelError: one is more than a vector, and no embedding: convolutions, state parameters, routers.
+    """
+    for name, parameter in others.items():
+        if len(full_shape(parameter)) >= 2 and not is_embedding(model, name):
+            raise UnsupportedModelError(
+                f"{name}: a trainable tensor of shape {full_shape(parameter)} outside linear layers and embeddings, "
+                "which this rule does not correct; freeze it, or use null-space, which keeps it fixed"
+            )
+
+
+def lora_b_of(name: str) -> str:
+    """The name of the lora_B that belongs to this lora_A, or to an expert's part of it."""
+    return name.replace(".lora_A.", ".lora_B.").partition("[")[0]
 
 
 def owner(model: nn.Module, name: str) -> nn.Module:
@@ -112,6 +181,8 @@ def refuse_fixed_adapters(model: nn.Module, others: Iterable[str]) -> None:
         path = name.split(".")
         for i in range(1, len(path)):
             module = model.get_submodule(".".join(path[:i]))
+            if isinstance(module, ParamWrapper):
+                continue  # a router's adapter; what routes is best kept
             if isinstance(module, BaseTunerLayer) and path[i] in module.adapter_layer_names and path[-1] != "bias":
                 raise UnsupportedModelError(
                     f"{name}: {type(module).__name__} learns with this vector, which null-space would keep "
@@ -143,37 +214,78 @@ def describe_fixed(model: nn.Module, others: Iterable[str]) -> list[str]:
     """One phrase a kind of parameter that is kept as it is: how many, and the names of some."""
     kinds: dict[str, list[str]] = {}
     for name in others:
-        if is_embedding(model, name):
-            kind = "embedding"
-        elif name.endswith("bias"):
-            kind = "bias vector"
-        elif "norm" in type(owner(model, name)).__name__.lower():
-            kind = "norm"
-        else:
-            kind = "other vector"
-        kinds.setdefault(kind, []).append(name)
+        kinds.setdefault(_kind(model, name), []).append(name)
     return [
-        f"{len(names)} {kind}{'s' * (len(names) > 1)} ({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})"
+        f"{len(names)} {_plural(kind) if len(names) > 1 else kind} "
+        f"({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})"
         for kind, names in kinds.items()
     ]
 
 
-def used_tokens(name: str, x: Tensor, mask: Tensor) -> Tensor:
-    """The rows (T, n) of a matrix's inputs or outputs at the tokens of a mask (B, L), wherever the matrix is.
+def _plural(kind: str) -> str:
+    return "routers' adapters" if kind == "router's adapter" else f"{kind}s"
 
-    x (B, L, n), or (B L, n) from layers that are given all tokens in a row.
+
+def _kind(model: nn.Module, name: str) -> str:
+    """What a parameter is that is no matrix, in a word or two."""
+    what = type(owner(model, name)).__name__.lower()
+    dimensions = len(full_shape(model.get_parameter(name)))
+    if is_embedding(model, name):
+        return "embedding"
+    if name.endswith("bias"):
+        return "bias vector"
+    if ".lora_" in name:
+        return "router's adapter"
+    if "norm" in what:
+        return "norm"
+    if "conv" in what and dimensions > 1:
+        return "convolution"
+    if dimensions == 2 and ("rout" in what or "gat" in what):
+        return "router"
+    return "other vector" if dimensions < 2 else "other tensor"
+
+
+def token_of_rows(name: str, shape: torch.Size, mask: Tensor) -> Tensor:
+    """For each row of a tensor of this shape (..., n), the token of a mask (B, L), counted in a row, it belongs to.
+
+    (B, L, n), (B L, n) from layers that are given all tokens in a row, (B, 1, L, n) of a shared key, (B, L, H, n) and
+    (B, H, L, n) of several heads, (S, B, L, n) of several streams.
 
     Raises:
-        UnsupportedModelError: x has neither shape, so which row is which token is not known.
+        UnsupportedModelError: none of these, so which row is which token is not known.
     """
-    if x.shape[:-1] == mask.shape:
-        return x[mask.to(x.device)]
-    if x.dim() == 2 and len(x) == mask.numel():
-        return x[mask.flatten().to(x.device)]
+    rows, (batch, length) = shape[:-1], mask.shape
+    tokens = torch.arange(mask.numel(), device=mask.device).view(batch, length)
+    if rows.numel() == mask.numel() and (len(rows) == 1 or rows[0] == batch):
+        return tokens.flatten()
+    if rows[:2] == mask.shape:
+        return tokens.flatten().repeat_interleave(rows[2:].numel())
+    if rows[-2:] == mask.shape:
+        return tokens.flatten().repeat(rows[:-2].numel())
+    if len(rows) == 3 and (rows[0], rows[2]) == tuple(mask.shape):
+        return tokens[:, None].expand(rows).flatten()
     raise UnsupportedModelError(
-        f"{name}: works on tensors of shape {tuple(x.shape)} for {mask.shape[0]} samples of {mask.shape[1]} tokens, so "
-        "its inputs cannot be told apart; freeze it or leave it out of target_modules"
+        f"{name}: works on tensors of shape {tuple(shape)} for {batch} samples of {length} tokens, so its inputs "
+        "cannot be told apart; freeze it or leave it out of target_modules"
     )
+
+
+def used_tokens(name: str, x: Tensor, mask: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """The rows (T, n) of a matrix's inputs or outputs at the tokens of a mask (B, L), wherever the matrix is.
+
+    tokens: which token each row is, where that is known; else it is told by the shape, see `token_of_rows`.
+
+    Raises:
+        UnsupportedModelError: it cannot be told.
+    """
+    tokens = token_of_rows(name, x.shape, mask) if tokens is None else tokens
+    return x.reshape(-1, x.shape[-1])[mask.flatten()[tokens.to(mask.device)].to(x.device)]
+
+
+def used_places(name: str, x: Tensor, mask: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Which token of the mask, counted in a row, each row of `used_tokens` is (T,)."""
+    tokens = token_of_rows(name, x.shape, mask) if tokens is None else tokens.to(mask.device)
+    return tokens[mask.flatten()[tokens]]
 
 
 def _refuse_shared_memory(names: Mapping[nn.Parameter, str]) -> None:

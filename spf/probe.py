@@ -1,6 +1,6 @@
 """SafetyProbe: one small forward/backward pass -> safety loss and factored safety gradients."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 from spf.config import Count, Seed, Weight, Whole, check
 from spf.data import Anchor, AnchorBatch, AnchorRotation
 from spf.errors import UnsupportedModelError
+from spf.fused import FUSED
 from spf.inputs import Inputs
 from spf.matrices import used_tokens
 from spf.progress import tracked
 from spf.shared_prefix import NextToken
 from spf.subspace import Factors
+from spf.taps import Seen
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,29 @@ class SafetyProbe(Inputs):
         """Probe these anchors."""
         batch = self._weighted(anchors)
         mask = batch.attention_mask.bool()
-        taps: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.matrices}
+        taps: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {name: [] for name in self.matrices}
+        for name in self.taps.bypassed:
+            raise UnsupportedModelError(
+                f"{name}: its layer is computed by a fused kernel, so the safety gradient is not known; {FUSED}, or "
+                "use null-space without feedback and cosines"
+            )
+        for name, matrix in self.matrices.items():
+            if matrix.expert and matrix.is_lora_a:
+                raise UnsupportedModelError(
+                    f"{name}: the safety gradient of LoRA on packed experts is not known; leave the experts out of "
+                    "target_parameters, or use null-space without feedback and cosines"
+                )
 
-        def tap(name: str) -> Callable:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                if not output.requires_grad:
+        def tap(name: str) -> Seen:
+            def see(x: Tensor, y: Tensor, tokens: Tensor | None) -> None:
+                if not y.requires_grad:
                     # Nothing below it is trainable, so it is a leaf; the graph begins here.
-                    output.requires_grad_(True)
-                taps[name].append((inputs[0].detach(), output))
+                    y.requires_grad_(True)
+                taps[name].append((x.detach(), y, tokens))
 
-            return hook
+            return see
 
-        with torch.enable_grad(), self._quiet(), self._hooked(tap, self.matrices):
+        with torch.enable_grad(), self._quiet(), self.taps.open(tap, self.matrices):
             nll, weights, logits = self._token_nll(batch)
             loss = (nll * weights).sum() / weights.sum()
             objective = loss
@@ -130,29 +143,40 @@ class SafetyProbe(Inputs):
                 objective = (kl * weights).sum() / weights.sum()
             # Records made later would be a checkpointed recomputation's.
             records = {name: list(pairs) for name, pairs in taps.items()}
-            flat = [output for pairs in records.values() for _, output in pairs]
+            flat = [y for pairs in records.values() for _, y, _ in pairs]
             gradients = iter(torch.autograd.grad(objective, flat, allow_unused=True))
         factors: dict[str, Factors] = {}
         shared: dict[tuple, Tensor] = {}
         for name, pairs in records.items():
             X, D = [], []
-            for x, _ in pairs:
+            for x, _, tokens in pairs:
                 d = next(gradients)
                 if d is not None:
                     # q, k and v read one tensor; so they share what is kept of it
                     place = (x.data_ptr(), x.shape, x.stride(), x.dtype)
                     if place not in shared:
-                        shared[place] = used_tokens(name, x, mask).float()
+                        shared[place] = used_tokens(name, x, mask, tokens).float()
                     X.append(shared[place])
-                    D.append(used_tokens(name, d, mask).float())
+                    D.append(used_tokens(name, d, mask, tokens).float())
             if not X:
-                raise UnsupportedModelError(f"{name}: the safety loss does not pass through this matrix")
+                if self.matrices[name].expert:  # no token of these samples was sent to it
+                    factors[name] = self._no_gradient(name)
+                    continue
+                raise UnsupportedModelError(
+                    f"{name}: the safety loss does not pass through this matrix; freeze it, or use null-space, which "
+                    f"keeps it fixed; {FUSED}"
+                )
             factors[name] = Factors(X[0], D[0]) if len(X) == 1 else Factors(torch.cat(X), torch.cat(D))
         excess = 0.0
         if self.reference_nll:
             known = [self.reference_nll[a.where] for a in anchors]
             excess = float(loss.detach()) - sum(nll for nll, _ in known) / sum(weight for _, weight in known)
         return ProbeResult(float(loss.detach()), factors, excess)
+
+    def _no_gradient(self, name: str) -> Factors:
+        matrix = self.matrices[name]
+        W = matrix.view(matrix.weight)
+        return Factors(W.new_zeros(1, W.shape[1], dtype=torch.float32), W.new_zeros(1, W.shape[0], dtype=torch.float32))
 
     def loss(self, anchors: Sequence[Anchor]) -> float:
         """The safety loss on these anchors: mean NLL of the refusal tokens, nats. A forward pass for every eight."""

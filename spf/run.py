@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spf.data import Anchor, AnchorRotation
-from spf.errors import CorrectionError, UnsupportedSetupError
+from spf.errors import CorrectionError, UnsupportedModelError, UnsupportedSetupError
+from spf.fused import FUSED
 from spf.linalg import stacked
-from spf.matrices import Matrix, find_matrices
+from spf.matrices import Matrix, find_matrices, lora_b_of, refuse_tensors
 from spf.probe import ProbeResult, SafetyProbe
 from spf.sharding import Block, Sharding, reshard
 
@@ -42,9 +43,16 @@ class Run:
         self.probe = probe
         self.rule = rule
         trainable = {name: matrix.weight for name, matrix in probe.matrices.items()} | probe.others
-        self.sharding = Sharding(probe.model, optimizer, trainable)
+        places = {name: m.among for name, m in probe.matrices.items() if m.among is not None}
+        self.sharding = Sharding(probe.model, optimizer, trainable, places)
         self.optimizer = self.sharding.optimizer
         self.matrices: dict[str, Matrix] = rule.corrects(probe.matrices)
+        self.others: dict[str, nn.Parameter] = dict(probe.others)
+        """What is trainable and no matrix that the rule acts on; a rule that holds keeps it fixed."""
+        self.kept: dict[str, str] = {}
+        """Those of the others that are matrices, with what keeps the rule from acting on them."""
+        if not rule.holds:
+            refuse_tensors(probe.model, self.others)
         self._check_optimizer()
         anchors = probe.rotation.anchors
         held = rule.basis_samples(len(anchors))
@@ -73,6 +81,21 @@ class Run:
         """The number of rows of a matrix."""
         shape = self.sharding.parts[name].shape
         return shape[1] if self.matrices[name].transposed else shape[0]
+
+    def keep_fixed(self, names: Mapping[str, str]) -> None:
+        """Count these matrices among the others, and their lora_B: names, and why.
+
+        Raises:
+            UnsupportedModelError: no matrix is left.
+        """
+        for name, why in names.items():
+            for each in {name, lora_b_of(name)} & self.probe.matrices.keys() - self.kept.keys():
+                self.kept[each] = why
+                self.others[each] = self.probe.matrices[each].weight
+                self.matrices.pop(each, None)
+        if not self.matrices:
+            name, why = next(iter(names.items()))
+            raise UnsupportedModelError(f"{name}: {why}, nor is there any other matrix that is trained; {FUSED}")
 
     def total(self, tensors: Sequence[Tensor]) -> list:
         """Small tensors of one shape summed over the processes, in one all-reduce, as nested lists; [] of none."""
@@ -149,7 +172,7 @@ class Run:
         """
         reshard(self.probe.model)
         trained = self.rule.corrects(find_matrices(self.probe.model)[0])
-        if left_out := sorted(trained.keys() - self.matrices.keys()):
+        if left_out := sorted(trained.keys() - self.matrices.keys() - self.others.keys()):
             raise CorrectionError(
                 f"spf: {left_out[0]} and {len(left_out) - 1} more trainable matrices are not corrected; they were "
                 "added or unfrozen after training began"

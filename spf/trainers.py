@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
 from spf.errors import SafetyDataError, UnsupportedSetupError
+from spf.text.chat import text_tokenizer
 
 
 def stand_before_reports(callback: TrainerCallback, trainer: Trainer, kind: type[TrainerCallback]) -> None:
@@ -24,16 +25,17 @@ def stand_before_reports(callback: TrainerCallback, trainer: Trainer, kind: type
 
 
 def tokenizer_of(given: Any) -> PreTrainedTokenizerBase:
-    """A Trainer's `processing_class`.
+    """A Trainer's `processing_class`, or the tokenizer in it if it is a processor of text and images.
 
     Raises:
         SafetyDataError: it is no tokenizer.
     """
-    if not isinstance(given, PreTrainedTokenizerBase):
+    tokenizer = text_tokenizer(given)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise SafetyDataError(
             "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
         )
-    return given
+    return tokenizer
 
 
 def calling_trainer() -> Trainer | None:

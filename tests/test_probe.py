@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from spf import NullSpace, Rank1, SafetyOptimizer
 from spf.bases import relative
 from spf.data import collate
 from spf.errors import UnsupportedModelError
@@ -112,11 +113,15 @@ def test_tied_output_layer_counts_as_embedding():
     assert any(name.endswith("q_proj.bias") for name in others)
 
 
-def test_unknown_parameters_are_refused_by_name():
+def test_unknown_parameters_are_refused_by_name(anchors):
     model = make_model()
     model.model.layers[0].experts = nn.Parameter(torch.zeros(3, 4, 5))
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.experts: .*\(3, 4, 5\)"):
-        find_matrices(model)
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.experts: .*\(3, 4, 5\).* or use null-space"):
+        SafetyOptimizer(optimizer, probe, Rank1())
+    safe = SafetyOptimizer(optimizer, probe, NullSpace(rank=4))  # the remedy
+    assert "model.layers.0.experts" in safe.attachment.run.others
     with pytest.raises(UnsupportedModelError, match="DoRA"):
         find_matrices(get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)))
 
@@ -193,7 +198,7 @@ def test_token_weights_follow_the_gradient_of_the_decision(anchors):
 
 def test_weights_of_tokens_are_clipped_and_even_without_a_gradient():
     squares = torch.cat([torch.tensor([100.0] + [0.0] * 99), torch.zeros(3), torch.tensor([1.0, torch.nan])])
-    weights = relative(squares, [100, 3, 2])
+    weights = relative(squares, torch.tensor([0] * 100 + [1] * 3 + [2] * 2))
     assert weights.tolist() == [50.0] + [0.0] * 99 + [1.0] * 5
 
 

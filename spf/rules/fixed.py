@@ -30,7 +30,7 @@ class Fixed:
     def before_step(self, here: set[str]) -> None:
         """Drop gradients, and remember the values of what the optimizer will change all the same."""
         sharding = self.run.sharding
-        for name, parameter in self.run.probe.others.items():
+        for name, parameter in self.run.others.items():
             if name in self._new_rows and name in here:
                 self._keep_all_but_new_rows(name)
             elif not sharding.flat:
@@ -72,7 +72,7 @@ class Fixed:
     def _checksums(self) -> dict[str, Tensor]:
         """The sum of a parameter's bits in this process, as whole numbers: any one that changes shows."""
         sums = {}
-        for name in self.run.probe.others:
+        for name in self.run.others:
             part = self.run.sharding.parts.get(name)
             if part is None:
                 continue
@@ -86,7 +86,7 @@ class Fixed:
     def _rows_of(self, tokens: Sequence[int]) -> dict[str, Tensor]:
         """By embedding, where its rows of these tokens are: rows of this process's part, or flat entries of it."""
         places = {}
-        for name in self.run.probe.others:
+        for name in self.run.others:
             part = self.run.sharding.parts.get(name)
             if part is None or not is_embedding(self.run.probe.model, name):
                 continue

@@ -10,6 +10,7 @@ from torch import Tensor
 from spf.data import Anchor
 from spf.errors import CorrectionError, UnsupportedModelError
 from spf.linalg import exact_matmul, project_out_right, stacked
+from spf.matrices import lora_b_of
 from spf.rules.base import Correction, Given
 from spf.rules.constraint import Constraint, null_space_violation
 from spf.rules.fixed import Fixed
@@ -81,7 +82,7 @@ class Holding(Correction):
             for name, after in run.probe.response_norms(calibration, fresh).items() if before else ():
                 # The held directions carry most of what any prompt sends into a layer. Without them A would
                 # answer weakly, and the adapter learn slowly; A's scale is free, since B is zero.
-                self.scale[name] = min(before[name] / max(after, 1e-12), MAX_SCALE)
+                self.scale[name] = min(before[name] / max(after, 1e-12), MAX_SCALE) if before[name] else 1.0
                 with run.sharding.weight(name, edit=True) as (_, A):
                     A.mul_(self.scale[name])
             run.sharding.publish()
@@ -234,7 +235,7 @@ def _pushed(
 def _refuse_trained(run: Run, names: Sequence[str]) -> None:
     """A lora_A can be projected as long as its lora_B is zero, because that changes nothing."""
     for name in names:
-        with torch.no_grad(), run.sharding.weight(name.replace(".lora_A.", ".lora_B.")) as (_, B):
+        with torch.no_grad(), run.sharding.weight(lora_b_of(name)) as (_, B):
             trained = B.float().square().sum()
         if run.total([trained])[0] > 0:
             raise UnsupportedModelError(

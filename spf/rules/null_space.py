@@ -1,5 +1,6 @@
 """The default rule: the inputs that refusals send into a layer are answered as before training."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -14,7 +15,7 @@ from spf.config import Count, Share, Weight, Whole
 from spf.data import Anchor
 from spf.errors import UnsupportedModelError
 from spf.linalg import exact_matmul
-from spf.matrices import Matrix, refuse_fixed_adapters, refuse_rounded
+from spf.matrices import Matrix, lora_b_of, refuse_fixed_adapters, refuse_rounded
 from spf.probe import SafetyProbe
 from spf.rules.base import Given, Rule
 from spf.rules.combining import DualAscent, Mix
@@ -26,6 +27,12 @@ from spf.subspace import SafetySubspace
 LARGEST_DEFAULT_RANK = 320
 """A third of the inputs held on the validation prompts of the demo model (192 of 576) and of a really aligned one (298
 of 896, where 192 lost a sixth of its refusals of another origin)."""
+
+FEW = 16
+"""A matrix of fewer inputs (Gemma 3n's coefficients of 4 streams) is held in all of them: it is kept fixed."""
+
+SMALL = "all of their few inputs are held"
+UNREACHED = "no safety sample passes through them (a tower for images, say)"
 
 HELD_OUT = 1 / 9
 """Share of the safety samples kept out of the null space, so that what is measured on them is not held by design."""
@@ -95,7 +102,7 @@ class NullSpace(Rule):
 
     def limit(self, inputs: int) -> int:
         """The most directions held of a matrix with so many inputs."""
-        return self.rank or min(max(1, inputs // 3), LARGEST_DEFAULT_RANK)
+        return self.rank or (inputs if inputs < FEW else min(inputs // 3, LARGEST_DEFAULT_RANK))
 
     def at_hand(self, inputs: int) -> int:
         """The most directions of a matrix with so many inputs that are kept at hand: half of all are left to learn."""
@@ -118,8 +125,9 @@ class NullSpace(Rule):
 
     def corrects(self, matrices: Mapping[str, Matrix]) -> dict[str, Matrix]:
         # With A V = 0 the product B A V vanishes whatever B is, so lora_B is free.
+        held = {lora_b_of(name) for name, matrix in matrices.items() if matrix.is_lora_a}
         for name, matrix in matrices.items():
-            if matrix.is_lora_b and name.replace(".lora_B.", ".lora_A.") not in matrices:
+            if matrix.is_lora_b and name not in held:
                 raise UnsupportedModelError(
                     f"{name} is trained but its lora_A is frozen, so null-space cannot hold anything there; "
                     "train lora_A too, or use another rule"
@@ -133,6 +141,7 @@ class NullSpace(Rule):
         refuse_rounded((name, run.holder(name).dtype) for name in run.matrices)
         held = [*run.basis, *given.reworded, *given.conflicts]
         subspace = given.subspace or _estimate(run, self, held, given.calibration, given.tighten)
+        run.keep_fixed(json.loads(subspace.metadata.get("kept", "{}")))
         return Holding(run, self, given, subspace)
 
 
@@ -141,12 +150,15 @@ def null_space_bases(
 ) -> dict[str, Tensor]:
     """V (n, k), float32, per named matrix: the input directions of the anchors that the rule holds.
 
+    A matrix that no anchor passes through is left out, and one of few inputs that they fill.
+
     benign: the samples whose leading directions are left free; only a rule with `contrast` needs them.
 
     Raises:
         ValueError: a matrix would be held in no direction, or in all.
     """
     found = _directions(probe, rule, anchors, names, benign, 0)
+    found = {name: V for name, V in found.items() if not _filled(rule, V)}
     whole = {id(V): V[:, : rule.limit(len(V))].contiguous() for V in found.values()}
     held = {name: whole[id(V)] for name, V in found.items()}
     _check_widths(rule, held)
@@ -174,18 +186,23 @@ def _directions(
     )
     if rule.contrast:
         free = probe.input_bases(benign, names, rank=rule.contrast)
-        pairs = {name: (id(V), id(free[name])) for name, V in bases.items()}  # q, k and v share theirs
+        pairs = {name: (id(V), id(free[name])) for name, V in bases.items() if name in free}  # q, k and v share theirs
         rest = {pair: outside(bases[name], free[name]) for pair, name in {p: n for n, p in pairs.items()}.items()}
-        bases = {name: rest[pair] for name, pair in pairs.items()}
+        bases = bases | {name: rest[pair] for name, pair in pairs.items()}
     return bases
+
+
+def _filled(rule: NullSpace, V: Tensor) -> bool:
+    """Whether a matrix of few inputs would be held in all of them."""
+    return len(V) < FEW and min(V.shape[1], rule.limit(len(V))) == len(V)
 
 
 def _check_widths(rule: NullSpace, held: Mapping[str, Tensor]) -> None:
     for name, V in held.items():
         if V.shape[1] == 0:
             raise ValueError(
-                f"null-space: no input direction of {name} would be held: its inputs vanish, or contrast "
-                f"({rule.contrast}) leaves none; lower contrast, or freeze it"
+                f"null-space: no input direction of {name} would be held: contrast ({rule.contrast}) leaves none; "
+                "lower it, or freeze the matrix"
             )
         if V.shape[1] == V.shape[0]:
             raise ValueError(
@@ -201,6 +218,8 @@ def _estimate(
     more = rule.more if tighten else 0
     found = _directions(run.probe, rule, anchors, list(run.matrices), benign, more)
     same_on_all_ranks(found)
+    found = {name: V for name, V in found.items() if not _filled(rule, V)}
+    fixed = {name: SMALL if _inputs(run, name) < FEW else UNREACHED for name in run.matrices if name not in found}
     held, at_hand = {}, {}
     for V in {id(V): V for V in found.values()}.values():
         held[id(V)] = V[:, : rule.limit(len(V))].contiguous()
@@ -211,8 +230,8 @@ def _estimate(
     _check_widths(rule, right)
     reserve = {name: at_hand[id(V)] for name, V in found.items()} if more else {}
     target, reserve_target = {}, {}
-    for name, matrix in run.matrices.items():
-        V, rows = right[name], run.sharding.parts[name].rows
+    for name, V in right.items():
+        matrix, rows = run.matrices[name], run.sharding.parts[name].rows
         R = reserve.get(name, V[:, :0]).to(V.device)
         if matrix.is_lora_a:
             made = V.new_zeros(run.height(name), V.shape[1] + R.shape[1])[rows]
@@ -227,5 +246,10 @@ def _estimate(
         target=target,
         reserve=reserve,
         reserve_target=reserve_target if more else {},
-        metadata={"rule": repr(rule)},
+        metadata={"rule": repr(rule), "kept": json.dumps(fixed)},
     )
+
+
+def _inputs(run: Run, name: str) -> int:
+    matrix = run.matrices[name]
+    return matrix.view(matrix.weight).shape[1]

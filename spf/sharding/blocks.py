@@ -5,7 +5,7 @@ or any range (ZeRO). Cut into blocks, views of what the optimizer holds, it lets
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ class Part:
 
     holder: the tensor that the optimizer steps, the parameter itself or DeepSpeed's flat fp32 partition,
     in which the part begins at `offset`. shape: the whole parameter's. cut_rows: rows (of a matrix) that a
-    border between two processes cuts, the same list on every process.
+    border between two processes cuts, the same list on every process. among: of a matrix that is one of many in its
+    parameter, its place there; shape is then the matrix's own.
     """
 
     parameter: nn.Parameter
@@ -41,6 +42,7 @@ class Part:
     size: int
     offset: int | None = None
     cut_rows: tuple[int, ...] = ()
+    among: int | slice | None = None
 
     @property
     def rows(self) -> slice:
@@ -58,7 +60,13 @@ class Part:
         """The part of the holder, its gradient or its optimizer state: flat, or the matrix's rows; a view."""
         if self.offset is not None:
             return tensor[self.offset : self.offset + self.size]
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local if self.among is None else local[self.among]
+
+    def one_of_many(self, among: int | slice) -> "Part":
+        """The part of a matrix that is one of many in this parameter, all of which is in this process."""
+        shape = tuple(self.parameter[among].shape)
+        return replace(self, shape=shape, size=torch.Size(shape).numel(), among=among)
 
     def blocks(self, tensor: Tensor, transposed: bool = False) -> list[Block]:
         """The rectangles that the part consists of: the whole rows, and a piece of a row at either end."""

@@ -75,12 +75,20 @@ class Sharding:
     process nothing is split: every process holds everything, already averaged.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        places: Mapping[str, int | slice] | None = None,
+    ):
         """`parameters` are those the caller will ask for, of the model as it was prepared for training.
+
+        places: of matrices that are one of many in their parameter, where.
 
         Raises:
             UnsupportedSetupError: FSDP1, tensor parallelism, hybrid sharding, CPU offload with FSDP2, NVMe or
-                partial offload, ZenFlow or SuperOffload.
+                partial offload, ZenFlow or SuperOffload; packed experts where processes hold parts of them.
         """
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise UnsupportedSetupError("FSDP version 1 is not supported: set fsdp_version to 2")
@@ -93,6 +101,14 @@ class Sharding:
             held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             self.parts = {name: _local_part(name, p) for name, p in parameters.items() if id(p) in held}
         self.split = self._zero is not None or any(isinstance(part.holder, DTensor) for part in self.parts.values())
+        for name, place in (places or {}).items():
+            if name not in self.parts:
+                continue
+            if self.split:
+                raise UnsupportedSetupError(
+                    f"{name}: packed experts are not supported with FSDP2 or DeepSpeed; use DDP, or freeze them"
+                )
+            self.parts[name] = self.parts[name].one_of_many(place)
         self.flat = self._zero is not None
         """Whether a tensor of the optimizer holds parts of many parameters."""
 
@@ -152,6 +168,7 @@ class Sharding:
         if isinstance(data, DTensor):
             yield part.rows.start, data.to_local()
         else:
+            data = data if part.among is None else data[part.among]
             yield 0, data.T if transposed else data
 
     def forget_order(self) -> None:

@@ -1,5 +1,6 @@
 """Chats in a model's own template, and whether what was said is really in the tokens."""
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -7,7 +8,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from spf.errors import ChatError
 
@@ -77,6 +78,17 @@ def render_chat(
         f"of parts; "
         "set tokenizer.chat_template to one that renders it"
     )
+
+
+def text_tokenizer(processing: Any) -> Any:
+    """The tokenizer in a processor of text and images, with the processor's chat template if it has none; else it."""
+    if not isinstance(processing, ProcessorMixin):
+        return processing
+    tokenizer = processing.tokenizer
+    if tokenizer.chat_template is None and processing.chat_template is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = processing.chat_template
+    return tokenizer
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], ids: Sequence[int]) -> None:
