@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from spf import CorrectionError, SafetyCallback
+from spf.arguments import SafetyArguments
+from spf.named import make_callback
 from spf.rules import RULES, Rule
-from spf.train import SafetyArguments, make_callback
 from tests.conftest import make_model
 from tests.test_callback import make_trainer, safety_data
 

@@ -1,0 +1,76 @@
+"""Lightning: `Trainer(callbacks=[SafetyLightning(tokenizer, "refusals.jsonl")])`."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spf.data import (
+    ENOUGH,
+    benign_rows,
+    complete_refusals,
+    in_turn,
+    load_safety_rows,
+    reworded_anchors,
+    tokenise,
+)
+from spf.errors import UnsupportedSetupError
+from spf.optimizer import SafetyOptimizer
+from spf.probe import SafetyProbe
+from spf.rules import NullSpace, Rule
+from spf.text.generation import context_length, pad_id
+
+
+class SafetyLightning(Callback):
+    """Keeps the refusals of the model in a LightningModule's attribute `model`; `proven` says what was proven.
+
+    The training data are not audited, as Lightning does not say what they are: run `spf audit` on them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        safety_data: str | Path | Dataset | None = None,
+        rule: Rule | None = None,
+        model: str = "model",
+    ):
+        """`safety_data` and `rule` as for SafetyCallback; model: where the LightningModule keeps the causal model."""
+        self.tokenizer = tokenizer
+        self.rows = load_safety_rows(safety_data)
+        self.rule = rule or NullSpace()
+        self.model = model
+        self.proven = ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wrap the optimizer; raises UnsupportedSetupError where the rule could not act."""
+        strategy = trainer.strategy
+        plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and trainer.scaler is None
+        if not plain or not pl_module.automatic_optimization or len(strategy.optimizers) != 1 or trainer.global_step:
+            raise UnsupportedSetupError(
+                "SafetyLightning needs one device or DDP, no float16, automatic optimization, one optimizer, and a run "
+                'from its beginning: use Trainer(strategy="ddp", precision="bf16-mixed") without ckpt_path, or '
+                "SafetyCallback with the Trainer of transformers"
+            )
+        model: PreTrainedModel = pl_module.get_submodule(self.model)
+        limit, tokenizer = context_length(model, self.tokenizer), self.tokenizer
+        wanted = self.rule.wanted_samples() or ENOUGH
+        rows = complete_refusals(in_turn(self.rows, 0), model, tokenizer, wanted=wanted)
+        probe = SafetyProbe(model, tokenise(rows, tokenizer, limit), pad_token_id=pad_id(tokenizer))
+        optimizer = SafetyOptimizer(
+            strategy.optimizers[0],
+            probe,
+            self.rule,
+            reworded=reworded_anchors(rows[: self.rule.reworded_samples(len(rows))], tokenizer, limit),
+            calibration=tokenise(benign_rows(), tokenizer, limit) if self.rule.holds else (),
+        )
+        strategy.optimizers = [optimizer]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizer: Any = trainer.strategy.optimizers[0]
+        self.proven = optimizer.finish()
+        optimizer.attachment.remove()
+        rank_zero_info(f"spf: {self.proven}")
