@@ -70,6 +70,16 @@ SafetyArguments: Any = make_dataclass(
 )
 
 
+@dataclass
+class TrainerArguments:
+    """Which of TRL's trainers `spf train` runs, and what only one of them needs."""
+
+    trainer: Literal["sft", "dpo", "kto", "grpo"] = field(default="sft", metadata={"help": "TRL's trainer"})
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "for grpo: reward functions, each as FILE.py:FUNCTION"}
+    )
+
+
 TRAIN_NAMES = {
     "model": "model_name_or_path",
     "data": "dataset_name",

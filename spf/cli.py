@@ -22,7 +22,7 @@ from spf.waiting import waiting
 USAGE = """spf keeps an aligned language model's refusals while you fine-tune it.
 
   spf demo            fine-tune a small aligned model on text-to-SQL, with and without spf; draws the plot
-  spf train CONFIG    supervised fine-tuning with TRL and SafetyCallback (YAML or --flags; also under accelerate launch)
+  spf train CONFIG    fine-tuning with TRL (SFT, DPO, KTO, GRPO) and SafetyCallback (YAML or --flags; accelerate launch)
   spf audit DATA      which training examples answer prompts that --model refuses; an exit code for CI
   spf eval MODEL      attack success rate, over-refusal, jailbreaks; compared with another model if you name one
   spf bench CONFIG    safety-utility curves against every alternative: a grid of fine-tuning runs, resumable
@@ -69,7 +69,8 @@ LOCK_USAGE = """spf lock pushes any fine-tuned descendant of an aligned model ba
 TRAIN_USAGE = "spf train [CONFIG.yaml] [--option value ...]"
 
 TRAIN_HELP = """\
-The data set is a JSON, JSONL or CSV file, a directory of them, or a hub id, in any format SFTTrainer takes.
+--trainer sft (the default), dpo, kto or grpo (with --reward_funcs FILE.py:FUNCTION) says which of TRL's trainers runs.
+The data set is a JSON, JSONL or CSV file, a directory of them, or a hub id, in any format that trainer takes.
 Everything else is TRL's, as flags or in the YAML file: --model_name_or_path (or --model), --dataset_name (--data),
 --output_dir (--output), --learning_rate, --num_train_epochs, --max_steps, --per_device_train_batch_size (--batch_size),
 --seed, --use_peft, --lora_r, --lora_target_modules, --load_in_4bit, --report_to, --resume_from_checkpoint.
@@ -191,7 +192,7 @@ def _completion(arguments: list[str]) -> str:
         made = words.parser_of(command.arguments, name, add_help=False)
         if name == "train":
             made.add_argument("config", nargs="?")
-            for flag in ("help_all", *given.TRAIN_NAMES, *given.TRAIN_NAMES.values()):
+            for flag in ("help_all", "trainer", "reward_funcs", *given.TRAIN_NAMES, *given.TRAIN_NAMES.values()):
                 made.add_argument(f"--{flag}")
         for action in made._actions:
             if action.type in (None, str) and not action.choices:

@@ -26,7 +26,7 @@ def make_callback(safety: SafetyArguments) -> SafetyCallback | None:
     options = settings["chat_template_kwargs"]
     if isinstance(options, str):
         settings["chat_template_kwargs"] = parse_options(options)
-    return SafetyCallback(safety.safety_data, rule, **settings)
+    return SafetyCallback(safety.safety_data, rule, keep=safety.safety_keep, **settings)
 
 
 def make_rule(safety: SafetyArguments) -> Rule | None:
@@ -44,7 +44,7 @@ def make_rule(safety: SafetyArguments) -> Rule | None:
 
 
 def callback_from(settings: Mapping[str, Any]) -> SafetyCallback | None:
-    """The callback of a framework's `spf:` block: the names of `spf train` without `safety_` (data, rule, rank, ...).
+    """The callback of a framework's `spf:` block: the names of `spf train` without `safety_` (data, keep, rule, ...).
 
     Raises:
         ValueError: a name that is not known, or a value of another type or out of its range.

@@ -1,14 +1,23 @@
-"""`spf train`: TRL's SFT arguments, a YAML file or flags, with SafetyCallback added."""
+"""`spf train`: TRL's trainers (`trainer` says which) with SafetyCallback, from a YAML file or flags."""
 
+import importlib.util
+import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 from annotated_types import Ge, Lt
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     ModelConfig,
     ScriptArguments,
     SFTConfig,
@@ -18,19 +27,22 @@ from trl import (
     get_quantization_config,
 )
 
-from spf.arguments import TRAIN_NAMES, SafetyArguments
+from spf.arguments import TRAIN_NAMES, SafetyArguments, TrainerArguments
 from spf.callback import SafetyCallback
 from spf.checkpoint import STATE_FILE
-from spf.config import CallbackSettings, Count, NotNegative, Positive, Seed, Share, Whole, check, read_yaml
+from spf.config import Count, NotNegative, Positive, Seed, Share, Whole, check, read_yaml
 from spf.data import load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import keeping, working
-from spf.evaluation.run import parse_options
 from spf.files import directory_lock
-from spf.rules import RULES, Rule
+from spf.models import load_model
+from spf.named import make_callback
 from spf.words import expanded, spelled
 
 Beta = Annotated[float, Ge(0), Lt(1)]
+
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig, "grpo": GRPOConfig}
+"""TRL's arguments for each value of `trainer`."""
 
 
 @dataclass
@@ -69,10 +81,13 @@ class Parser(TrlParser):
     TRL's own takes from a YAML file whatever type a value has.
     """
 
-    def __init__(self) -> None:
-        kinds: Any = (SafetyArguments, ScriptArguments, SFTConfig, ModelConfig)
+    def __init__(self, trainer: str = "sft") -> None:
+        kinds: Any = (SafetyArguments, TrainerArguments, ScriptArguments, CONFIGS[trainer], ModelConfig)
         super().__init__(kinds, prog="spf train", usage="spf train [CONFIG.yaml] [--option value ...]")
         self._untouched = {action.dest: action.default for action in self._actions}
+        sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+        if not torch.accelerator.is_available() and not sharded:
+            self.set_defaults(use_cpu=True)  # TRL's default is bfloat16, which transformers refuses without this
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(" ".join(message.split()))
@@ -87,7 +102,7 @@ class Parser(TrlParser):
         for kind in self.dataclass_types:
             names = [f.name for f in fields(kind) if f.name in given]
             check(kind, {name: given[name] for name in names if given[name] is not self._untouched[name]})
-        limited = {f.name: given[f.name] for f in fields(_Limits)}
+        limited = {f.name: given[f.name] for f in fields(_Limits) if f.name in given}  # no trainer has all
         check(_Limits, {name: value for name, value in limited.items() if value is not None})
         return found, rest
 
@@ -98,25 +113,27 @@ class Parser(TrlParser):
 
 
 def main(arguments: list[str]) -> None:
-    """Run supervised fine-tuning; `arguments` are flags, or a YAML file first.
+    """Fine-tune; `arguments` are flags, or a YAML file first.
 
-    The data set is a local JSON, JSONL or CSV file or a hub id, in any format SFTTrainer takes.
+    The data set is a local JSON, JSONL or CSV file or a hub id, in any format the trainer takes.
 
     Raises:
         RunFailedError: the input was good, and training broke off.
     """
-    parser = Parser()
     if "--help_all" in arguments:
-        parser.print_help()
+        Parser(_trainer(arguments, {})).print_help()
         return
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
+    config: dict[str, Any] = {}
     if "--config" in arguments:
         named = arguments[arguments.index("--config") + 1 :]
         if not named:
             raise ValueError("--config: name a YAML file")
-        read_yaml(Path(named[0]))  # a mistake in its form is named
-    safety, script, training, model_config = parser.parse_args_and_config(args=spelled(arguments, TRAIN_NAMES))
+        config = read_yaml(Path(named[0]))  # a mistake in its form is named
+    arguments = spelled(arguments, TRAIN_NAMES)
+    parser = Parser(_trainer(arguments, config))
+    safety, kind, script, training, model_config = parser.parse_args_and_config(args=arguments)
     callback = make_callback(safety)
     if model_config.model_name_or_path is None:
         raise ValueError("spf train needs model_name_or_path: a directory or hub id")
@@ -138,38 +155,30 @@ def main(arguments: list[str]) -> None:
             return "nothing was written" + (f"; {output} holds checkpoints of an earlier run" if before else "")
 
         with keeping(kept) if first else nullcontext():
-            _train(callback, script, training, model_config, saving)
+            _train(callback, kind, script, training, model_config, saving)
     if first:
         print(f"The fine-tuned model was saved in {output}. Measure it: spf eval {output}")
 
 
-def make_callback(safety: SafetyArguments) -> SafetyCallback | None:
-    """The callback these arguments describe; None for the rule `none`.
-
-    Raises:
-        ValueError: an unknown rule, or a rank that it cannot have.
-    """
-    if safety.safety_rule == "none":
-        return None
-    if safety.safety_rule not in RULES:
-        raise ValueError(f"safety_rule: no rule {safety.safety_rule}; there are none, {', '.join(RULES)}")
-    kind: Any = RULES[safety.safety_rule]
-    rule: Rule
-    if safety.safety_rank is None:
-        rule = kind()
-    elif "rank" in {setting.name for setting in fields(kind)}:
-        rule = kind(rank=safety.safety_rank)
-    else:
-        raise ValueError(f"safety_rank: the rule {safety.safety_rule} has no rank; null-space and spf have one")
-    settings = {setting.name: vars(safety)[f"safety_{setting.name}"] for setting in fields(CallbackSettings)}
-    options = settings["chat_template_kwargs"]
-    if isinstance(options, str):
-        settings["chat_template_kwargs"] = parse_options(options)
-    return SafetyCallback(safety.safety_data, rule, keep=safety.safety_keep, **settings)
+def _trainer(arguments: list[str], config: dict[str, Any]) -> str:
+    """Which trainer is asked for, before its arguments can be read."""
+    name = config.get("trainer", "sft")
+    for i, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        if option == "--trainer":
+            name = value if equals else " ".join(arguments[i + 1 : i + 2])
+    if name not in CONFIGS:
+        raise ValueError(f"trainer: must be one of {', '.join(CONFIGS)}, not {name!r}")
+    return str(name)
 
 
 def _train(
-    callback: SafetyCallback | None, script: ScriptArguments, training: SFTConfig, model_config: Any, saving: list[str]
+    callback: SafetyCallback | None,
+    kind: TrainerArguments,
+    script: ScriptArguments,
+    training: Any,
+    model_config: Any,
+    saving: list[str],
 ) -> None:
     for source in (callback.safety_data, callback.keep.source) if callback is not None else ():
         if source is not None:
@@ -177,25 +186,18 @@ def _train(
     data = _load(script)
     train = _split(data, script, "dataset_train_split")
     evaluated = None if training.eval_strategy == "no" else _split(data, script, "dataset_test_split")
-    source = {
-        "pretrained_model_name_or_path": model_config.model_name_or_path,
-        "revision": model_config.model_revision,
-        # TRL's switch, off unless the user says so
-        "trust_remote_code": training.trust_remote_code,
-    }
-    model = AutoModelForCausalLM.from_pretrained(
-        **source,
-        dtype=model_config.dtype,
-        attn_implementation=model_config.attn_implementation,
-        # packed weights go to this process's own device by themselves, so no device map is needed
-        quantization_config=get_quantization_config(model_config),
-    )
-    trainer = SFTTrainer(
+    rewards = [_reward(name) for name in kind.reward_funcs or ()]
+    if bool(rewards) != (kind.trainer == "grpo"):
+        raise ValueError("reward_funcs: FILE.py:FUNCTION, with the trainer grpo, which needs one, and with no other")
+    kinds: Any = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer, "grpo": GRPOTrainer}
+    model, tokenizer = _load_model(training, model_config)
+    trainer = kinds[kind.trainer](
         model,
-        training,
+        **({"reward_funcs": rewards} if rewards else {}),
+        args=training,
         train_dataset=train,
         eval_dataset=evaluated,
-        processing_class=AutoTokenizer.from_pretrained(**source),
+        processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
         callbacks=[callback] if callback else None,
     )
@@ -207,6 +209,46 @@ def _train(
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         saving.append("begun")
         trainer.save_model(training.output_dir)
+
+
+def _load_model(training: Any, model_config: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in the type that is asked for; the directory of an adapter comes merged, as in the other commands."""
+    name, packed = model_config.model_name_or_path, get_quantization_config(model_config)
+    if (Path(name) / "adapter_config.json").is_file():
+        if packed is not None:
+            raise ValueError(f"model_name_or_path: {name} is an adapter, which cannot be merged into packed weights")
+        wanted = model_config.dtype or "auto"
+        dtype: Any = wanted if wanted == "auto" else getattr(torch, wanted)
+        return load_model(name, dtype)
+    source = {
+        "pretrained_model_name_or_path": name,
+        "revision": model_config.model_revision,
+        # TRL's switch, off unless the user says so
+        "trust_remote_code": training.trust_remote_code,
+    }
+    model = AutoModelForCausalLM.from_pretrained(
+        **source,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        # packed weights go to this process's own device by themselves, so no device map is needed
+        quantization_config=packed,
+    )
+    return model, AutoTokenizer.from_pretrained(**source)
+
+
+def _reward(name: str) -> Any:
+    """A reward function of TRL's kind from FILE.py:FUNCTION."""
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise FileNotFoundError(f"reward_funcs: {name!r}: no such Python file; write FILE.py:FUNCTION")
+    found = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if function not in vars(module):
+        raise ValueError(f"reward_funcs: {file} has no function {function!r}")
+    return vars(module)[function]
 
 
 class _Began(TrainerCallback):

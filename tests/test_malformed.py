@@ -775,9 +775,10 @@ def of_late():
     yield train("one name for a list", {"lora_target_modules": "all-linear", "use_peft": True, "warmup_steps": 0.1})
     yield train("no rule", {"safety_rule": "none", "num_train_epochs": 0.5, "lr_scheduler_kwargs": "{}"})
     for recipe in sorted(Path("recipes").absolute().glob("*.yaml")):
+        there = recipe.read_text("utf-8").replace("recipes/examples", str(recipe.parent / "examples"))
         yield train(
             recipe.name,
-            {k: v for k, v in yaml.safe_load(recipe.read_text()).items() if k not in TRAIN} | {"dtype": "float32"},
+            {k: v for k, v in yaml.safe_load(there).items() if k not in TRAIN} | {"dtype": "float32"},
         )
     for label, (_, base, _) in COMMANDS.items():
         if label not in ("lock inspect", "lock remove", "lock tune"):
