@@ -334,7 +334,7 @@ def test_readme_script_runs(tmp_path, tokenizer, rows, monkeypatch):
     """The README's 12-line TRL script, word for word, on a tiny aligned model."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
     script = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
-    assert len(script.strip().splitlines()) <= 12
+    assert len([line for line in script.splitlines() if line]) <= 12
     model = make_model(width=128)  # wider than the default rank
     model.save_pretrained(tmp_path / "my-aligned-model")
     tokenizer.save_pretrained(tmp_path / "my-aligned-model")
@@ -348,8 +348,6 @@ def test_readme_script_runs(tmp_path, tokenizer, rows, monkeypatch):
         )
     )
     monkeypatch.chdir(tmp_path)
-    # SFTConfig's default is bf16 on a GPU and an error without one; this lets it through to bf16 on the CPU
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     exec(compile(script, "README.md", "exec"), {"__name__": "__main__"})
     assert (tmp_path / "my-model" / "adapter_model.safetensors").is_file()
 

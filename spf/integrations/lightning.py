@@ -7,7 +7,7 @@ from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from spf.data import (
     ENOUGH,
@@ -55,7 +55,7 @@ class SafetyLightning(Callback):
                 'from its beginning: use Trainer(strategy="ddp", precision="bf16-mixed") without ckpt_path, or '
                 "SafetyCallback with the Trainer of transformers"
             )
-        model: PreTrainedModel = pl_module.get_submodule(self.model)
+        model: Any = pl_module.get_submodule(self.model)
         limit, tokenizer = context_length(model, self.tokenizer), self.tokenizer
         wanted = self.rule.wanted_samples() or ENOUGH
         rows = complete_refusals(in_turn(self.rows, 0), model, tokenizer, wanted=wanted)

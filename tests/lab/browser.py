@@ -29,7 +29,9 @@ def run_browser(page: str, *options: str) -> str:
 
 def frame(page: Path, width: int, height: int) -> str:
     """The page in a frame of this width: a browser's own window has a least width."""
-    text = html.escape(page.read_text("utf-8"), quote=True)
+    # with its own place, where its style sheets are
+    text = page.read_text("utf-8").replace("<head>", f'<head><base href="{page.as_uri()}">', 1)
+    text = html.escape(text, quote=True)
     return (
         f'<body style="margin:0"><iframe style="border:0;width:{width}px;height:{height}px" srcdoc="{text}"></iframe>'
     )
