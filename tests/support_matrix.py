@@ -491,7 +491,8 @@ def cell(result: dict[str, Any]) -> str:
     if result["outcome"] != "held":
         return f"{result['outcome']}: {result['why'].partition(': ')[2]}"
     experts = f", {result['experts']} of experts" if result["experts"] else ""
-    return f"held: {result['matrices']} matrices{experts}; {result['kept']} parameters kept fixed"
+    kept = f"; kept fixed: {result['kept']}" if result["kept"] else ""
+    return f"held: {result['matrices']} matrices{experts}{kept}"
 
 
 def row(family: Family, results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -507,8 +508,8 @@ Versions: {versions}.
 Each row is a tiny random model of the family, trained for three steps in float32 under the rule `null-space` with one
 held sample, all of whose inputs the bases span. *Held*: by a copy of the weights from before |W V - W_0 V| is at most
 1e-6 |W| for every matrix, the logits of the sample are what they were (to 2e-5 of the largest), and those of another
-text are not. *Kept fixed*: embeddings, norms, biases, convolutions, state parameters, routers, towers for images, and
-experts whose inputs cannot be seen (Llama 4, JetMoE); the first lines of a run name them.
+text are not. *Kept fixed* are so many parameters: embeddings, norms, biases, convolutions, state parameters, routers,
+towers for images, and experts whose inputs cannot be seen (Llama 4, JetMoE); the first lines of a run name them.
 
 LoRA: `target_modules="all-linear"`, which with this PEFT takes packed experts in where its conversion knows them (those
 of gpt-oss and others by `target_parameters`), without what PEFT itself cannot adapt: the routers of Phi 3.5 MoE and

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from spf import NullSpace, Rank1, SafetyCallback, SafetyOptimizer, SafetyProbe, UnsupportedModelError
+from spf import NullSpace, Rank1, SafetyCallback, SafetyOptimizer, SafetyProbe, UnsupportedModelError, attach
 from spf.data import collate
 from spf.experts import is_packed, watching
 from spf.matrices import token_of_rows, used_tokens
@@ -98,6 +98,24 @@ def test_experts_that_few_tokens_reach_are_held_in_what_the_others_read(anchors)
     for i, x in read.items():  # an expert's own come first
         first = bases[f"{name}[{i}]"][:, : torch.linalg.matrix_rank(x)]
         assert (x - x @ first @ first.T).norm() <= 1e-4 * x.norm()
+
+
+def test_the_adapter_of_an_expert_that_no_benign_prompt_reaches_keeps_its_size(anchors):
+    """lora_A is scaled by what benign prompts answer; one that had nothing to answer was scaled by zero once."""
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    model = get_peft_model(KINDS["qwen3_moe"].model(), LoraConfig(r=2, **targets))
+    gate = model.base_model.model.model.layers[0].mlp.gate
+    route = type(gate).forward
+    gate.forward = lambda x: (lambda out: (out[0], out[1], out[2].clamp_min(1)))(route(gate, x))
+    probe = SafetyProbe(model, anchors[:4], pad_token_id=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    attachment = attach(probe, torch.optim.SGD(trained, lr=0.1), NullSpace(rank=8), calibration=anchors[4:8])
+    (name,) = [
+        name for name in attachment.matrices if "layers.0" in name and name.endswith("experts.lora_A.default.weight[0]")
+    ]
+    assert attachment.scale[name] == 1.0
+    assert bool(attachment.matrices[name].view(attachment.matrices[name].weight).any())
+    assert attachment.scale[name.replace("[0]", "[1]")] > 1.0
 
 
 def test_joined_bases_keep_the_first_and_leave_out_what_it_spans():
