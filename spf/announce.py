@@ -47,6 +47,14 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
     return lines
 
 
+def earlier_line(where: str) -> str:
+    """Of a run that goes on with trained weights; `where` their subspace was found."""
+    return (
+        f"going on with trained weights: what they are held to is that of {where}; other prompts and conflicts are "
+        "held as far as its directions reach"
+    )
+
+
 def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watched: int) -> list[str]:
     """What the training data attack, and what was done about it.
 

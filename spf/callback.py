@@ -1,6 +1,5 @@
 """SafetyCallback: Trainer events -> safety data, probe, step rule, logs, checkpoints."""
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from spf.announce import audit_lines, first_lines, watched_line
+from spf.announce import audit_lines, earlier_line, first_lines, watched_line
 from spf.answering import refuse_unanswering
 from spf.audit import Audit
 from spf.card import ModelCard
@@ -24,6 +23,7 @@ from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed
 from spf.config import CallbackSettings, Conflicts, OnLeak
 from spf.data import check_source
 from spf.errors import UnsupportedSetupError
+from spf.going_on import earlier_subspace, leave_subspace, remember
 from spf.keep import Keep
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
@@ -31,7 +31,7 @@ from spf.rules import RULES, Rule
 from spf.safety_samples import SafetySamples
 from spf.sharding import innermost_optimizer
 from spf.text.generation import context_length, pad_id
-from spf.trainers import calling_trainer, stand_before_reports, tokenizer_of
+from spf.trainers import around, calling_trainer, run_directory, stand_before_reports, tokenizer_of
 from spf.training_data import TrainingData, data_of, refuse_to_drop
 
 logger = logging.get_logger(__name__)
@@ -61,6 +61,7 @@ class SafetyCallback(TrainerCallback):
         conflicts: Conflicts = "hold",
         on_leak: OnLeak = "tighten",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        subspace: str | Path | None = None,
         seed: int = 0,
     ):
         """Only `safety_data` is usually given, if anything.
@@ -87,6 +88,7 @@ class SafetyCallback(TrainerCallback):
                 directions), stop (the run is ended after the next step) or warn, as the others do too.
             chat_template_kwargs: variables of the chat template, for the safety samples; `enable_thinking` and
                 `thinking` are False unless they are given.
+            subspace: the directory of an adapter that spf trained, to go on with it: what it is held to is read there.
             seed: choice and order of the anchors.
 
         Raises:
@@ -101,6 +103,7 @@ class SafetyCallback(TrainerCallback):
             raise TypeError(f"rule must be a name or a rule object such as NullSpace(), not {rule!r}")
         check_source("safety_data", safety_data)
         check_source("keep", keep)
+        subspace = str(subspace) if isinstance(subspace, Path) else subspace
         CallbackSettings(
             anchors=anchors,
             anchors_per_step=anchors_per_step,
@@ -111,6 +114,7 @@ class SafetyCallback(TrainerCallback):
             conflicts=conflicts,
             on_leak=on_leak,
             chat_template_kwargs=chat_template_kwargs,
+            subspace=subspace,
             seed=seed,
         )
         self.safety_data = safety_data
@@ -124,6 +128,7 @@ class SafetyCallback(TrainerCallback):
         self.chat_template_kwargs = chat_template_kwargs
         self.conflicts: Conflicts = conflicts
         self.on_leak: OnLeak = on_leak
+        self.subspace = subspace
         self.seed = seed
         self.samples = SafetySamples(safety_data, rule, anchors, seed, chat_template_kwargs)
         self.keep = Keep(keep, rule, seed, chat_template_kwargs)
@@ -141,25 +146,12 @@ class SafetyCallback(TrainerCallback):
         return self.data.found
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Have the trainer's `train` take the rule off however it ends: an error or an interrupt calls no event."""
+        """Have the trainer's `train` take the rule off however it ends, and a saved adapter say what it is held to."""
         trainer = calling_trainer()
-        if trainer is None:
-            return
-        self.card.follow(trainer)
-        train = trainer.train
-
-        @functools.wraps(train)
-        def guarded(resume_from_checkpoint: str | bool | None = None, *more: Any, **others: Any) -> Any:
-            self._resume = resume_from_checkpoint
-            try:
-                if self.conflicts == "drop" and self.data.found is None:
-                    self._drop(trainer)
-                return train(resume_from_checkpoint, *more, **others)
-            finally:
-                self._detach()
-                self._resume = None
-
-        trainer.train = guarded  # type: ignore[method-assign]
+        if trainer is not None:
+            self.card.follow(trainer)
+            first = args.process_index == 0
+            around(trainer, self._begin, self._detach, lambda place: leave_subspace(self.attachment, place, first))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -194,6 +186,9 @@ class SafetyCallback(TrainerCallback):
         held, watched = self.data.split(kwargs["train_dataloader"], tokenizer, before)
         anchors, reworded, calibration = samples.tokens(tokenizer, limit)
         kept = self.keep.samples(model, tokenizer, limit, before)
+        earlier = None
+        if self.rule.holds and self._saved is None:
+            earlier = earlier_subspace(model, self.subspace, self.attachment, Path(str(args.output_dir)))
         probe = SafetyProbe(
             model,
             anchors,
@@ -207,7 +202,7 @@ class SafetyCallback(TrainerCallback):
             probe,
             optimizer,
             self.rule,
-            subspace=self._saved.subspace if self._saved else None,
+            subspace=self._saved.subspace if self._saved else earlier.subspace if earlier else None,
             resumed=self._saved is not None,
             reworded=[*reworded, *kept],
             conflicts=held,
@@ -228,7 +223,8 @@ class SafetyCallback(TrainerCallback):
                 lines[-1:-1] = audit_lines(self.data.found, self.conflicts, self.rule, len(held), len(watched))
             lines[1:1] = self.keep.lines
             self.card.begin(lines)
-            for line in lines:
+            # not in the card, since it may hold a path
+            for line in lines if earlier is None else [earlier_line(earlier.where), *lines]:
                 logger.warning(f"spf: {line}")
 
     def on_step_begin(
@@ -263,8 +259,8 @@ class SafetyCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         state_dict = self._running.state_dict() | self.data.entries() | {"kept": self.keep.entry}
-        directory, rows = checkpoint_directory(args, state), self.samples.rows
-        self._saved = write_checkpoint(directory, state_dict, rows, subspace, self._saved)
+        directory = checkpoint_directory(run_directory(args, calling_trainer()), state)
+        self._saved = write_checkpoint(directory, state_dict, self.samples.rows, subspace, self._saved)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -274,10 +270,14 @@ class SafetyCallback(TrainerCallback):
         running.monitor.look()
         line = self._tell(state, f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
         self.card.finish(args, state, self.rule, line)
+        remember(running.probe.model, running.subspace)
         self._detach()
 
-    def _drop(self, trainer: Any) -> None:
-        """Leave the rows with conflicts out, before the Trainer reads its data."""
+    def _begin(self, trainer: Any, resume: str | bool | None) -> None:
+        """Before the Trainer reads its data; leave the rows with conflicts out, if they are to be."""
+        self._resume = resume
+        if self.conflicts != "drop" or self.data.found is not None:
+            return
         refuse_to_drop(trainer)
         model, tokenizer = trainer.model, tokenizer_of(trainer.processing_class)
         refuse_unanswering(model)

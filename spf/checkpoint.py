@@ -155,7 +155,7 @@ def write_checkpoint(
     directions = sum(V.shape[1] for V in subspace.right.values())
     grown = before is not None and before.directions != directions
     if subspace.right and (bases is None or run != directory.parent or grown):
-        bases, run = _write_bases(directory.parent, subspace), directory.parent
+        bases, run = write_bases(directory.parent, subspace), directory.parent
     write_json(directory / STATE_FILE, {"format": FORMAT, "state": state, "samples": entries, "subspace": bases})
     return Saved(state, entries, bases, run, directions)
 
@@ -195,9 +195,9 @@ def read_checkpoint(directory: Path) -> Saved:
     return saved
 
 
-def checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the Trainer has just written a checkpoint."""
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+def checkpoint_directory(run: Path, state: TrainerState) -> Path:
+    """Where the Trainer has just written a checkpoint of a run."""
+    return run / f"checkpoint-{state.global_step}"
 
 
 def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool | None) -> Path:
@@ -207,7 +207,7 @@ def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool
     if given is True and (last := get_last_checkpoint(str(args.output_dir))) is not None:
         return Path(last)
     # the callback was added after the trainer was made, so what `train` was given is not known
-    own, named = checkpoint_directory(args, state), args.resume_from_checkpoint
+    own, named = checkpoint_directory(Path(str(args.output_dir)), state), args.resume_from_checkpoint
     candidates = [own, *([Path(named)] if isinstance(named, str) else [])]
     for candidate in candidates:
         file = candidate / "trainer_state.json"
@@ -216,7 +216,8 @@ def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool
     return own
 
 
-def _write_bases(run: Path, subspace: SafetySubspace) -> dict[str, str]:
+def write_bases(run: Path, subspace: SafetySubspace) -> dict[str, str]:
+    """Write SUBSPACE_FILE into a directory; its name and sha256."""
     unnamed = run / SUBSPACE_FILE.format(hash="unfinished")
     subspace.save(unnamed)
     digest = _sha256(unnamed)

@@ -27,6 +27,7 @@ class Matrix:
 
     modules: every layer that holds it; several where weights are tied. Each may be called more than once in a pass.
     expert: of packed experts, whose inputs it is given; `among` is then its place in the parameter called `parameter`.
+    frozen: it is the lora_A of a lora_B that is trained alone (LoRA-FA).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Matrix:
     parameter: str = "weight"
     expert: Expert | None = None
     among: int | slice | None = None
+    frozen: bool = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -61,8 +63,9 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
     """The trainable weight matrices of linear layers, and all other trainable parameters, by name.
 
     Linear layers are `nn.Linear` (so also lora_A and lora_B), GPT-2's `Conv1D`, and every expert of packed ones, by the
-    parameter's name and a number, `...down_proj[3]`. Embeddings (a tied output layer is one), norms, biases,
-    convolutions, state parameters and routers are among the others.
+    parameter's name and a number, `...down_proj[3]`. A lora_A that is frozen while its lora_B is trained is among the
+    matrices: what lora_B answers depends on it. Embeddings (a tied output layer is one), norms, biases, convolutions,
+    state parameters and routers are among the others.
 
     Raises:
         UnsupportedModelError: nothing is trainable, DoRA, LoRA on packed experts whose inputs cannot be seen, a model
@@ -82,7 +85,7 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
             assert isinstance(weight, nn.Parameter)
             if weight in names and weight not in embeddings:
                 modules.setdefault(names[weight], []).append(module)
-    matrices = {}
+    matrices = _frozen_lora_a(model, names.values())
     for name, holders in modules.items():
         transposed = {isinstance(module, Conv1D) for module in holders}
         if len(transposed) > 1:
@@ -93,7 +96,11 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
     others = {name: parameter for parameter, name in names.items() if id(parameter) not in held}
     for name in others:
         if "lora_magnitude_vector" in name:
-            raise UnsupportedModelError(f"{name}: DoRA is not supported; use LoRA without use_dora")
+            raise UnsupportedModelError(
+                f"{name}: DoRA is not supported: it scales every row to a magnitude, so what lora_A and lora_B do to "
+                "other inputs changes the answers to held ones, too; with magnitudes that make up for it, it would be "
+                "LoRA; use use_dora=False"
+            )
     if not matrices:
         raise UnsupportedModelError(f"no trainable weight matrix, only {', '.join(list(others)[:NAMED])}")
     return matrices, others
@@ -160,6 +167,23 @@ def lora_b_of(name: str) -> str:
     return name.replace(".lora_A.", ".lora_B.").partition("[")[0]
 
 
+def _frozen_lora_a(model: nn.Module, trained: Iterable[str]) -> dict[str, Matrix]:
+    found = {}
+    parameters = dict(model.named_parameters())
+    for name in trained:
+        other = name.replace(".lora_B.", ".lora_A.")
+        if other != name and other in parameters and not parameters[other].requires_grad:
+            module, layer = owner(model, other), model.get_submodule(other.partition(".lora_A.")[0])
+            if isinstance(module, nn.Linear) and not isinstance(layer, ParamWrapper):
+                found[other] = Matrix(other, (module,), False, frozen=True)
+    return found
+
+
+def holds_tokens(name: str) -> bool:
+    """Whether a parameter's rows or columns are tokens' by PEFT: LoRA on an embedding, or trainable tokens."""
+    return any(part in name for part in (".lora_embedding_A.", ".lora_embedding_B.", ".trainable_tokens_delta."))
+
+
 def owner(model: nn.Module, name: str) -> nn.Module:
     """The module that has the parameter of this name. FSDP2 exchanges parameters, so names are what stays."""
     return model.get_submodule(name.rpartition(".")[0])
@@ -178,6 +202,8 @@ def refuse_fixed_adapters(model: nn.Module, others: Iterable[str]) -> None:
             would switch the adapter off.
     """
     for name in others:
+        if holds_tokens(name):
+            continue
         path = name.split(".")
         for i in range(1, len(path)):
             module = model.get_submodule(".".join(path[:i]))
@@ -214,7 +240,8 @@ def describe_fixed(model: nn.Module, others: Iterable[str]) -> list[str]:
     """One phrase a kind of parameter that is kept as it is: how many, and the names of some."""
     kinds: dict[str, list[str]] = {}
     for name in others:
-        kinds.setdefault(_kind(model, name), []).append(name)
+        if not holds_tokens(name):
+            kinds.setdefault(_kind(model, name), []).append(name)
     return [
         f"{len(names)} {_plural(kind) if len(names) > 1 else kind} "
         f"({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})"

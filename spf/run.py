@@ -42,11 +42,12 @@ class Run:
         """
         self.probe = probe
         self.rule = rule
-        trainable = {name: matrix.weight for name, matrix in probe.matrices.items()} | probe.others
+        trainable = {name: m.weight for name, m in probe.matrices.items() if not m.frozen} | probe.others
         places = {name: m.among for name, m in probe.matrices.items() if m.among is not None}
         self.sharding = Sharding(probe.model, optimizer, trainable, places)
         self.optimizer = self.sharding.optimizer
         self.matrices: dict[str, Matrix] = rule.corrects(probe.matrices)
+        self.sharding.add_frozen({name: m.weight for name, m in self.matrices.items() if m.frozen})
         self.others: dict[str, nn.Parameter] = dict(probe.others)
         """What is trainable and no matrix that the rule acts on; a rule that holds keeps it fixed."""
         self.kept: dict[str, str] = {}
@@ -158,7 +159,8 @@ class Run:
         Raises:
             CorrectionError: a matrix had no gradient at the last step, so nothing shows that it is corrected.
         """
-        missed = sorted(self.matrices.keys() - self._met)
+        # what is frozen by now, as LISA's other layers are, was not stepped
+        missed = sorted(n for n in self.matrices.keys() - self._met if self.matrices[n].weight.requires_grad)
         if missed and self.steps and self.skipped < self.steps:
             raise CorrectionError(
                 f"spf: {len(missed)} of {len(self.matrices)} matrices had no gradient at the corrected step, "

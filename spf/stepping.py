@@ -75,7 +75,7 @@ class Stepping:
         start = time.perf_counter()
         self.first_call = not self._to_step
         if self.first_call:
-            self._to_step = set(self.sharding.parts)
+            self._to_step = set(self.sharding.parts) - self.sharding.frozen
         self._refuse_unknown()
         with torch.no_grad():
             self._calls[0](self.sharding.stepped())
@@ -124,5 +124,6 @@ class Stepping:
                 if parameter.grad is not None and id(parameter) in self._unknown:
                     raise CorrectionError(
                         f"spf: {self._unknown[id(parameter)]} is trained, but was frozen when training began, so its "
-                        "updates would not be corrected; unfreeze it before, or start a new run"
+                        "updates would not be corrected; leave trainable what will be trained at any time (LISA: all "
+                        "layers) until the first step; it may be frozen and unfrozen from then on"
                     )

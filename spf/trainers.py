@@ -1,9 +1,12 @@
 """The Trainer around a callback: which it is, and the callback's place in it."""
 
+import functools
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from spf.errors import SafetyDataError, UnsupportedSetupError
@@ -36,6 +39,43 @@ def tokenizer_of(given: Any) -> PreTrainedTokenizerBase:
             "SafetyCallback needs the tokenizer to render safety data; pass processing_class=tokenizer to Trainer"
         )
     return tokenizer
+
+
+def around(
+    trainer: Trainer,
+    begin: Callable[[Trainer, str | bool | None], None],
+    end: Callable[[], None],
+    saved: Callable[[Path], None],
+) -> None:
+    """Have `train` call `begin` with what it goes on from, and `end` however it ends: an error calls no event.
+
+    saved: called when `save_model` has written a model that is no checkpoint's, with its directory.
+    """
+    train, save = trainer.train, trainer.save_model
+
+    @functools.wraps(train)
+    def guarded(resume_from_checkpoint: str | bool | None = None, *more: Any, **others: Any) -> Any:
+        try:
+            begin(trainer, resume_from_checkpoint)
+            return train(resume_from_checkpoint, *more, **others)
+        finally:
+            end()
+
+    @functools.wraps(save)
+    def saving(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save(output_dir, _internal_call)
+        if not _internal_call:
+            saved(Path(str(output_dir or trainer.args.output_dir)))
+
+    trainer.train, trainer.save_model = guarded, saving  # type: ignore[method-assign]
+
+
+def run_directory(args: TrainingArguments, trainer: Trainer | None) -> Path:
+    """Where a run's checkpoints are: every trial of a hyperparameter search has a directory of its own."""
+    if trainer is None or not trainer.state.is_hyper_param_search:
+        return Path(str(args.output_dir))
+    # transformers 5: the only place that knows how every backend names its trials
+    return Path(trainer._get_output_dir(trainer._trial))
 
 
 def calling_trainer() -> Trainer | None:

@@ -69,7 +69,7 @@ class Rule(Settings):
         Raises:
             UnsupportedModelError: it cannot act on one of them.
         """
-        return dict(matrices)
+        return {name: matrix for name, matrix in matrices.items() if not matrix.frozen}
 
     def basis_samples(self, samples: int) -> int:
         """How many of so many safety samples, the first ones, are held; the others are left to measure on."""

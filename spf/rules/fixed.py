@@ -1,10 +1,13 @@
 """Parameters that are no matrices on an input: kept as they are, but for rows of tokens added to the vocabulary."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spf.data import Anchor
+from spf.errors import UnsupportedModelError, UnsupportedSetupError
 from spf.matrices import is_embedding
 from spf.run import Run
 
@@ -12,25 +15,36 @@ from spf.run import Run
 class Fixed:
     """Keeps a run's other parameters at their values over each step.
 
-    new_tokens: ids whose embeddings may learn.
+    new_tokens: ids whose embeddings may learn. held: samples whose tokens LoRA on an embedding leaves as they are.
     """
 
-    def __init__(self, run: Run, new_tokens: Sequence[int]):
+    def __init__(self, run: Run, new_tokens: Sequence[int], held: Sequence[Anchor] = ()):
+        """
+        Raises:
+            UnsupportedModelError: LoRA on an embedding changes tokens of `held` already, or no trainable token is new.
+        """
         self.run = run
+        # lora_B of an embedding is free, as that of a matrix
+        self._others = {name: p for name, p in run.others.items() if ".lora_embedding_B." not in name}
         self._values: dict[str, Tensor] = {}
         self._moving: dict[str, Tensor] = {}
-        self._new_rows = self._rows_of(new_tokens)
+        self._new_rows = self._rows_of(new_tokens) | self._columns_beside(held)
         self._start = self._checksums()
 
     @property
     def learning_rows(self) -> bool:
-        """Whether there are rows that learn."""
-        return bool(self._new_rows)
+        """Whether there are rows of new tokens that learn."""
+        return any(".lora_embedding_A." not in name for name in self._new_rows)
+
+    def _piece(self, name: str, tensor: Tensor) -> Tensor:
+        """This process's part, a token a row."""
+        piece = self.run.sharding.parts[name].piece(tensor)
+        return piece.T if ".lora_embedding_A." in name else piece
 
     def before_step(self, here: set[str]) -> None:
         """Drop gradients, and remember the values of what the optimizer will change all the same."""
         sharding = self.run.sharding
-        for name, parameter in self.run.others.items():
+        for name, parameter in self._others.items():
             if name in self._new_rows and name in here:
                 self._keep_all_but_new_rows(name)
             elif not sharding.flat:
@@ -45,18 +59,18 @@ class Fixed:
         part = self.run.sharding.parts[name]
         if part.holder.grad is None:
             return
-        gradient, place = part.piece(part.holder.grad), self._new_rows[name].to(part.holder.device)
+        gradient, place = self._piece(name, part.holder.grad), self._new_rows[name].to(part.holder.device)
         own = gradient[place]
         gradient.zero_()
         gradient[place] = own
         self._moving[name] = self._moving.get(name, torch.zeros_like(own, dtype=torch.bool)) | (own != 0)
-        self._values[name] = part.piece(part.holder.detach()).clone()
+        self._values[name] = self._piece(name, part.holder.detach()).clone()
 
     def after_step(self) -> None:
         """Put the values back."""
         for name, values in self._values.items():
             part = self.run.sharding.parts[name]
-            now = part.piece(part.holder.detach())
+            now = self._piece(name, part.holder.detach())
             if name in self._moving:
                 place = self._new_rows[name].to(now.device)
                 values[place] = torch.where(self._moving[name], now[place], values[place])
@@ -72,11 +86,11 @@ class Fixed:
     def _checksums(self) -> dict[str, Tensor]:
         """The sum of a parameter's bits in this process, as whole numbers: any one that changes shows."""
         sums = {}
-        for name in self.run.others:
+        for name in self._others:
             part = self.run.sharding.parts.get(name)
             if part is None:
                 continue
-            values = part.piece(part.holder.detach())
+            values = self._piece(name, part.holder.detach())
             if name in self._new_rows:
                 values = values.index_fill(0, self._new_rows[name].to(values.device), 0)
             whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[values.element_size()]
@@ -85,13 +99,14 @@ class Fixed:
 
     def _rows_of(self, tokens: Sequence[int]) -> dict[str, Tensor]:
         """By embedding, where its rows of these tokens are: rows of this process's part, or flat entries of it."""
-        places = {}
-        for name in self.run.others:
+        places, known = {}, set(tokens)
+        for name in self._others:
             part = self.run.sharding.parts.get(name)
-            if part is None or not is_embedding(self.run.probe.model, name):
+            chosen = self._tokens_of(name)
+            if part is None or chosen is None:
                 continue
-            height, columns = part.shape
-            rows = torch.tensor([token for token in tokens if token < height], dtype=torch.long)
+            columns = part.shape[1]
+            rows = torch.tensor([row for row, token in enumerate(chosen) if token in known], dtype=torch.long)
             if part.offset is None:
                 place = rows[(rows >= part.rows.start) & (rows < part.rows.stop)] - part.rows.start
             else:
@@ -99,4 +114,43 @@ class Fixed:
                 place = entries[(entries >= 0) & (entries < part.size)]
             if len(rows):
                 places[name] = place
+            elif not is_embedding(self.run.probe.model, name):
+                raise UnsupportedModelError(
+                    f"{name}: of the trainable tokens none was added to the tokenizer's vocabulary and occurs in no "
+                    "safety sample, so none could learn; name new tokens in trainable_token_indices, or leave it out"
+                )
+        return places
+
+    def _tokens_of(self, name: str) -> Sequence[int] | None:
+        """Which token each row of a parameter is, if its rows are tokens."""
+        model: Any = self.run.probe.model
+        layer, _, adapter = name.partition(".trainable_tokens_delta.")
+        if adapter:
+            tokens: Sequence[int] = model.get_submodule(layer).token_indices[adapter]
+            return tokens
+        part = self.run.sharding.parts.get(name)
+        return range(part.shape[0]) if part is not None and is_embedding(model, name) else None
+
+    def _columns_beside(self, held: Sequence[Anchor]) -> dict[str, Tensor]:
+        """By lora_A of an embedding, the tokens that occur in no held sample: the others' columns are zero and stay."""
+        sharding, places = self.run.sharding, {}
+        used = torch.tensor(sorted({t for a in held for t in (*a.prompt_ids, *a.refusal_ids)}), dtype=torch.long)
+        for name in self._others:
+            if ".lora_embedding_A." not in name or name not in sharding.parts:
+                continue
+            if sharding.split:
+                raise UnsupportedSetupError(
+                    f"{name}: LoRA on an embedding is not supported with FSDP2 or DeepSpeed; leave it out of "
+                    "target_modules, or launch with DDP"
+                )
+            A = self._piece(name, sharding.parts[name].holder.detach())
+            here = used[used < len(A)].to(A.device)
+            if bool(A[here].any()):
+                raise UnsupportedModelError(
+                    f"{name}: LoRA on this embedding changes tokens of the held prompts already, so their answers are "
+                    "not the aligned model's; begin it with init_lora_weights=True, or leave it out of target_modules"
+                )
+            free = torch.ones(len(A), dtype=torch.bool)
+            free[here.cpu()] = False
+            places[name] = free.nonzero().flatten()
         return places

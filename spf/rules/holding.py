@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from spf.data import Anchor
-from spf.errors import CorrectionError, UnsupportedModelError
+from spf.errors import CorrectionError
 from spf.linalg import exact_matmul, project_out_right, stacked
-from spf.matrices import lora_b_of
+from spf.rules.adapters import refuse_started
 from spf.rules.base import Correction, Given
 from spf.rules.constraint import Constraint, null_space_violation
 from spf.rules.fixed import Fixed
@@ -39,7 +39,7 @@ class Holding(Correction):
         self.subspace = subspace
         # what a correction in a narrower type leaves of a step goes at the next
         self.constraint = Constraint(run, self.subspace, torch.finfo(self.correction_dtype).eps)
-        self.fixed = Fixed(run, given.new_tokens)
+        self.fixed = Fixed(run, given.new_tokens, [*run.basis, *given.reworded, *given.conflicts])
         self.learning_rows = self.fixed.learning_rows
         self.acted: dict[str, int] = {}
         """The step at which each matrix was first seen to be pushed and put back."""
@@ -60,7 +60,7 @@ class Holding(Correction):
         off = [name for name, v in found.items() if v.error > self.constraint.allowed(v)]
         fresh = [name for name in off if run.matrices[name].is_lora_a and not given.resumed]
         self.constraint.refuse_foreign([name for name in off if name not in fresh], found)
-        _refuse_trained(run, fresh)
+        refuse_started(run, fresh, self.subspace.right)
         rescale = given.calibration and self.rule.rescale and not given.resumed
         if rescale and not any(matrix.is_lora_a for matrix in run.matrices.values()):
             # The free directions carry little of what any prompt sends into a layer, so a step in them alone answers
@@ -195,7 +195,7 @@ class Holding(Correction):
 
     def proven(self) -> str:
         count, acted = len(self.run.matrices), len(self.acted)
-        if not acted:
+        if not acted and not any(matrix.frozen for matrix in self.run.matrices.values()):
             return "the matrices were not trained, so there was nothing to hold"
         rest = f"; the other {count - acted} were never pushed beyond rounding" if acted < count else ""
         return (
@@ -230,18 +230,6 @@ def _pushed(
         had = driven.get(name, torch.zeros(())) > 0
         moved.append((now[name] != start[name].to(now[name].device)).any().cpu() * had.cpu() * 1.0)
     return [name for name, value in zip(run.matrices, run.total(moved), strict=True) if value > 0]
-
-
-def _refuse_trained(run: Run, names: Sequence[str]) -> None:
-    """A lora_A can be projected as long as its lora_B is zero, because that changes nothing."""
-    for name in names:
-        with torch.no_grad(), run.sharding.weight(lora_b_of(name)) as (_, B):
-            trained = B.float().square().sum()
-        if run.total([trained])[0] > 0:
-            raise UnsupportedModelError(
-                f"{name}: the adapter is trained already (lora_B is not zero), so it cannot be held to "
-                "A V = 0 without changing the model; merge it and start a new adapter"
-            )
 
 
 def _due(step: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from spf.errors import UnsupportedSetupError
 from spf.sharding.blocks import Part
@@ -29,6 +30,11 @@ def innermost_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
     optimizer = zero.optimizer if zero else _unwrapped(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnsupportedSetupError("LBFGS evaluates its closure many times a step; use another optimizer")
+    if isinstance(optimizer, LayerWiseDummyOptimizer):
+        raise UnsupportedSetupError(
+            "layerwise optimizers step inside the backward pass, one parameter at a time, where no rule can act; take "
+            'the same optim without "_layerwise"'
+        )
     if type(optimizer).__module__.partition(".")[0] == "schedulefree":
         raise UnsupportedSetupError(
             f"{type(optimizer).__name__} evaluates and saves an average of the weights, which no rule corrects; use "
@@ -109,8 +115,25 @@ class Sharding:
                     f"{name}: packed experts are not supported with FSDP2 or DeepSpeed; use DDP, or freeze them"
                 )
             self.parts[name] = self.parts[name].one_of_many(place)
+        self.frozen: set[str] = set()
+        """Parts that no call of the optimizer's `step` has to change."""
         self.flat = self._zero is not None
         """Whether a tensor of the optimizer holds parts of many parameters."""
+
+    def add_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Parts for parameters that no optimizer steps.
+
+        Raises:
+            UnsupportedSetupError: they are sharded.
+        """
+        if parameters and self.split:
+            raise UnsupportedSetupError(
+                f"{next(iter(parameters))} is frozen and its lora_B is trained (LoRA-FA), which is not supported with "
+                "FSDP2 or DeepSpeed; train lora_A too, or launch with DDP"
+            )
+        for name, parameter in parameters.items():
+            self.parts[name] = _local_part(name, parameter)
+            self.frozen.add(name)
 
     def stepped(self) -> set[str]:
         """The names that the current call of the optimizer's `step` changes; ZeRO makes one call a group."""

@@ -1,0 +1,176 @@
+"""Going on with an adapter that is trained already: where the subspace is that holds it, and a new one above others."""
+
+import re
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from spf.checkpoint import STATE_FILE, SUBSPACE_FILE, read_checkpoint, write_bases
+from spf.linalg import exact_matmul
+from spf.optimizer import Attachment
+from spf.sharding import object_of_rank_0
+from spf.subspace import SafetySubspace
+
+NEW_ADAPTER = "held"
+"""The name of an adapter that is put above others."""
+
+FITS = 0.02
+"""|A V| / |A| up to which an adapter is taken for one that is held to V: bfloat16 leaves .004, chance .1 and more."""
+
+_LAST: WeakKeyDictionary[nn.Module, SafetySubspace] = WeakKeyDictionary()
+"""What models were held to when their last run ended, for the next one in the same process (SFT, then DPO)."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The subspace of an earlier run. where: it was found, in words."""
+
+    subspace: SafetySubspace
+    where: str
+
+
+def remember(model: nn.Module, subspace: SafetySubspace) -> None:
+    """A run has ended: the next one with this model can go on."""
+    if any(".lora_A." in name for name in subspace.right):
+        _LAST[model] = subspace
+
+
+def earlier_subspace(model: nn.Module, given: str | None, before: Attachment | None, output: Path) -> Earlier | None:
+    """The subspace that the model is held to already, or should be; None for a model that begins anew.
+
+    given: a file or directory named by the user. before: this callback's last run. output: the run's directory.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none in what was given, or it is damaged.
+    """
+    if given is not None:
+        return _read(Path(given), model, strict=False)
+    if before is not None and before.probe.model is model and before.subspace.right:
+        return Earlier(before.subspace, "the trainer's last run")
+    if not object_of_rank_0(_is_trained(model)):
+        return None
+    if model in _LAST:
+        return Earlier(_own_names(_LAST[model], model), "this model's last run")
+    try:
+        return _read(output, model, strict=True)
+    except FileNotFoundError:
+        return None
+
+
+def leave_subspace(running: Attachment | None, directory: Path, first: bool) -> None:
+    """Write what an adapter is held to beside it, so that a later run can go on. All processes have to call it.
+
+    first: this process writes.
+    """
+    if running is None or not any(name for name in running.subspace.right if ".lora_A." in name):
+        return
+    subspace = running.whole_subspace()
+    if first and directory.is_dir():
+        write_bases(directory, subspace)
+
+
+def add_adapter(model: PeftModel, config: LoraConfig | None = None) -> PeftModel:
+    """Keep trained adapters as they are, frozen and active, and put a fresh one above them, which a run may train.
+
+    Call it before the trainer is made. config: of the new adapter; without one, the rank, layers and scale of the old.
+    """
+    old = list(model.active_adapters)
+    new: Any = config or copy(model.peft_config[old[0]])
+    if config is None:
+        new.init_lora_weights, new.inference_mode = True, False
+    name = NEW_ADAPTER
+    while name in model.peft_config:
+        name += "_"
+    model.add_adapter(name, new)
+    tuner: Any = model.base_model
+    tuner.set_adapter([*old, name])
+    model.set_requires_grad(old, requires_grad=False)
+    return model
+
+
+def _is_trained(model: nn.Module) -> bool:
+    """Whether a trainable lora_B is not zero. ZeRO-3 has parameters elsewhere; there the user names the directory."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name and parameter.requires_grad and bool(_local(parameter).any()):
+            return True
+    return False
+
+
+def _read(place: Path, model: nn.Module, strict: bool) -> Earlier:
+    """The newest subspace there that the model's adapter answers to; unless it is strict, else the newest."""
+    found = [(path, _own_names(subspace, model)) for path, subspace in _subspaces(place)]
+    fitting = [one for one in found if _fits(model, one[1])]
+    if not fitting and (strict or not found):
+        raise FileNotFoundError(
+            f"{place}: no {SUBSPACE_FILE.format(hash='*')} there; name the directory that the adapter was saved in, a "
+            "checkpoint, or that file"
+        )
+    path, subspace = (fitting or found)[0]
+    return Earlier(subspace, str(path))
+
+
+def _subspaces(place: Path) -> Iterator[tuple[Path, SafetySubspace]]:
+    if place.is_file():
+        yield place, SafetySubspace.load(place)
+    elif (place / STATE_FILE).is_file():
+        saved = read_checkpoint(place)
+        if saved.subspace is not None and saved.bases is not None and saved.run is not None:
+            yield saved.run / saved.bases["file"], saved.subspace
+    else:
+        files = sorted(place.glob(SUBSPACE_FILE.format(hash="*")), key=lambda path: path.stat().st_mtime_ns)
+        for path in reversed(files):
+            yield path, SafetySubspace.load(path)
+
+
+def _fits(model: nn.Module, subspace: SafetySubspace) -> bool:
+    """Whether the model's adapter is held to it, as far as this process sees its parameters."""
+    parameters = dict(model.named_parameters())
+    for name, V in subspace.right.items():
+        if "[" in name:
+            continue  # one of packed experts
+        A = parameters.get(name)
+        if A is None:
+            return False
+        if ".lora_A." not in name or isinstance(A, DTensor) or not A.numel():
+            continue
+        if len(V) != A.shape[1]:
+            return False
+        answered = exact_matmul(A.detach().float(), V.to(A.device))
+        if not float(answered.norm()) <= FITS * float(A.detach().float().norm()):
+            return False
+    return True
+
+
+def _own_names(subspace: SafetySubspace, model: nn.Module) -> SafetySubspace:
+    """By the model's names: the adapter may have another name, and PEFT's wrapper may be there or not."""
+    own = {_bare(name): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parts = {name: name.partition("[") for name in tensors}  # an expert's name ends with its number
+        return {
+            own.get(_bare(whole), whole) + sign + rest: tensors[name] for name, (whole, sign, rest) in parts.items()
+        }
+
+    return replace(
+        subspace,
+        right=renamed(subspace.right),
+        target=renamed(subspace.target),
+        reserve=renamed(subspace.reserve),
+        reserve_target=renamed(subspace.reserve_target),
+    )
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"\.(lora_[AB]|modules_to_save)\.[^.]+", r".\1", name.removeprefix("base_model.model."))
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    tensor = parameter.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

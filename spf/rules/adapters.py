@@ -1,0 +1,54 @@
+"""Adapters that are not fresh: when A V = 0 can be reached without changing the model, and what to do else."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from spf.errors import UnsupportedModelError
+from spf.linalg import exact_matmul
+from spf.matrices import lora_b_of
+from spf.run import Run
+
+NOTHING = 1e-5
+"""|B A V| / (|B| |A|) up to which B A V is zero but for rounding."""
+
+FROM_ZERO = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights with which B A = 0 at the start; other B are trained."""
+
+
+def refuse_started(run: Run, names: Sequence[str], bases: Mapping[str, Tensor]) -> None:
+    """A lora_A can be projected where that changes nothing: lora_B is zero, or B A is (an orthogonal start).
+
+    Raises:
+        UnsupportedModelError: it would change the model.
+    """
+    for name in names:
+        with torch.no_grad(), run.sharding.weight(name) as (_, A), run.sharding.weight(lora_b_of(name)) as (_, B):
+            changes = size = B.float().square().sum()
+            if not run.sharding.split and B.shape[1] == len(A):
+                V = bases[name].to(A.device)
+                changes = exact_matmul(B.float(), exact_matmul(A.float(), V)).square().sum()
+                size = size * A.float().square().sum() * NOTHING**2
+            else:
+                size = torch.zeros_like(size)
+        found, allowed = run.total([torch.stack([changes, size])])[0]
+        if found > allowed:
+            raise UnsupportedModelError(f"{name}: {_why(run, name)}")
+
+
+def _why(run: Run, name: str) -> str:
+    adapter = name.partition(".lora_A.")[2].partition(".")[0]
+    config = getattr(run.probe.model, "peft_config", {}).get(adapter)
+    start = getattr(config, "init_lora_weights", True)
+    under = "keep it as it is under a new one, by spf.going_on.add_adapter(model) before the trainer is made"
+    if start not in FROM_ZERO:
+        return (
+            f"init_lora_weights={start!r} begins with a lora_B that is not zero, so it cannot be held to A V = 0 "
+            f"without changing the model; use init_lora_weights=True (an adapter that is trained already: {under})"
+        )
+    return (
+        "the adapter is trained already (lora_B is not zero), and not held to this run's directions, so A V = 0 would "
+        "change the model; if spf trained it, give the directory it was saved in, SafetyCallback(subspace=DIR); if "
+        f"not, {under}"
+    )

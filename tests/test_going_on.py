@@ -1,0 +1,206 @@
+"""Going on with an adapter that is trained already: by spf, which is found and held, or elsewhere, which is kept."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from spf import NullSpace, SafetyCallback, UnsupportedModelError
+from spf.going_on import add_adapter, earlier_subspace
+from tests.conftest import make_model
+from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
+from tests.test_optimizer import logits
+
+
+def lora(**settings):
+    return get_peft_model(make_model(width=64), LoraConfig(r=4, target_modules="all-linear", **settings))
+
+
+def keep(rows, **settings):
+    # one sample, and more directions than it has tokens: its logits cannot change
+    return SafetyCallback(safety_data(rows[:1]), NullSpace(rank=40, reworded=0), **settings)
+
+
+def run(directory, tokenizer, callback, model, **changes):
+    trainer = make_trainer(directory, tokenizer, callback, model, **({"max_steps": 3} | changes))
+    trainer.train()
+    return trainer
+
+
+def assert_unchanged(before, after):
+    for old, new in zip(before, after, strict=True):
+        assert (old - new).norm() <= 1e-5 * old.norm()
+
+
+def assert_held(model, subspace):
+    """A V = 0 by the test's own product, for every adapter that is trained, and something was learned."""
+    parameters = dict(model.named_parameters())
+    names = [name for name in subspace.right if ".lora_A." in name]
+    assert len(names) == 14
+    for name in names:
+        A = parameters[name].detach()
+        assert (A @ subspace.right[name]).norm() <= 1e-6 * A.norm(), name
+        assert parameters[name.replace("lora_A", "lora_B")].any()
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer, rows, anchors):
+    """An adapter that spf trained, as `save_model` leaves it: no checkpoint was written."""
+    model = lora()
+    before = logits(model, anchors[:1])
+    trainer = run(tmp_path / "first", tokenizer, keep(rows), model)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert_unchanged(before, logits(model, anchors[:1]))
+    assert len(list((tmp_path / "adapter").glob("spf_subspace-*.safetensors"))) == 1
+    return tmp_path / "adapter", before
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_saved_adapter_is_continued(saved, tmp_path, tokenizer, rows, anchors, name, caplog):
+    directory, before = saved
+    model = PeftModel.from_pretrained(make_model(width=64), directory, adapter_name=name, is_trainable=True)
+    loaded = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n}
+    callback = keep(rows, subspace=directory)
+    run(tmp_path / "second", tokenizer, callback, model)
+    assert_held(model, callback.attachment.subspace)
+    assert_unchanged(before, logits(model, anchors[:1]))
+    assert all(not torch.equal(dict(model.named_parameters())[n], p) for n, p in loaded.items())
+    assert f"going on with trained weights: what they are held to is that of {directory}" in caplog.text
+
+
+def test_it_is_found_in_the_output_directory_and_else_asked_for(saved, tmp_path, tokenizer, rows):
+    directory, _ = saved
+    model = PeftModel.from_pretrained(make_model(width=64), directory, is_trainable=True)
+    with pytest.raises(UnsupportedModelError, match=r"if spf trained it, .* SafetyCallback\(subspace=DIR\)"):
+        run(tmp_path / "second", tokenizer, keep(rows), model)
+    callback = keep(rows)
+    run(directory, tokenizer, callback, model)  # as a user who trains on in the same directory
+    assert_held(model, callback.attachment.subspace)
+    with pytest.raises(FileNotFoundError, match="name the directory that the adapter was saved in"):
+        run(tmp_path / "third", tokenizer, keep(rows, subspace=tmp_path), model)
+
+
+def test_a_checkpoint_is_continued_as_an_adapter(tmp_path, tokenizer, rows):
+    run(tmp_path / "first", tokenizer, keep(rows), lora(), save_strategy="steps", save_steps=2)
+    checkpoint = tmp_path / "first" / "checkpoint-2"
+    model = PeftModel.from_pretrained(make_model(width=64), checkpoint, is_trainable=True)
+    callback = keep(rows, subspace=checkpoint)
+    run(tmp_path / "second", tokenizer, callback, model)
+    assert callback.attachment.steps == 3
+    assert_held(model, callback.attachment.subspace)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_second_train_holds_what_the_first_did(tmp_path, tokenizer, rows, tuning):
+    model = lora() if tuning == "lora" else make_model(width=64)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    callback = keep(rows)
+    trainer = run(tmp_path, tokenizer, callback, model)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    bases = callback.attachment.subspace.right
+    trainer.train()
+    assert callback.attachment.subspace.right.keys() == bases.keys()
+    for name, V in bases.items():
+        W = dict(model.named_parameters())[name].detach()
+        target = torch.zeros_like(W @ V) if tuning == "lora" else start[name] @ V
+        assert (W @ V - target).norm() <= 1e-6 * W.norm(), name
+        assert not torch.equal(W, first[name])
+
+
+class OutOfMemory(TrainerCallback):
+    def __init__(self):
+        self.times = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not self.times:
+            self.times += 1
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_smaller_batch_is_tried_in_the_middle(tmp_path, tokenizer, rows, anchors):
+    model, callback, memory = lora(), keep(rows), OutOfMemory()
+    before = logits(model, anchors[:1])
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "max_steps": 3}
+    make_trainer(tmp_path, tokenizer, callback, model, [memory], **settings).train()
+    assert memory.times == 1
+    assert callback.attachment.steps == 3
+    assert_held(model, callback.attachment.subspace)
+    assert_unchanged(before, logits(model, anchors[:1]))
+
+
+def test_trials_of_a_search_have_directories_of_their_own(tmp_path, tokenizer, rows, monkeypatch):
+    """What a search with optuna does for every trial (it is not installed here)."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    callback = keep(rows)
+    trainer = make_trainer(tmp_path, tokenizer, callback, lora(), max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.model_init = lambda trial: lora()
+    trainer.hp_search_backend, trainer.hp_name, trainer.hp_space = HPSearchBackend.OPTUNA, None, lambda trial: {}
+    trainer.compute_objective = lambda metrics: 0.0
+    for number in (0, 1):
+        trainer.objective = None
+        trainer.train(trial=SimpleNamespace(number=number, params={}))
+        assert_held(trainer.model, callback.attachment.subspace)
+    states = sorted(str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("spf_state.json"))
+    assert states == ["run-0/checkpoint-2", "run-1/checkpoint-2"]
+    assert sorted(p.parent.name for p in tmp_path.rglob("spf_subspace-*")) == ["run-0", "run-1"]
+
+
+def test_sft_then_dpo_on_the_same_adapter(tmp_path, tokenizer, rows, anchors):
+    answer = [{"role": "assistant", "content": "Write a poem."}]
+    asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    model = lora()
+    before = logits(model, anchors[:1])
+    data = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt in asked])
+    SFTTrainer(
+        model,
+        arguments(SFTConfig, tmp_path / "sft", max_steps=2),
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[keep(rows)],
+    ).train()
+    other = [{"role": "assistant", "content": "Tell me a story."}]
+    pairs = Dataset.from_list([{"prompt": prompt, "chosen": answer, "rejected": other} for prompt in asked])
+    callback = keep(rows)
+    DPOTrainer(
+        model,
+        args=arguments(DPOConfig, tmp_path / "dpo", max_steps=2),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    ).train()
+    assert_held(model, callback.attachment.subspace)
+    assert_unchanged(before, logits(model, anchors[:1]))
+
+
+def test_the_remedy_for_an_adapter_from_elsewhere(tmp_path, tokenizer, rows, anchors):
+    """It is refused, and the line that the message gives keeps it as it is, under a new one that is held."""
+    model = lora()
+    run(tmp_path / "elsewhere", tokenizer, None, model)
+    with pytest.raises(UnsupportedModelError, match=re.escape("spf.going_on.add_adapter(model)")):
+        run(tmp_path / "second", tokenizer, keep(rows), model)
+    old = {name: p.detach().clone() for name, p in model.named_parameters() if ".default." in name}
+    trained = logits(model, anchors[:1])
+    add_adapter(model)
+    assert_unchanged(trained, logits(model, anchors[:1]))  # it is active
+    callback = keep(rows)
+    trainer = run(tmp_path / "second", tokenizer, callback, model)
+    assert all(".held." in name for name in callback.attachment.matrices)
+    assert_held(model, callback.attachment.subspace)
+    assert_unchanged(trained, logits(model, anchors[:1]))
+    for name, before in old.items():
+        assert torch.equal(dict(model.named_parameters())[name], before), name
+    # both are saved, and a run goes on with both
+    trainer.save_model(str(tmp_path / "both"))
+    assert Path(tmp_path / "both" / "held" / "adapter_model.safetensors").is_file()
+
+
+def test_a_fresh_adapter_takes_nothing_from_an_old_run_in_its_directory(saved, tmp_path):
+    directory, _ = saved
+    assert earlier_subspace(lora(), None, None, directory) is None
