@@ -26,7 +26,7 @@ from spf.subspace import SafetySubspace
 
 LARGEST_DEFAULT_RANK = 320
 """A third of the inputs held on the validation prompts of the demo model (192 of 576) and of a really aligned one (298
-of 896, where 192 lost a sixth of its refusals of another origin)."""
+of 896, where 192 with fixed token weights lost a third of its refusals of another origin)."""
 
 FEW = 16
 """A matrix of fewer inputs (Gemma 3n's coefficients of 4 streams) is held in all of them: it is kept fixed."""
