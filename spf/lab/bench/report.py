@@ -142,8 +142,8 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         "cover the choice of prompts, not the run-to-run spread, which is the ± of the tables.",
         "Nothing here is corrected for the number of comparisons. The curves over the steps are measured on fewer "
         "prompts than the tables, so their last points may differ from them.",
-        "What a method costs is measured by benchmarks/overhead.py (docs/evidence_demo_model.md#cost); cells share their "
-        "cores with others, so their own seconds a step say nothing.",
+        "What a method costs is measured by benchmarks/overhead.py (docs/evidence_demo_model.md#cost); cells share "
+        "their cores with others, so their own seconds a step say nothing.",
     ]
     if split == "validation":
         notes.append("The validation split serves to choose settings; these numbers are not the benchmark's result.")
