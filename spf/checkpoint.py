@@ -75,7 +75,7 @@ class _State(File):
     monitor: _Monitor
     correction: _Correction
     reference_nll: list[tuple[float, float]]
-    held: list[_Conflict] = Field(default_factory=list)
+    held: list[_Conflict]
     watched: list[_Conflict]
     kept: _Kept
 

@@ -240,7 +240,7 @@ class CallbackSettings(Settings):
     chat_template_kwargs: Mapping[str, Any] | None = field(
         default=None, metadata={"help": "variables of the chat template for the safety samples, as JSON"}
     )
-    subspace: str | None = field(
+    subspace: Name | None = field(
         default=None, metadata={"help": "directory of an adapter that spf trained, to go on with it"}
     )
     seed: Seed = field(default=0, metadata={"help": "choice and order of the safety samples"})

@@ -465,7 +465,9 @@ STATE = {
         "monitor": {"loss": 0.5, "refused": 1.0, "conflicts_refused": 1.0},
         "correction": {"multiplier": 0.0, "lr_scale": 1.2, "acted": {"a": 1}, "feedback": None},
         "reference_nll": [[1.5, 2.0]],
+        "held": [],
         "watched": [],
+        "kept": {"prompts": None, "tokens": []},
     },
     "samples": [{"prompt": "0" * 24, "refusal": "No.", "cut": False}],
     "subspace": None,
@@ -834,7 +836,9 @@ def is_of(value, hint):
         return (isinstance(value, int) and int in plain) or (float in plain and math.isfinite(value))
     if isinstance(value, dict):
         return dict in plain
-    return value in literal if isinstance(value, str) and literal else False
+    if isinstance(value, str):
+        return value in literal if literal else str in plain and bool(value)
+    return False
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -48,13 +48,14 @@ def ask_refusals(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     options: Mapping[str, Any] | None = None,
-    accept: Callable[[str], bool] = is_refusal,
+    accept: Callable[[str], bool] | None = None,
     what: str = "own refusals",
 ) -> Completed:
     """The first `wanted` rows (all by default) with refusals, and how many were asked for one.
 
-    A row without one gets the model's own answer, its first `max_new_tokens`, and is kept if `accept` says so. All
-    processes ask in step, and what rank 0 heard counts. options: variables of the template. what: the bar's name.
+    A row without one gets the model's own answer, its first `max_new_tokens`, and is kept if `accept` says so, by
+    default the refusal judge. All processes ask in step, and what rank 0 heard counts. options: variables of the
+    template. what: the bar's name.
 
     Raises:
         SafetyDataError: a row cannot be rendered, or none is left.
@@ -84,7 +85,8 @@ def ask_refusals(
             else []
         )
         # rounding must not have ranks judge differently: the number of rounds depends on it
-        answers = iter(object_of_rank_0([(answer, accept(answer)) for answer in heard]))
+        judge = accept or is_refusal
+        answers = iter(object_of_rank_0([(answer, judge(answer)) for answer in heard]))
         for row in chunk:
             if row.refusal is not None:
                 kept.append(row)

@@ -117,6 +117,7 @@ class _Cell(File):
     foreign: _Rate | None = None
     audit: dict[str, float] | None = None
     watched: dict[str, bool | list[Share]] | None = None
+    directions: list[Whole] | None = None
     note: str | None = None
     notes: dict[str, Any] | None = None
 
