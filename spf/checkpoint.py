@@ -36,6 +36,7 @@ class _Growth(File):
     pool: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
     rounds: Whole
     place: Whole
+    flips: Whole
     pressed: bool
 
 

@@ -115,6 +115,31 @@ def test_the_pool_is_what_the_model_refuses_and_is_asked_in_turn(anchors, refusi
     assert AT_ONCE == 32
 
 
+def test_flips_that_nothing_is_at_hand_for_are_not_kept_quiet(anchors, refusing):  # noqa: F811
+    """A bug once: without a round of growth the last line said that none had flipped."""
+    optimizer = torch.optim.SGD(refusing.parameters(), lr=0.0)
+    rule = NullSpace(rank=32, reserve=8)  # half of the inputs of most matrices: there is no reserve
+    attachment = attach(SafetyProbe(refusing, anchors, pad_token_id=1), optimizer, rule)
+    growth = attachment.correction.growth
+    for name in attachment.subspace.reserve:
+        attachment.subspace.reserve[name] = attachment.subspace.reserve[name][:, :0]
+    assert growth.told() == ""
+    growth._begins, attachment.run.steps = {-1}, EVERY
+    assert growth.look()
+    assert (growth.rounds, growth.flips) == (0, len(growth.pool))
+    assert growth.told().endswith(f"flipped {growth.flips} times, and no more directions were at hand")
+
+
+def test_growth_weighs_tokens_as_the_rule_does(anchors, refusing, monkeypatch):  # noqa: F811
+    optimizer = torch.optim.SGD(refusing.parameters(), lr=0.0)
+    rule, seen = NullSpace(rank=4, reserve=8, decision_weight=3.0), []
+    attachment = attach(SafetyProbe(refusing, anchors, pad_token_id=1), optimizer, rule)
+    real = SafetyProbe.input_moments
+    monkeypatch.setattr(SafetyProbe, "input_moments", lambda *given: seen.append(given[-1]) or real(*given))
+    attachment.correction.growth._grow(attachment.correction.growth.pool[:1])
+    assert seen == [3.0]
+
+
 class Flip(TrainerCallback):
     """The model's answer to what is held flips, whatever the rule does."""
 
@@ -152,6 +177,35 @@ def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert {V.shape[1] for V in again.attachment.subspace.right.values()} == {16}
     assert again.attachment.correction.growth.rounds == 2
+
+
+def test_a_run_that_goes_on_asks_the_same_prompts_by_the_same_refusals(
+    tmp_path,
+    tokenizer,  # noqa: F811
+    refusing,  # noqa: F811
+    rows,  # noqa: F811
+    caplog,
+):
+    """A bug once: what begins a refusal was not known after a resume, so that every prompt seemed to have flipped."""
+    start = copy.deepcopy(refusing)
+
+    def made(**options):
+        callback = SafetyCallback(safety_data(rows), NullSpace(rank=8, reserve=8))
+        more = {"max_steps": 2 * EVERY + 1, "learning_rate": 1e-6, "logging_steps": 1} | options
+        return make_trainer(tmp_path, tokenizer, callback, model=refusing, **more), callback
+
+    trainer, whole = made(save_strategy="steps", save_steps=EVERY + 1)
+    trainer.train()
+    assert whole.attachment.correction.growth.pool
+    refusing.load_state_dict(start.state_dict())
+    trainer, again = made()
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{EVERY + 1}"))
+    rates = [entry["spf/flipped_rate"] for entry in trainer.state.log_history if "spf/flipped_rate" in entry]
+    assert rates == [0, 0]  # at step 5, before the resume, and at step 10
+    assert {V.shape[1] for V in again.attachment.subspace.right.values()} == {8}
+    assert again.attachment.correction.growth.state() == whole.attachment.correction.growth.state()
+    assert caplog.text.count("held prompts that were asked had flipped") == 2
+    refusing.load_state_dict(start.state_dict())
 
 
 @pytest.mark.parametrize(("on_leak", "steps"), [("stop", 3), ("warn", 6), ("tighten", 6)])

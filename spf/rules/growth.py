@@ -20,9 +20,6 @@ AT_ONCE = 32
 PER_ROUND = 16
 """Directions that a round adds to every matrix."""
 
-DECIDING = 8.0
-"""Weight of the tokens around the beginning of an answer in the choice of these."""
-
 
 class Growth:
     """Asks the pool, some of it at a time, and holds more of what flipped.
@@ -33,13 +30,18 @@ class Growth:
     there, too, to what they were. (Constraint generation: Dantzig, Fulkerson and Johnson 1954.)
     """
 
-    def __init__(self, run: Run, constraint: Constraint, pool: Sequence[Anchor]):
-        self.run, self.constraint = run, constraint
+    def __init__(self, run: Run, constraint: Constraint, pool: Sequence[Anchor], decision_weight: float, resumed: bool):
+        """decision_weight: of the tokens around the beginning of an answer, as in the choice of V.
+
+        resumed: which of the pool the aligned model refuses is in a checkpoint, `load_state`.
+        """
+        self.run, self.constraint, self.decision_weight = run, constraint, decision_weight
         anchors = list({tuple(anchor.prompt_ids): anchor for anchor in pool if anchor.refusal_ids}.values())
+        self._known = {Known.name(anchor.prompt_ids): anchor for anchor in anchors}
         self._begins = {anchor.refusal_ids[0] for anchor in anchors}
-        flipped = self._flipped(anchors)
+        flipped = [True] * len(anchors) if resumed else self._flipped(anchors)
         self.pool = [anchor for anchor, lost in zip(anchors, flipped, strict=True) if not lost]
-        self.rounds = self.place = 0
+        self.rounds = self.place = self.flips = 0
         self.pressed = False
 
     def look(self) -> bool:
@@ -49,6 +51,7 @@ class Growth:
         asked = [self.pool[(self.place + i) % len(self.pool)] for i in range(min(AT_ONCE, len(self.pool)))]
         lost = [anchor for anchor, flipped in zip(asked, self._flipped(asked), strict=True) if flipped]
         self.run.note("flipped_rate", len(lost) / len(asked))
+        self.flips += len(lost)
         self.pressed = bool(lost) and self.constraint.room > 0
         if self.pressed:
             self._grow(lost)
@@ -62,7 +65,7 @@ class Growth:
         return object_of_rank_0([token not in self._begins for token in tokens])
 
     def _grow(self, lost: Sequence[Anchor]) -> None:
-        moments = self.run.probe.input_moments(lost, self.constraint.reserves(), DECIDING)
+        moments = self.run.probe.input_moments(lost, self.constraint.reserves(), self.decision_weight)
         turns = {name: torch.linalg.eigh(moment.double())[1].flip(1).float() for name, moment in moments.items()}
         same_on_all_ranks(turns)
         self.constraint.grow(turns, PER_ROUND)
@@ -72,10 +75,12 @@ class Growth:
         """What happened, in words."""
         if not self.pool:
             return "; none of the held prompts were refused before training, so none were asked whether they flip"
+        if not self.place and not self.rounds:
+            return ""
+        if not self.flips:
+            return f"; none of {min(self.place, len(self.pool))} held prompts that were asked had flipped"
         if not self.rounds:
-            return f"; none of {min(self.place, len(self.pool))} held prompts that were asked had flipped" * (
-                self.place > 0
-            )
+            return f"; held prompts were seen to have flipped {self.flips} times, and no more directions were at hand"
         widest = max(V.shape[1] for V in self.constraint.subspace.right.values())
         end = "" if self.constraint.room else ", all there were at hand"
         return f"; held prompts flipped in {self.rounds} rounds, so up to {widest} directions are held by now{end}"
@@ -83,9 +88,15 @@ class Growth:
     def state(self) -> dict[str, Any]:
         """As JSON: the pool by hashes of its prompts, and where it is."""
         pool = [Known.name(anchor.prompt_ids) for anchor in self.pool]
-        return {"pool": pool, "rounds": self.rounds, "place": self.place, "pressed": self.pressed}
+        return {
+            "pool": pool,
+            "rounds": self.rounds,
+            "place": self.place,
+            "flips": self.flips,
+            "pressed": self.pressed,
+        }
 
-    def load_state(self, state: Mapping[str, Any], pool: Sequence[Anchor]) -> None:
-        known = {Known.name(anchor.prompt_ids): anchor for anchor in pool}
-        self.pool = [known[name] for name in state["pool"] if name in known]
-        self.rounds, self.place, self.pressed = state["rounds"], state["place"], state["pressed"]
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.pool = [self._known[name] for name in state["pool"] if name in self._known]
+        self.rounds, self.place = state["rounds"], state["place"]
+        self.flips, self.pressed = state["flips"], state["pressed"]

@@ -49,9 +49,10 @@ class Holding(Correction):
         self._largest = 0.0
         self._meet(given)
         self._start = {name: self._sample(name).clone() for name in run.matrices}
-        self._pool = [*run.basis, *given.conflicts]
-        growing = given.tighten and bool(self.subspace.reserve)
-        self.growth = Growth(run, self.constraint, [] if given.resumed else self._pool) if growing else None
+        self.growth: Growth | None = None
+        if given.tighten and self.subspace.reserve:
+            pool = [*run.basis, *given.conflicts]
+            self.growth = Growth(run, self.constraint, pool, rule.decision_weight, given.resumed)
 
     def _meet(self, given: Given) -> None:
         """Bring the weights to the constraint: project what is new, refuse what is from elsewhere."""
@@ -215,7 +216,7 @@ class Holding(Correction):
         if self.feedback is not None:
             self.feedback.load_state(state["feedback"])
         if self.growth is not None and state.get("growth"):
-            self.growth.load_state(state["growth"], self._pool)
+            self.growth.load_state(state["growth"])
 
     def whole_subspace(self) -> SafetySubspace:
         return self.constraint.whole()
