@@ -77,8 +77,9 @@ def test_the_reserve_leaves_half_of_the_inputs_and_is_there_only_if_it_may_be_us
     assert attachment.correction.growth is None
 
 
-def test_flipped_prompts_bring_their_own_directions(anchors, refusing):  # noqa: F811
+def test_flipped_prompts_bring_their_own_directions(anchors, refusing, monkeypatch):  # noqa: F811
     """Those of the reserve that carry most of what the flipped prompts send into a layer come first."""
+    monkeypatch.setattr("spf.rules.growth.PER_ROUND", 3)
     optimizer = torch.optim.SGD(refusing.parameters(), lr=0.0)
     probe = SafetyProbe(refusing, anchors, pad_token_id=1)
     attachment = attach(probe, optimizer, NullSpace(rank=4, reserve=12))
@@ -93,7 +94,21 @@ def test_flipped_prompts_bring_their_own_directions(anchors, refusing):  # noqa:
     growth._grow(lost)
     added = attachment.subspace.right[name][:, 4:]
     C = R.T @ added
-    assert float(torch.trace(C.T @ moment @ C)) == pytest.approx(float(torch.linalg.eigvalsh(moment).sum()), rel=1e-3)
+    values = torch.linalg.eigvalsh(moment)
+    assert added.shape[1] == 3
+    assert float(values[:3].sum()) < 0.5 * float(values[-3:].sum())  # it matters which
+    assert float(torch.trace(C.T @ moment @ C)) == pytest.approx(float(values[-3:].sum()), rel=1e-3)
+
+
+def test_moments_weigh_the_tokens_around_the_beginning_of_the_answer(anchors, refusing):  # noqa: F811
+    probe = SafetyProbe(refusing, anchors, pad_token_id=1)
+    name = next(n for n in probe.matrices if "down_proj" in n)
+    R = torch.eye(probe.matrices[name].weight.shape[1])
+    even, three, eight = (probe.input_moments(anchors[:2], {name: R}, weight)[name] for weight in (1.0, 3.0, 8.0))
+    tokens = sum(len(a.prompt_ids) + len(a.refusal_ids) for a in anchors[:2])
+    assert float(torch.trace(even)) == pytest.approx(tokens, rel=1e-4)  # of unit norm
+    assert float(torch.trace(three - even)) == pytest.approx(2 * 7 * 2, rel=1e-4)  # seven tokens a sample
+    assert torch.allclose((eight - even) / 7, (three - even) / 2, atol=1e-4)
 
 
 def test_the_pool_is_what_the_model_refuses_and_is_asked_in_turn(anchors, refusing, monkeypatch):  # noqa: F811
@@ -177,6 +192,7 @@ def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert {V.shape[1] for V in again.attachment.subspace.right.values()} == {16}
     assert again.attachment.correction.growth.rounds == 2
+    assert again.attachment.correction.growth.flips == callback.attachment.correction.growth.flips > 0
 
 
 def test_a_run_that_goes_on_asks_the_same_prompts_by_the_same_refusals(
