@@ -1,6 +1,6 @@
 """Samples through the model: what its layers read and answer, and the directions of that."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -18,6 +18,22 @@ from spf.taps import Seen, Taps
 DECISION_TOKENS = (5, 2)
 """Tokens before and after the beginning of the answer that count as deciding on it: the end of the chat template's
 prompt ("<|im_end|>", newline, "<|im_start|>", "assistant", newline) and the first two of the refusal."""
+
+
+Call = tuple[Tensor, Tensor, Tensor | None]
+"""What a matrix was given and answered in one call, and which token each row is, if that is known."""
+
+Moved = tuple[Tensor, Tensor | None, Tensor | None]
+"""The same with the gradient at the answer in its place; None where the objective does not depend on it."""
+
+
+def gradients(objective: Tensor, records: Mapping[str, Sequence[Call]]) -> dict[str, list[Moved]]:
+    """The gradients of an objective at all recorded answers, by name and call."""
+    # records made later would be a checkpointed recomputation's
+    calls = {name: list(made) for name, made in records.items()}
+    answers = [y for made in calls.values() for _, y, _ in made]
+    found = iter(torch.autograd.grad(objective, answers, allow_unused=True) if answers else ())
+    return {name: [(x, next(found), tokens) for x, _, tokens in made] for name, made in calls.items()}
 
 
 class Activations:
@@ -51,15 +67,6 @@ class Activations:
         tapped = [name for name in dict.fromkeys([*groups, *answers.values()]) if name in self.matrices]
         head = set(self.model.get_output_embeddings().modules())  # type: ignore[operator]
         ends = any(module in head for name in tapped for module in self.matrices[name].modules)
-        taps: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
-
-        def tap(name: str) -> Seen:
-            def see(x: Tensor, y: Tensor, tokens: Tensor | None) -> None:
-                if not y.requires_grad:
-                    y.requires_grad_(True)  # nothing below it is trainable; the graph begins here
-                taps.setdefault(name, []).append((x.detach(), y, tokens))
-
-            return see
 
         for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
             batch = self._batch(anchors[start : start + batch_size])
@@ -67,31 +74,42 @@ class Activations:
             rows, columns = (predicts & (predicts.cumsum(1) <= DECISION_TOKENS[1])).nonzero(as_tuple=True)
             # a matrix at the end is given all tokens; without one, logits of the deciding tokens are enough
             few = nullcontext() if ends else logits_only(self.model, rows, columns)
-            with torch.enable_grad(), self._quiet(), self.taps.open(tap, tapped), few:
+            with few, self._recording(tapped) as records:
                 output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 logits = output.logits
                 logits = logits[rows.to(logits.device), columns.to(logits.device)] if ends else logits
                 targets = batch.input_ids[rows, columns + 1].to(logits.device)
-                moved = log_odds(logits.float(), targets).sum()
-                records = {name: list(pairs) for name, pairs in taps.items()}
-                flat = [y for pairs in records.values() for _, y, _ in pairs]
-                gradients = iter(torch.autograd.grad(moved, flat, allow_unused=True) if flat else ())
-            found = {name: [next(gradients) for _ in pairs] for name, pairs in records.items()}
-            taps.clear()
+                found = gradients(log_odds(logits.float(), targets).sum(), records)
             mask = mask & (predicts == (kind == "refusal")) if kind != "all" else mask
             for name, group in groups.items():
-                for call, (x, _, known) in enumerate(records.get(name, ())):
+                for call, (x, _, known) in enumerate(found[name]):
                     tokens = used_places(name, x, mask, known)
                     read = used_tokens(name, x, mask, known)
                     total = torch.zeros(len(read), device=read.device)
                     for member in group:
-                        d = found.get(answers[member], ())
-                        if call < len(d) and d[call] is not None:
-                            used = used_tokens(member, d[call], mask, known)
+                        calls = found.get(answers[member], [])
+                        if call < len(calls) and (d := calls[call][1]) is not None:
+                            used = used_tokens(member, d, mask, known)
                             total += used.float().square().sum(-1).to(total.device)
                     around = deciding.flatten()[tokens].to(read.device)
                     samples = (tokens // mask.shape[1]).to(read.device)
                     yield name, read, around, relative(total, samples)
+
+    @contextmanager
+    def _recording(self, names: Iterable[str]) -> Iterator[dict[str, list[Call]]]:
+        """Keep every call of the named matrices, with gradients on, for `gradients`."""
+        records: dict[str, list[Call]] = {name: [] for name in names}
+
+        def tap(name: str) -> Seen:
+            def see(x: Tensor, y: Tensor, tokens: Tensor | None) -> None:
+                if not y.requires_grad:
+                    y.requires_grad_(True)  # nothing below it is trainable, so it is a leaf; the graph begins here
+                records[name].append((x.detach(), y, tokens))
+
+            return see
+
+        with torch.enable_grad(), self._quiet(), self.taps.open(tap, list(records)):
+            yield records
 
     def _shared_inputs(self, anchors: Sequence[Anchor], names: Sequence[str]) -> dict[str, str]:
         """For every name the first one that reads the same tensors in all its calls, as q, k and v projections do."""

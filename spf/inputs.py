@@ -15,6 +15,11 @@ from spf.progress import progress
 from spf.sharding import spread_over_ranks
 
 
+def emphasis(deciding: Tensor, weight: float) -> Tensor:
+    """The weight of each token (T,): `weight` around the beginning of the answer, 1 elsewhere."""
+    return 1 + (weight - 1) * deciding
+
+
 class Inputs(Activations):
     """Measures the inputs of a model's trainable matrices over samples."""
 
@@ -60,14 +65,14 @@ class Inputs(Activations):
                 raise UnsupportedModelError(f"{name}: {error}") from error
 
         def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
-            add(name, x, 1 + (decision_weight - 1) * deciding)
+            add(name, x, emphasis(deciding, decision_weight))
 
         if gradient_share:
             groups: dict[str, list[str]] = {}
             for name, first in shared.items():
                 groups.setdefault(first, []).append(name)
             for name, x, deciding, moves in self._decisions(anchors, groups, max(1, batch_size // 2), tokens):
-                fixed = 1 + (decision_weight - 1) * deciding
+                fixed = emphasis(deciding, decision_weight)
                 add(name, x, (1 - gradient_share) * fixed + gradient_share * moves)
         else:
             self._stream(anchors, list(sketches), take, batch_size, tokens)
@@ -108,7 +113,7 @@ class Inputs(Activations):
 
         def take(name: str, x: Tensor, y: Tensor, deciding: Tensor) -> None:
             rows = exact_matmul(nn.functional.normalize(x.float(), dim=-1), bases[name].to(x.device))
-            weights = 1 + (decision_weight - 1) * deciding.to(x.device)
+            weights = emphasis(deciding.to(x.device), decision_weight)
             moment = exact_matmul((rows * weights[:, None]).T, rows)
             sums[name] = sums[name] + moment if name in sums else moment
 

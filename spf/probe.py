@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spf.activations import gradients
 from spf.config import Count, Seed, Weight, Whole, check
 from spf.data import Anchor, AnchorBatch, AnchorRotation
 from spf.errors import UnsupportedModelError
@@ -16,7 +17,6 @@ from spf.matrices import used_tokens
 from spf.progress import tracked
 from spf.shared_prefix import NextToken
 from spf.subspace import Factors
-from spf.taps import Seen
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,6 @@ class SafetyProbe(Inputs):
         """Probe these anchors."""
         batch = self._weighted(anchors)
         mask = batch.attention_mask.bool()
-        taps: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {name: [] for name in self.matrices}
         for name in self.taps.bypassed:
             raise UnsupportedModelError(
                 f"{name}: its layer is computed by a fused kernel, so the safety gradient is not known; {FUSED}, or "
@@ -124,16 +123,7 @@ class SafetyProbe(Inputs):
                     "target_parameters, or use null-space without feedback and cosines"
                 )
 
-        def tap(name: str) -> Seen:
-            def see(x: Tensor, y: Tensor, tokens: Tensor | None) -> None:
-                if not y.requires_grad:
-                    # Nothing below it is trainable, so it is a leaf; the graph begins here.
-                    y.requires_grad_(True)
-                taps[name].append((x.detach(), y, tokens))
-
-            return see
-
-        with torch.enable_grad(), self._quiet(), self.taps.open(tap, self.matrices):
+        with self._recording(self.matrices) as records:
             nll, weights, logits = self._token_nll(batch)
             loss = (nll * weights).sum() / weights.sum()
             objective = loss
@@ -141,16 +131,12 @@ class SafetyProbe(Inputs):
                 reference = torch.cat([self._reference_logprobs[a.where] for a in anchors]).to(logits.device).float()
                 kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
                 objective = (kl * weights).sum() / weights.sum()
-            # Records made later would be a checkpointed recomputation's.
-            records = {name: list(pairs) for name, pairs in taps.items()}
-            flat = [y for pairs in records.values() for _, y, _ in pairs]
-            gradients = iter(torch.autograd.grad(objective, flat, allow_unused=True))
+            moved = gradients(objective, records)
         factors: dict[str, Factors] = {}
         shared: dict[tuple, Tensor] = {}
-        for name, pairs in records.items():
+        for name, calls in moved.items():
             X, D = [], []
-            for x, _, tokens in pairs:
-                d = next(gradients)
+            for x, d, tokens in calls:
                 if d is not None:
                     # q, k and v read one tensor; so they share what is kept of it
                     place = (x.data_ptr(), x.shape, x.stride(), x.dtype)

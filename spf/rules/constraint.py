@@ -84,12 +84,15 @@ class Constraint:
 
     def reserves(self) -> dict[str, Tensor]:
         """R (n, r), the directions that may be held, too; one of the matrices that share them."""
-        return {name: R for name, R in self.subspace.reserve.items() if self._first(name) == name and R.shape[1]}
+        reserve = self.subspace.reserve
+        return {names[0]: reserve[names[0]] for names in self._sharing() if reserve[names[0]].shape[1]}
 
-    def _first(self, name: str) -> str:
-        """The matrix that stands for those which read the same inputs."""
-        V = self.subspace.right[name]
-        return next(other for other, basis in self.subspace.right.items() if basis is V)
+    def _sharing(self) -> list[list[str]]:
+        """The matrices by the basis that they share."""
+        groups: dict[int, list[str]] = {}
+        for name in self.run.matrices:
+            groups.setdefault(id(self.subspace.right[name]), []).append(name)
+        return list(groups.values())
 
     def grow(self, turns: Mapping[str, Tensor], count: int) -> None:
         """Hold `count` directions of the reserve, too: the first columns of R Q.
@@ -97,9 +100,7 @@ class Constraint:
         turns: Q (r, r) orthogonal, by the names of `reserves`.
         """
         subspace = self.subspace
-        groups: dict[str, list[str]] = {}
-        for name in self.run.matrices:
-            groups.setdefault(self._first(name), []).append(name)
+        groups = {names[0]: names for names in self._sharing()}
         for first, turn in turns.items():
             V, R = subspace.right[first], subspace.reserve[first]
             turned = exact_matmul(R, turn.to(R.device))
