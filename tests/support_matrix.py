@@ -303,6 +303,15 @@ HYBRID = [
     ),
     Family("granitemoehybrid", "Granite 4", EXPERTS | MAMBA2 | {"layer_types": ["mamba", "attention"]}, sort="hybrid"),
 ]
+MROPE = COMMON | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+EYES = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "out_hidden_size": WIDTH,
+    "num_heads": 2,
+    "patch_size": 4,
+}
 VISION = [
     Family(
         "llava",
@@ -314,8 +323,7 @@ VISION = [
         "qwen2_vl",
         "Qwen 2 VL",
         {
-            "text_config": COMMON
-            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+            "text_config": MROPE,
             "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": WIDTH, "num_heads": 2, "patch_size": 4},
         },
         sort="vision-language",
@@ -324,16 +332,8 @@ VISION = [
         "qwen2_5_vl",
         "Qwen 2.5 VL",
         {
-            "text_config": COMMON
-            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "out_hidden_size": WIDTH,
-                "num_heads": 2,
-                "patch_size": 4,
-            },
+            "text_config": MROPE,
+            "vision_config": EYES,
         },
         sort="vision-language",
     ),
@@ -341,18 +341,8 @@ VISION = [
         "qwen3_vl",
         "Qwen 3 VL",
         {
-            "text_config": COMMON
-            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "out_hidden_size": WIDTH,
-                "num_heads": 2,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0],
-            },
+            "text_config": MROPE,
+            "vision_config": EYES | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         },
         sort="vision-language",
     ),

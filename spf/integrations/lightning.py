@@ -9,19 +9,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from spf.data import (
-    ENOUGH,
-    benign_rows,
-    complete_refusals,
-    in_turn,
-    load_safety_rows,
-    reworded_anchors,
-    tokenise,
-)
+from spf.data import check_source
 from spf.errors import UnsupportedSetupError
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
 from spf.rules import NullSpace, Rule
+from spf.safety_samples import SafetySamples
 from spf.text.generation import context_length, pad_id
 
 
@@ -40,8 +33,9 @@ class SafetyLightning(Callback):
     ):
         """`safety_data` and `rule` as for SafetyCallback; model: where the LightningModule keeps the causal model."""
         self.tokenizer = tokenizer
-        self.rows = load_safety_rows(safety_data)
         self.rule = rule or NullSpace()
+        check_source("safety_data", safety_data)
+        self.samples = SafetySamples(safety_data, self.rule, None, 0, None)
         self.model = model
         self.proven = ""
 
@@ -56,16 +50,14 @@ class SafetyLightning(Callback):
                 "SafetyCallback with the Trainer of transformers"
             )
         model: Any = pl_module.get_submodule(self.model)
-        limit, tokenizer = context_length(model, self.tokenizer), self.tokenizer
-        wanted = self.rule.wanted_samples() or ENOUGH
-        rows = complete_refusals(in_turn(self.rows, 0), model, tokenizer, wanted=wanted)
-        probe = SafetyProbe(model, tokenise(rows, tokenizer, limit), pad_token_id=pad_id(tokenizer))
+        self.samples.choose(model, self.tokenizer)
+        anchors, reworded, calibration = self.samples.tokens(self.tokenizer, context_length(model, self.tokenizer))
         optimizer = SafetyOptimizer(
             strategy.optimizers[0],
-            probe,
+            SafetyProbe(model, anchors, pad_token_id=pad_id(self.tokenizer)),
             self.rule,
-            reworded=reworded_anchors(rows[: self.rule.reworded_samples(len(rows))], tokenizer, limit),
-            calibration=tokenise(benign_rows(), tokenizer, limit) if self.rule.holds else (),
+            reworded=reworded,
+            calibration=calibration if self.rule.holds else (),
         )
         strategy.optimizers = [optimizer]
 

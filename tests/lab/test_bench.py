@@ -15,7 +15,7 @@ from spf.evaluation import TRANSFORMS
 from spf.lab.bench import cell as cells
 from spf.lab.bench.cell import Cell, fine_tune
 from spf.lab.bench.grid import BenchArguments, _done, read_grid, run_grid
-from spf.lab.bench.methods import METHODS, Method, Workspace
+from spf.lab.bench.methods import METHODS, Method, Workspace, check_settings
 from spf.lab.bench.scenarios import PREFILLED, REFUSES_FIRST, SCENARIOS, Scenario, begun, other_prompts, training_rows
 from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import PLAIN_TEMPLATE, make_model, make_tokenizer
@@ -195,6 +195,16 @@ def test_committed_grids_are_readable_and_have_the_headline_cells():
     assert {(s, m) for s in ("harmful-50", "harmful-100") for m in ("safetylock", "null-space-safetylock")} <= locks
     lines = {cell.method for cell in read_grid(Path("recipes/bench/second_lines.yaml"))}
     assert {method for _, method, _ in have} | {method for _, method in locks} | lines == {*METHODS, "aligned"}
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes/bench").absolute().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_grid_can_be_run(path):
+    cells = read_grid(path)
+    assert cells
+    assert len({cell.path(Path()) for cell in cells}) == len(cells)  # no cell overwrites another
+    for cell in cells:
+        if cell.method != "aligned":
+            check_settings(cell.method, cell.rule)
 
 
 @pytest.mark.parametrize("method", ["safetylock", "null-space-safetylock"])
