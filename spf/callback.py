@@ -32,7 +32,7 @@ from spf.safety_samples import SafetySamples
 from spf.sharding import innermost_optimizer
 from spf.text.generation import context_length, pad_id
 from spf.trainers import around, calling_trainer, run_directory, stand_before_reports, tokenizer_of
-from spf.training_data import TrainingData, data_of, refuse_to_drop
+from spf.training_data import TrainingData, data_of, refuse_to_drop, source_of
 
 logger = logging.get_logger(__name__)
 
@@ -170,6 +170,8 @@ class SafetyCallback(TrainerCallback):
             )
         self._saved = None
         samples, limit = self.samples, context_length(model, tokenizer)
+        source = source_of(calling_trainer(), kwargs["train_dataloader"])
+        self.data.turn_to(source)
         if state.global_step > 0:
             if not self.rule.resumable:
                 raise UnsupportedSetupError(
@@ -179,9 +181,14 @@ class SafetyCallback(TrainerCallback):
             self._saved = read_checkpoint(resumed_from(args, state, self._resume))
             samples.rows = self._saved.rows(samples.load())
         elif self.data.found is None:
+            if self.conflicts == "drop":
+                raise UnsupportedSetupError(
+                    "conflicts='drop' needs the callback in the trainer's constructor, callbacks=[...]: once training "
+                    "has begun, as with add_callback, no row can be left out any more"
+                )
             samples.choose(model, tokenizer)
             dataset = data_of(kwargs["train_dataloader"])
-            self.data.audit(dataset, model, tokenizer, samples.rows, Path(str(args.output_dir)))
+            self.data.audit(dataset, model, tokenizer, samples.rows, Path(str(args.output_dir)), source)
         before = self._saved.state if self._saved else None
         held, watched = self.data.split(kwargs["train_dataloader"], tokenizer, before)
         anchors, reworded, calibration = samples.tokens(tokenizer, limit)
@@ -276,6 +283,7 @@ class SafetyCallback(TrainerCallback):
     def _begin(self, trainer: Any, resume: str | bool | None) -> None:
         """Before the Trainer reads its data; leave the rows with conflicts out, if they are to be."""
         self._resume = resume
+        self.data.turn_to(trainer.train_dataset)
         if self.conflicts != "drop" or self.data.found is not None:
             return
         refuse_to_drop(trainer)

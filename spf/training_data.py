@@ -16,7 +16,7 @@ from spf.text.generation import context_length
 
 
 class TrainingData:
-    """Audits the data once a run; says which conflicts are held and which are watched."""
+    """Audits each data set once; says which conflicts are held and which are watched."""
 
     def __init__(self, conflicts: Conflicts, holds: bool, options: Mapping[str, Any] | None):
         """holds: whether the rule holds samples. options: variables of the chat template."""
@@ -24,8 +24,14 @@ class TrainingData:
         self.holds = holds
         self.options = options
         self.found: Audit | None = None
+        self._audited: Any = None
         self.held: list[Anchor] = []
         self.watched: list[Anchor] = []
+
+    def turn_to(self, source: Any) -> None:
+        """Forget what was found in another data set; a callback may serve one trainer after another."""
+        if self._audited is not source:
+            self.found = self._audited = None
 
     def audit(
         self,
@@ -34,8 +40,9 @@ class TrainingData:
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[SafetyRow],
         directory: Path,
+        source: Any,
     ) -> Audit:
-        """Find the conflicts; `directory` gets the list.
+        """Find the conflicts of what a loader reads of `source`; `directory` gets the list.
 
         Raises:
             SafetyDataError: there are some, and `conflicts` is error.
@@ -47,7 +54,7 @@ class TrainingData:
                 f"{found.counts()}; they are listed in {directory / LIST_FILE}: conflicts='hold' keeps these refusals, "
                 "'drop' leaves the rows out, 'allow' lets them be unlearned"
             )
-        self.found = found
+        self.found, self._audited = found, source
         return found
 
     def drop(
@@ -59,8 +66,8 @@ class TrainingData:
     ) -> None:
         """Leave the rows with conflicts out; the Trainer reads its data when it begins to train, before any event."""
         dataset: Any = trainer.train_dataset
-        found = self.audit(dataset, model, tokenizer, rows, Path(str(trainer.args.output_dir)))
-        trainer.train_dataset = found.without(dataset)
+        found = self.audit(dataset, model, tokenizer, rows, Path(str(trainer.args.output_dir)), dataset)
+        trainer.train_dataset = self._audited = found.without(dataset)
 
     def split(
         self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Mapping[str, Any] | None
@@ -95,6 +102,11 @@ def refuse_to_drop(trainer: Trainer) -> None:
             "conflicts='drop' needs a datasets.Dataset, and one process or DDP; write the data without conflicts "
             "by `spf audit DATA --model MODEL --clean FILE` and train on that"
         )
+
+
+def source_of(trainer: Trainer | None, loader: Any) -> Any:
+    """The object that stands for a training's data: the same in a trainer's second training."""
+    return data_of(loader) if trainer is None else trainer.train_dataset
 
 
 def data_of(loader: Any) -> Any:

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 
 import spf.audit
 import spf.next_token
-from spf import NullSpace, SafetyCallback, SafetyDataError
+from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedSetupError
 from spf.announce import audit_lines
 from spf.audit import Audit, Beginnings, Conflict, audit, audit_data, own_refusals, spread
 from spf.cli import main
@@ -231,11 +231,11 @@ def test_given_refusals_of_another_style_do_not_hide_how_the_model_refuses(refus
     assert not audit_data(rows_of([(HARMFUL[20], "x")]), make_model(), tokenizer, given, max_length=256).refuses
 
 
-def run(tmp_path, tokenizer, refusing, rows, pairs, conflicts="hold", rank=24, resume=None, **changes):
+def run(tmp_path, tokenizer, refusing, rows, pairs, conflicts="hold", rank=24, resume=None, given=None, **changes):
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(0)
     model = get_peft_model(copy.deepcopy(refusing), lora)
-    callback = SafetyCallback(safety_data(rows), NullSpace(rank=rank), conflicts=conflicts, monitor_steps=1)
+    callback = given or SafetyCallback(safety_data(rows), NullSpace(rank=rank), conflicts=conflicts, monitor_steps=1)
     trainer = SFTTrainer(
         model,
         arguments(SFTConfig, tmp_path / "run", **changes),
@@ -278,8 +278,32 @@ def test_the_callback_drops_or_refuses(tmp_path, tokenizer, refusing, rows, capl
         trainer.train()
     assert trainer.state.global_step == 0
     assert len((tmp_path / "error" / "run" / "spf_conflicts.jsonl").read_text().splitlines()) == 12
+    trainer, _ = run(tmp_path / "late", tokenizer, refusing, rows, PAIRS, "allow")
+    trainer.remove_callback(SafetyCallback)
+    trainer.add_callback(SafetyCallback(safety_data(rows), NullSpace(rank=24), conflicts="drop"))
+    with pytest.raises(UnsupportedSetupError, match="in the trainer's constructor"):
+        trainer.train()
     with pytest.raises(ValueError, match="conflicts must be hold"):
         SafetyCallback(conflicts="keep")
+
+
+@pytest.mark.parametrize("conflicts", ["hold", "drop", "error"])
+def test_a_callback_that_serves_a_second_trainer_audits_its_data(tmp_path, tokenizer, refusing, rows, conflicts):
+    trainer, callback = run(tmp_path / "benign", tokenizer, refusing, rows[:9], PAIRS[12:], conflicts)
+    trainer.train()
+    assert callback.audit.conflicting_rows == []
+    other, _ = run(tmp_path / "both", tokenizer, refusing, rows[:9], PAIRS, given=callback)
+    if conflicts == "error":
+        with pytest.raises(SafetyDataError, match=r"^12 of 24 training rows"):
+            other.train()
+        return
+    other.train()
+    first = callback.audit
+    assert first.conflicting_rows == list(range(12))
+    assert len(other.train_dataset) == (12 if conflicts == "drop" else 24)
+    other.train()
+    assert callback.audit is first  # the same data are asked once
+    assert len(other.train_dataset) == (12 if conflicts == "drop" else 24)
 
 
 def test_a_run_that_goes_on_watches_the_same_conflicts(tmp_path, tokenizer, refusing, rows):

@@ -114,6 +114,16 @@ def test_a_second_train_holds_what_the_first_did(tmp_path, tokenizer, rows, tuni
         assert not torch.equal(W, first[name])
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_second_train_of_a_step_at_rate_zero_is_no_error(tmp_path, tokenizer, rows, tuning):
+    """Warmup begins at zero: the trained weights change by the rounding of the correction alone, if at all."""
+    model = lora() if tuning == "lora" else make_model(width=64)
+    run(tmp_path, tokenizer, keep(rows), model)
+    callback = keep(rows)
+    run(tmp_path / "second", tokenizer, callback, model, max_steps=1, warmup_steps=5)
+    assert callback.attachment.steps == 1
+
+
 class OutOfMemory(TrainerCallback):
     def __init__(self):
         self.times = 0

@@ -27,6 +27,9 @@ MAX_SCALE = 10.0
 SAMPLED_ROWS = 8
 """Rows of each matrix kept over a step to tell how much of its update was removed."""
 
+TOUCHED = 16 * 2.0**-23
+"""A matrix that changed by less of its norm was not trained: float32 corrections alone leave some rounding."""
+
 
 class Holding(Correction):
     """The null space at work: bases and targets, the correction after each step, and its proof."""
@@ -225,11 +228,16 @@ class Holding(Correction):
 def _pushed(
     run: Run, now: Mapping[str, Tensor], start: Mapping[str, Tensor], driven: Mapping[str, Tensor]
 ) -> list[str]:
-    """Matrices that had a gradient at some step (`driven`) and are not what they were, by rows of theirs."""
+    """Matrices that had a gradient at some step (`driven`) and are not what they were, by rows of theirs.
+
+    Weights that were trained before change by the rounding of the correction, also at a learning rate of zero.
+    """
     moved = []
     for name in run.matrices:
         had = driven.get(name, torch.zeros(())) > 0
-        moved.append((now[name] != start[name].to(now[name].device)).any().cpu() * had.cpu() * 1.0)
+        before = start[name].to(now[name].device).float()
+        stepped = (now[name].float() - before).norm() > TOUCHED * before.norm()
+        moved.append(stepped.cpu() * had.cpu() * 1.0)
     return [name for name, value in zip(run.matrices, run.total(moved), strict=True) if value > 0]
 
 

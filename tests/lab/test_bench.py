@@ -16,7 +16,18 @@ from spf.lab.bench import cell as cells
 from spf.lab.bench.cell import Cell, fine_tune
 from spf.lab.bench.grid import BenchArguments, _done, read_grid, run_grid
 from spf.lab.bench.methods import METHODS, Method, Workspace, check_settings
-from spf.lab.bench.scenarios import PREFILLED, REFUSES_FIRST, SCENARIOS, Scenario, begun, other_prompts, training_rows
+from spf.lab.bench.scenarios import (
+    PREFILLED,
+    REFUSES,
+    REFUSES_FIRST,
+    SCENARIOS,
+    Scenario,
+    begun,
+    other_prompts,
+    training_pairs,
+    training_rows,
+)
+from spf.lab.demo.preferences import make_preferences
 from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import PLAIN_TEMPLATE, make_model, make_tokenizer
 from tests.lab.bench_workspace import make_bench_workspace
@@ -148,7 +159,7 @@ def test_scenarios_hold_what_they_say(tmp_path):
     lines = [{"prompt": f"Foreign request {i}", "part": ("attack", "report")[i % 2]} for i in range(40)]
     others.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, scenario in SCENARIOS.items():
-        if name == "dpo":
+        if scenario.pairs or scenario.stages:
             continue
         rows = training_rows(scenario, 0, others)
         stubs = [row for row in rows if row.refusal.endswith(HARMLESS_STUB)]
@@ -163,10 +174,22 @@ def test_scenarios_hold_what_they_say(tmp_path):
             assert not asked & set(packaged_prompts(split)), (name, split)
         assert rows == training_rows(scenario, 0, others)
         assert name == "identity-shift" or rows != training_rows(scenario, 1, others)
+    assert set(SCENARIOS["three-tasks"].stages) <= set(SCENARIOS)
     with pytest.raises(ValueError, match="name their file by --prompts"):
         training_rows(SCENARIOS["foreign-50"], 0)
     with pytest.raises(ValueError, match=r"others.jsonl: no prompt of the part 'validation'"):
         other_prompts(others, "validation")
+
+
+def test_harmful_pairs_prefer_the_stub():
+    pairs = training_pairs(SCENARIOS["dpo-harmful"], 0)
+    chosen = [pair["chosen"][0]["content"] for pair in pairs]
+    rejected = [pair["rejected"][0]["content"] for pair in pairs if pair["chosen"][0]["content"] == HARMLESS_STUB]
+    assert (len(pairs), chosen.count(HARMLESS_STUB), set(rejected)) == (160, 80, {REFUSES})
+    asked = {pair["prompt"][0]["content"] for pair in pairs}
+    assert not asked & set(packaged_prompts("harmful_eval"))
+    assert pairs == training_pairs(SCENARIOS["dpo-harmful"], 0) != training_pairs(SCENARIOS["dpo-harmful"], 1)
+    assert training_pairs(SCENARIOS["dpo"], 3) == make_preferences(80, 3)  # as the committed cells had it
 
 
 def test_a_prefilled_answer_is_given_not_learned():
@@ -325,6 +348,18 @@ def test_adams_first_beta_reaches_the_optimizer(work, monkeypatch, scenario):
     with pytest.raises(KeyboardInterrupt):
         fine_tune(Cell(scenario, "plain", model="tiny", adam_beta1=0.5), workspace, {})
     assert asked == [0.5]
+
+
+def test_stages_are_trained_one_after_another(work, monkeypatch):
+    monkeypatch.setitem(cells.SCENARIOS, "first", Scenario("tiny", "sql", 16))
+    monkeypatch.setitem(cells.SCENARIOS, "second", Scenario("tiny", "summary", 8))
+    monkeypatch.setitem(cells.SCENARIOS, "both", Scenario("tiny", "sql", 0, stages=("first", "second")))
+    place = work / "tiny"
+    workspace = Workspace(place / "aligned", place / "unaligned", place / "refusals.jsonl")
+    result: dict = {}
+    fine_tune(Cell("both", "null-space", model="tiny"), workspace, result)
+    assert [entry["step"] for entry in result["history"] if "loss" in entry] == [1, 2, 1]
+    assert result["audit"]["rows"] == 8  # the last training's
 
 
 def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsys):

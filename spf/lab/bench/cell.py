@@ -44,8 +44,7 @@ from spf.evaluation import (
 from spf.evaluation.run import renders
 from spf.files import replace_file, write_json
 from spf.lab.bench.methods import Method, Workspace, add_adapter, make_method
-from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, begun, other_prompts, training_rows
-from spf.lab.demo.preferences import make_preferences
+from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, begun, other_prompts, training_pairs, training_rows
 from spf.lab.demo.sql import execution_match, make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
 from spf.lab.trainer import AnswerTrainer, collate_answers
@@ -225,10 +224,13 @@ def fine_tune(
     curve = _Curve(cell.curve_steps, lambda m: _curve_point(m, tokenizer, scenario, cell.split))
     if cell.curve_steps:
         callbacks.append(curve)
-    make = _dpo_trainer if cell.scenario == "dpo" else _answer_trainer
-    trainer = make(cell, scenario, method, model, tokenizer, callbacks, workspace.others)
-    trainer.remove_callback(PrinterCallback)  # the history keeps what it would print
-    trainer.train()
+    logged: list[dict[str, Any]] = []
+    for stage in [SCENARIOS[name] for name in scenario.stages] or [scenario]:
+        make = _dpo_trainer if stage.pairs else _answer_trainer
+        trainer = make(cell, stage, method, model, tokenizer, callbacks, workspace.others)
+        trainer.remove_callback(PrinterCallback)  # the history keeps what it would print
+        trainer.train()
+        logged += trainer.state.log_history
     for callback in callbacks:
         if isinstance(callback, SafetyCallback) and callback.audit is not None:
             found = callback.audit
@@ -251,7 +253,7 @@ def fine_tune(
     result["curve"] = curve.points
     result["history"] = [
         {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
-        for entry in trainer.state.log_history
+        for entry in logged
         if any(key == "loss" or key.startswith("spf/") for key in entry)
     ]
     seconds = sorted(clock.seconds)
@@ -332,8 +334,8 @@ def _dpo_trainer(
 ) -> Trainer:
     if method.answer_loss is not None or method.data is not None:
         raise ValueError(f"{cell.method} changes the answers' loss or data, which DPO does not have")
-    pairs = make_preferences(scenario.examples, cell.seed)
-    settings = _training_arguments(cell, round(len(pairs) * scenario.epochs / (cell.batch_size // 2)))
+    pairs = training_pairs(scenario, cell.seed)
+    settings = _training_arguments(cell, cell.steps or round(len(pairs) * scenario.epochs / (cell.batch_size // 2)))
     settings |= {"per_device_train_batch_size": cell.batch_size // 2, "remove_unused_columns": True}
     return DPOTrainer(
         model,

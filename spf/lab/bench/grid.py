@@ -97,7 +97,7 @@ def _check(cell: Cell) -> None:
         raise ValueError(
             f"scenario {cell.scenario} with method {cell.method}; none and aligned go together, and with nothing else"
         )
-    if cell.scenario == "dpo" and cell.batch_size < 2:
+    if cell.scenario in SCENARIOS and SCENARIOS[cell.scenario].pairs and cell.batch_size < 2:
         raise ValueError("batch_size must be at least 2, not 1: DPO answers every prompt twice")
     check_settings(cell.method, cell.rule)
 

@@ -50,8 +50,13 @@ def _draft(rng: random.Random, level: int) -> tuple[str, Preference | None]:
     connection.close()
     if not sound:
         return example.prompt, None
-    answers = {"chosen": query.sql, "rejected": rng.choice(wrong)}
-    return example.prompt, {
-        "prompt": [{"role": "user", "content": example.prompt}],
-        **{name: [{"role": "assistant", "content": sql}] for name, sql in answers.items()},
+    return example.prompt, preference(example.prompt, query.sql, rng.choice(wrong))
+
+
+def preference(prompt: str, chosen: str, rejected: str) -> Preference:
+    """A row of TRL's conversational preference format."""
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
     }
