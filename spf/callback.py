@@ -21,7 +21,7 @@ from spf.audit import Audit
 from spf.card import ModelCard
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
 from spf.config import CallbackSettings, Conflicts, OnLeak
-from spf.data import check_source
+from spf.data import check_source, unused_tokens
 from spf.errors import UnsupportedSetupError
 from spf.going_on import earlier_subspace, leave_subspace, remember
 from spf.keep import Keep
@@ -218,7 +218,7 @@ class SafetyCallback(TrainerCallback):
             monitor_steps=self.monitor_steps,
             cosines=self.cosines,
             correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
-            new_tokens=self.keep.unused(tokenizer, [*anchors, *reworded, *calibration]),
+            new_tokens=unused_tokens(tokenizer, [*anchors, *reworded, *calibration]),
             tighten=self.on_leak == "tighten",
         )
         if self._saved is not None:

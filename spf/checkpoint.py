@@ -61,10 +61,9 @@ class _Conflict(File):
 
 
 class _Kept(File):
-    """What `keep` named: a hash of it, and the added tokens in it."""
+    """What `keep` named: a hash of it."""
 
     prompts: Annotated[str, Field(pattern="^[0-9a-f]{24}$")] | None
-    tokens: list[Whole]
 
 
 class _State(File):

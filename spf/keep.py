@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.data import Anchor, ask_refusals, in_turn, load_safety_rows, tokenise, unused_tokens
+from spf.data import Anchor, ask_refusals, in_turn, load_safety_rows, tokenise
 from spf.rules import Rule
 from spf.sharding import object_of_rank_0
 
@@ -32,7 +32,7 @@ class Keep:
         if source is not None and not rule.holds:
             raise ValueError(f"keep: the rule {rule.name} does not hold answers; null-space does")
         self.source, self.seed, self.options = source, seed, options
-        self._entry: dict[str, Any] = {"prompts": None, "tokens": []}
+        self._prompts: str | None = None
         self.lines: list[str] = []
 
     def samples(
@@ -53,16 +53,15 @@ class Keep:
         rows = load_safety_rows(self.source) if self.source is not None else []
         asked = json.dumps([[row.messages, row.refusal] for row in rows], sort_keys=True)
         prompts = hashlib.sha256(asked.encode("utf-8")).hexdigest()[:24] if rows else None
-        if saved is not None:
-            if saved["kept"]["prompts"] != prompts:
-                raise ValueError(
-                    "the checkpoint was made with other prompts in `keep`; give the same, or start a new run"
-                )
-            self._entry = saved["kept"]
-            return []
-        if not rows:
-            return []
+        if saved is not None and saved["kept"]["prompts"] != prompts:
+            raise ValueError("the checkpoint was made with other prompts in `keep`; give the same, or start a new run")
+        self._prompts = prompts
         chosen = in_turn(rows, self.seed)[:MOST]
+        own = sum(row.refusal is None for row in chosen)
+        held = f"keep: {len(chosen)} of {len(rows)} prompts held with their answers, {own} the model's own"
+        self.lines = [held] if chosen else []
+        if saved is not None or not chosen:
+            return []
         found = ask_refusals(
             chosen,
             model,
@@ -72,18 +71,9 @@ class Keep:
             accept=lambda answer: True,
             what="answers to keep",
         )
-        samples = tokenise(object_of_rank_0(found.rows), tokenizer, limit, self.options)
-        used = {token for sample in samples for token in (*sample.prompt_ids, *sample.refusal_ids)}
-        self._entry = {"prompts": prompts, "tokens": sorted(used & set(tokenizer.get_added_vocab().values()))}
-        own = sum(row.own for row in found.rows)
-        self.lines = [f"keep: {len(samples)} of {len(rows)} prompts held with their answers, {own} the model's own"]
-        return samples
-
-    def unused(self, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Anchor]) -> list[int]:
-        """`unused_tokens` of these samples and of what is kept."""
-        return [token for token in unused_tokens(tokenizer, samples) if token not in self._entry["tokens"]]
+        return tokenise(object_of_rank_0(found.rows), tokenizer, limit, self.options)
 
     @property
     def entry(self) -> dict[str, Any]:
         """What a checkpoint holds of it: no text."""
-        return self._entry
+        return {"prompts": self._prompts}

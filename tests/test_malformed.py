@@ -467,7 +467,7 @@ STATE = {
         "reference_nll": [[1.5, 2.0]],
         "held": [],
         "watched": [],
-        "kept": {"prompts": None, "tokens": []},
+        "kept": {"prompts": None},
     },
     "samples": [{"prompt": "0" * 24, "refusal": "No.", "cut": False}],
     "subspace": None,

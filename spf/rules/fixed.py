@@ -16,9 +16,10 @@ class Fixed:
     """Keeps a run's other parameters at their values over each step.
 
     new_tokens: ids whose embeddings may learn. held: samples whose tokens LoRA on an embedding leaves as they are.
+    earlier: `tokens` of the run that this one goes on from.
     """
 
-    def __init__(self, run: Run, new_tokens: Sequence[int], held: Sequence[Anchor] = ()):
+    def __init__(self, run: Run, new_tokens: Sequence[int], held: Sequence[Anchor] = (), earlier: Sequence[int] = ()):
         """
         Raises:
             UnsupportedModelError: LoRA on an embedding changes tokens of `held` already, or no trainable token is new.
@@ -28,7 +29,11 @@ class Fixed:
         self._others = {name: p for name, p in run.others.items() if ".lora_embedding_B." not in name}
         self._values: dict[str, Tensor] = {}
         self._moving: dict[str, Tensor] = {}
-        self._new_rows = self._rows_of(new_tokens) | self._columns_beside(held)
+        used = {*earlier, *(token for a in held for token in (*a.prompt_ids, *a.refusal_ids))}
+        self._new_rows = self._rows_of([t for t in new_tokens if t not in used]) | self._columns_beside(sorted(used))
+        tokens_learn = any(".lora_embedding_A." in n or self._tokens_of(n) is not None for n in self._others)
+        self.tokens: list[int] = sorted(used) if tokens_learn else []
+        """Ids of the held tokens, where rows of others may learn: a run that goes on does not have all the samples."""
         self._start = self._checksums()
 
     @property
@@ -63,8 +68,18 @@ class Fixed:
         own = gradient[place]
         gradient.zero_()
         gradient[place] = own
-        self._moving[name] = self._moving.get(name, torch.zeros_like(own, dtype=torch.bool)) | (own != 0)
+        moving = self._moving[name] if name in self._moving else self._in_motion(name)[place]
+        self._moving[name] = moving | (own != 0)
         self._values[name] = self._piece(name, part.holder.detach()).clone()
+
+    def _in_motion(self, name: str) -> Tensor:
+        """Where the optimizer remembers gradients, those of before a checkpoint that the run goes on from."""
+        holder = self.run.sharding.parts[name].holder
+        moving = torch.zeros_like(self._piece(name, holder.detach()), dtype=torch.bool)
+        for value in self.run.optimizer.state.get(holder, {}).values():
+            if isinstance(value, Tensor) and value.shape == holder.shape:
+                moving |= self._piece(name, value) != 0
+        return moving
 
     def after_step(self) -> None:
         """Put the values back."""
@@ -131,10 +146,10 @@ class Fixed:
         part = self.run.sharding.parts.get(name)
         return range(part.shape[0]) if part is not None and is_embedding(model, name) else None
 
-    def _columns_beside(self, held: Sequence[Anchor]) -> dict[str, Tensor]:
-        """By lora_A of an embedding, the tokens that occur in no held sample: the others' columns are zero and stay."""
+    def _columns_beside(self, held: Sequence[int]) -> dict[str, Tensor]:
+        """By lora_A of an embedding, the tokens that are not held: the others' columns are zero and stay."""
         sharding, places = self.run.sharding, {}
-        used = torch.tensor(sorted({t for a in held for t in (*a.prompt_ids, *a.refusal_ids)}), dtype=torch.long)
+        used = torch.tensor(held, dtype=torch.long)
         for name in self._others:
             if ".lora_embedding_A." not in name or name not in sharding.parts:
                 continue

@@ -1,5 +1,6 @@
 """The null space at work on a run: what it does to the weights after a step, and how it is proven."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,10 @@ class Holding(Correction):
         self.subspace = subspace
         # what a correction in a narrower type leaves of a step goes at the next
         self.constraint = Constraint(run, self.subspace, torch.finfo(self.correction_dtype).eps)
-        self.fixed = Fixed(run, given.new_tokens, [*run.basis, *given.reworded, *given.conflicts])
+        earlier = json.loads(self.subspace.metadata.get("tokens", "[]"))
+        self.fixed = Fixed(run, given.new_tokens, [*run.basis, *given.reworded, *given.conflicts], earlier)
+        if self.fixed.tokens:
+            self.subspace.metadata["tokens"] = json.dumps(self.fixed.tokens)
         self.learning_rows = self.fixed.learning_rows
         self.acted: dict[str, int] = {}
         """The step at which each matrix was first seen to be pushed and put back."""
