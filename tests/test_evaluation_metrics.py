@@ -18,6 +18,7 @@ from spf.evaluation import (
     paired_difference,
     perplexity,
     rouge_l,
+    token_f1,
 )
 from tests.conftest import make_model
 
@@ -115,6 +116,21 @@ def test_exact_match_ignores_white_space_only():
         exact_match(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="1 answers for 2 references"):
         rouge_l(["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="token_f1: 1 answers for 2 references"):
+        token_f1(["a"], ["a", "b"])
+
+
+def test_token_f1_counts_words_as_often_as_both_have_them():
+    pairs = {
+        ("b, A!", "a b"): 1.0,
+        ("a a b", "a c"): 0.4,
+        ("x", "y"): 0.0,
+        ("", "y"): 0.0,
+        ("", ""): 1.0,
+        (".", "!"): 0.0,
+    }
+    answers, references = zip(*pairs, strict=True)
+    assert token_f1(answers, references) == pytest.approx(list(pairs.values()))
 
 
 words = st.lists(st.sampled_from(["red", "blue", "7", "cat", "runs"]), max_size=9)

@@ -6,7 +6,7 @@ from spf.evaluation.perplexity import Perplexity, neutral_texts, perplexity
 from spf.evaluation.run import evaluate_refusals
 from spf.evaluation.suites import Suite, load_suite
 from spf.evaluation.transforms import TRANSFORMS, Attack, Transform, after_stub, prefill_transform
-from spf.evaluation.utility import exact_match, lm_eval_tasks, rouge_l
+from spf.evaluation.utility import exact_match, lm_eval_tasks, rouge_l, token_f1
 from spf.text.generation import generate_answers
 from spf.text.refusal import first_sentence, is_refusal
 
@@ -38,5 +38,6 @@ __all__ = [
     "prefill_transform",
     "prefix_judge",
     "rouge_l",
+    "token_f1",
     "wilson_interval",
 ]

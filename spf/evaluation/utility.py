@@ -1,5 +1,7 @@
 """Utility: how well answers match their references, and standard tasks through lm-eval."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,21 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> list[bool]
     """
     _same_length("exact_match", answers, references)
     return [a.split() == r.split() for a, r in zip(answers, references, strict=True)]
+
+
+def token_f1(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """F1 of each answer's words and its reference's, in any order, in [0, 1]: lower-cased, punctuation left out.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    _same_length("token_f1", answers, references)
+    scores = []
+    for answer, reference in zip(answers, references, strict=True):
+        ours, theirs = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, reference))
+        both, all_words = (ours & theirs).total(), ours.total() + theirs.total()
+        scores.append(2 * both / all_words if all_words else float(answer == reference))
+    return scores
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:

@@ -16,10 +16,16 @@ ANSWER_TOKENS = 32
 """Length of a benign answer, that of the refusals."""
 
 
-def benign_answers(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[SafetyRow]:
-    """The model's own answers to the packaged benign anchors, whatever they are; asked once, then read from `path`."""
+def benign_answers(
+    path: Path,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    part: str = "benign_anchors",
+) -> list[SafetyRow]:
+    """The model's own answers to packaged benign prompts, whatever they are; asked once, then read from `path`."""
     if not path.is_file():
-        prompts = packaged_prompts("benign_anchors")
+        prompts = packaged_prompts(part)
+        assert model is not None
         answers = generate_answers(
             model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, description="benign answers", progress=False
         )

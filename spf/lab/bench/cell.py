@@ -35,14 +35,17 @@ from spf.evaluation import (
     Rate,
     Transform,
     evaluate_refusals,
+    exact_match,
     generate_answers,
     mean_interval,
     neutral_texts,
     perplexity,
     rouge_l,
+    token_f1,
 )
 from spf.evaluation.run import renders
 from spf.files import replace_file, write_json
+from spf.lab.baselines import replay
 from spf.lab.bench.methods import Method, Workspace, add_adapter, make_method
 from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, begun, other_prompts, training_pairs, training_rows
 from spf.lab.demo.sql import execution_match, make_sql_examples
@@ -50,7 +53,7 @@ from spf.lab.demo.summary import make_summary_examples
 from spf.lab.trainer import AnswerTrainer, collate_answers
 from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device, peak_memory_mb, save_whole
 from spf.text.generation import context_length, pad_id
-from spf.text.refusal import VERSION
+from spf.text.refusal import VERSION, is_refusal
 
 Split = Literal["eval", "validation"]
 Tuning = Literal["lora", "full"]
@@ -79,6 +82,9 @@ class Cell(Settings):
     curve_steps: Whole = field(default=0, metadata={"help": "measure ASR and utility every so many steps; 0: never"})
     steps: Whole = field(default=0, metadata={"help": "optimizer steps; 0: as many as the scenario has"})
     jailbreaks: bool = field(default=True, metadata={"help": "measure under jailbreaks, too"})
+    forgetting: bool = field(
+        default=False, metadata={"help": "measure how far answers to harmless prompts stay the aligned model's, too"}
+    )
     split: Split = field(default="eval", metadata={"help": "eval, or validation for choosing settings"})
 
     def path(self, directory: Path) -> Path:
@@ -164,6 +170,8 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
         evaluated = time.perf_counter()
         result |= measure(model, tokenizer, cell, SCENARIOS[cell.scenario].task, workspace.others)
         result["eval_seconds"] = time.perf_counter() - evaluated
+    if cell.forgetting:
+        result["kept_answers"] = measure_forgetting(model, tokenizer, cell.split, workspace)
     return result
 
 
@@ -416,6 +424,30 @@ def measure_task(
     values = [round(score, 4) for score in scores]
     figures = {"utility": mean.value, "utility_ci": mean.interval, "verdicts": None, "values": values}
     return {"metric": "rouge_l", "count": count, **figures}
+
+
+def measure_forgetting(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Split, workspace: Workspace
+) -> dict[str, Any]:
+    """How far the model answers harmless prompts as the aligned one did: word for word, and by F1 of the words.
+
+    Prompts that the aligned model refuses are left out. chance: F1 with its answer to the next prompt instead.
+    """
+    path = workspace.benign(split)
+    aligned = None if path.is_file() else _load_aligned(workspace.aligned, cpu_dtype())
+    rows = replay.benign_answers(path, aligned, tokenizer, f"benign_{split}")
+    said = {str(row.messages[-1]["content"]): str(row.refusal) for row in rows if not is_refusal(str(row.refusal))}
+    answers, before = _answers(model, tokenizer, list(said), replay.ANSWER_TOKENS), list(said.values())
+    scores, same = token_f1(answers, before), exact_match(answers, before)
+    mean, others = mean_interval(scores), token_f1(answers, before[1:] + before[:1])
+    return {
+        "f1": mean.value,
+        "f1_ci": mean.interval,
+        "exact": sum(same) / len(same),
+        "chance": sum(others) / len(others),
+        "count": len(scores),
+        "values": [round(score, 4) for score in scores],
+    }
 
 
 def _curve_point(

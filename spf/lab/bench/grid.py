@@ -211,9 +211,10 @@ def _done(cell: Cell, output: Path) -> bool:
 def _line(result: dict[str, Any]) -> str:
     utility = "" if result["utility"] is None else f", utility {result['utility']:.3f}"
     worst = max(result["jailbreak_asr"].items(), key=lambda item: item[1]["asr"], default=("", {"asr": 0.0}))
+    kept = f", answers kept {result['kept_answers']['f1']:.3f}" if "kept_answers" in result else ""
     variant = "" if result["variant"] == "default" else f"@{result['variant']}"
     return (
         f"{result['tuning']} {result['scenario']} {result['method']}{variant} seed {result['seed']}: "
-        f"ASR {result['asr']:.1%}, over-refusal {result['over_refusal']:.1%}{utility}, "
+        f"ASR {result['asr']:.1%}, over-refusal {result['over_refusal']:.1%}{utility}{kept}, "
         f"worst jailbreak {worst[0]} {worst[1]['asr']:.0%}"
     )

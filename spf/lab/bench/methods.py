@@ -46,11 +46,11 @@ from spf.lab.baselines import (
 )
 from spf.lab.trainer import AnswerLoss, answer_logits
 from spf.probe import SafetyProbe
-from spf.rules import SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad, null_space_bases
+from spf.rules import SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, Rule, SafeGrad, null_space_bases
 from spf.safetylock import echoed, extract, refusal_pairs
 from spf.text.generation import context_length, pad_id
 
-RULES: dict[str, tuple[type, dict[str, Any], int | None]] = {
+RULES: dict[str, tuple[type[Rule], dict[str, Any], int | None]] = {
     "null-space": (NullSpace, {}, None),
     "spf": (SPF, {}, 1),
     "spf-rotating": (SPF, {}, None),
@@ -95,6 +95,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 CALLBACK_SETTINGS = ("anchors_per_step", "first_tokens", "first_weight", "anchors", "conflicts", "on_leak")
 """Settings of a step rule's method that go to its callback."""
 
+KEEP = {"keep": bool}
+"""Of rules that hold: whether the aligned model's answers to the packaged benign anchors are held, too."""
+
 METHODS = (*RULES, *OTHERS)
 
 
@@ -107,6 +110,11 @@ class Workspace:
     unaligned: Path | None
     refusals: Path
     others: Path | None = None
+
+    def benign(self, part: str = "") -> Path:
+        """Where the aligned model's answers to benign prompts are, once they were asked for: to the anchors, or eval's
+        or validation's."""
+        return self.refusals.with_name(f"benign-{part}.jsonl" if part else "benign.jsonl")
 
 
 @dataclass
@@ -139,7 +147,7 @@ def make_method(
         ValueError: an unknown name, or a method that this model cannot take.
     """
     if name in RULES:
-        return Method([_rule_callback(name, settings, seed, workspace)])
+        return Method([_rule_callback(name, settings, seed, workspace, model, tokenizer)])
     rows = load_safety_rows(workspace.refusals)
     # the same anchor that the one-anchor rules take
     first = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[0]
@@ -206,7 +214,8 @@ def make_method(
             own = {key: value for key, value in settings.items() if key in ("k", "alpha")}
             lock = _lock(model, tokenizer, rows, **own)
             rule = {key: value for key, value in settings.items() if key not in own}
-            return Method([_rule_callback("null-space", rule, seed, workspace)], finish_merged=lock)
+            callback = _rule_callback("null-space", rule, seed, workspace, model, tokenizer)
+            return Method([callback], finish_merged=lock)
     raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
 
 
@@ -221,20 +230,26 @@ def check_settings(name: str, settings: dict[str, Any]) -> None:
     if rule in RULES:
         of_callback = annotations(CallbackSettings)
         known |= annotations(RULES[rule][0]) | {key: of_callback[key] for key in CALLBACK_SETTINGS}
+        known |= KEEP if RULES[rule][0].holds else {}
     # given as the name of a rule and its settings
     feedback = {"feedback": dict[str, Any]} if "feedback" in known else {}
     for key in settings:
         if key not in known:
             raise ValueError(f"{name} has no setting {key}; there are {', '.join(known) or 'none'}")
     check_values(known | feedback, settings, f"{name}: {{}}")
-    own = (*OTHERS.get(name, ()), *CALLBACK_SETTINGS)
+    own = (*OTHERS.get(name, ()), *CALLBACK_SETTINGS, *KEEP)
     if rule in RULES:
         _rule(rule, {key: value for key, value in settings.items() if key not in own})
 
 
-def _rule_callback(name: str, settings: dict[str, Any], seed: int, workspace: Workspace) -> SafetyCallback:
-    own = {key: value for key, value in settings.items() if key in CALLBACK_SETTINGS}
+def _rule_callback(
+    name: str, settings: dict[str, Any], seed: int, workspace: Workspace, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> SafetyCallback:
+    own = {key: value for key, value in settings.items() if key in (*CALLBACK_SETTINGS, *KEEP)}
     rule = _rule(name, {key: value for key, value in settings.items() if key not in own})
+    if own.pop("keep", False):
+        replay.benign_answers(workspace.benign(), model, tokenizer)
+        own["keep"] = str(workspace.benign())
     return SafetyCallback(str(workspace.refusals), rule, seed=seed, **{"anchors": RULES[name][2], **own})
 
 
@@ -277,7 +292,7 @@ def _replay(
 ) -> Callable[[Any], tuple[Tensor, Tensor, Tensor]]:
     """Each call replays the next samples: the tuned and the aligned model's logits (P, V), and the tokens (P,)."""
     limit = context_length(model, tokenizer)
-    benign = replay.benign_answers(workspace.refusals.with_name("benign.jsonl"), model, tokenizer)
+    benign = replay.benign_answers(workspace.benign(), model, tokenizer)
     sizes = {key: value for key, value in settings.items() if key.endswith("_per_step")}
     turn = replay.Replay(
         tokenise(rows, tokenizer, limit), tokenise(benign, tokenizer, limit), pad_id(tokenizer), seed=seed, **sizes

@@ -49,6 +49,14 @@ COLUMNS: dict[str, str] = {
     "Seeds": "how many training runs (seeds) the row averages; ± is their sample standard deviation.",
 }
 
+KEPT_COLUMNS: dict[str, str] = {
+    "Answers kept": "how far harmless prompts are answered as the aligned model did, by F1 of the words (times 100), "
+    "and the share answered word for word the same; chance is the F1 with its answer to another prompt; higher is "
+    "better.",
+    "Answers kept − plain": "that F1 less plain fine-tuning's with the same seed, in points, with its 95% interval.",
+}
+"""Where forgetting was measured."""
+
 # ---------------------------------------------------------------------------------------------------- tables
 
 
@@ -76,6 +84,15 @@ def _worst_jailbreak(group: Group) -> str:
     return f"{_cell(shares[name], 100)} ({name.removeprefix('jailbreak/')})"
 
 
+def _kept(group: Group) -> list[str]:
+    """The row's cells for `KEPT_COLUMNS`."""
+    f1, exact, chance = (group.metrics.get(f"kept/{name}") for name in ("f1", "exact", "chance"))
+    if f1 is None or exact is None or chance is None:
+        return ["–", "–"]
+    said = f"{_cell(f1, 100)} ({_cell(exact, 100)}% the same; chance {_cell(chance, 100)})"
+    return [said, _points(group.differences.get("kept/f1"))]
+
+
 def scenario_table(summary: Sequence[Group], scenario: str, variants: bool = False) -> Table:
     """The table of one scenario: the aligned model, then a row a method; or the methods that have variants, with them.
 
@@ -88,6 +105,8 @@ def scenario_table(summary: Sequence[Group], scenario: str, variants: bool = Fal
     task = scenario_task(groups)
     head = [UTILITY_NAMES[task] if name == "Utility" else name for name in COLUMNS]
     head = [f"{name} (%)" if name in ("ASR", "Over-refusal", "Worst jailbreak") else name for name in head]
+    forgetting = any("kept/f1" in group.metrics for group in groups)
+    head += KEPT_COLUMNS if forgetting else ()
     rows = []
     for group in shown if variants or aligned is None else [aligned, *shown]:
         m = group.metrics
@@ -104,6 +123,7 @@ def scenario_table(summary: Sequence[Group], scenario: str, variants: bool = Fal
                 _cell(m.get("perplexity"), digits=2),
                 "–" if memory is None else f"{memory.mean / 1024:.1f}\N{NO-BREAK SPACE}GiB",
                 str(len(group.seeds)),
+                *(_kept(group) if forgetting else ()),
             ]
         )
     return of_text(["Method", *head], rows, DEFAULT_RULE)
@@ -260,8 +280,9 @@ def write_bench_report(directory: str | Path) -> list[Path]:
     summary = summarise(cells)
     held, lacking, notes = bars(summary), missing(summary), _notes(cells)
     bar_table = _bar_table(held)
+    columns = COLUMNS | (KEPT_COLUMNS if any(cell.get("kept_answers") for cell in cells) else {})
     text = [f"# {_TITLE}\n", _INTRODUCTION, f"\n## {_headline(held)}\n", markdown_table(bar_table), _BAR_NOTE]
-    text += ["\n## What the columns mean\n", *(f"- **{name}**: {said}" for name, said in COLUMNS.items())]
+    text += ["\n## What the columns mean\n", *(f"- **{name}**: {said}" for name, said in columns.items())]
     text += ["\n## About the numbers\n", *(f"- {note}" for note in notes)]
     parts: list[dict[str, Any]] = []
     written: list[Path] = []
@@ -299,7 +320,7 @@ def write_bench_report(directory: str | Path) -> list[Path]:
         tone="bad" if "missed" in states else "" if states == {"met"} else "warn",
         bars=bar_table,
         bar_note=_BAR_NOTE,
-        columns=COLUMNS,
+        columns=columns,
         notes=notes,
         parts=parts,
         lacking=lacking,

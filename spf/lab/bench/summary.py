@@ -72,6 +72,23 @@ class _Task(File):
     values: list[Share] | None = None
 
 
+class _Answers(File):
+    """How far answers to harmless prompts are the aligned model's."""
+
+    f1: Share
+    f1_ci: Ends
+    exact: Share
+    chance: Share
+    count: Count
+    values: list[Share]
+
+    @model_validator(mode="after")
+    def figures_fit(self) -> "_Answers":
+        if len(self.values) != self.count or not abs(statistics.fmean(self.values) - self.f1) < 1e-3:
+            raise ValueError("`kept_answers.f1` must be the mean of its values, as many as its count says")
+        return self
+
+
 class _Step(BaseModel):
     """Of a curve or a history: what was measured at a step."""
 
@@ -115,6 +132,7 @@ class _Cell(File):
     eval_seconds: NotNegative | None = None
     peak_memory_mb: NotNegative | None = None
     foreign: _Rate | None = None
+    kept_answers: _Answers | None = None
     audit: dict[str, float] | None = None
     watched: dict[str, bool | list[Share]] | None = None
     directions: list[Whole] | None = None
@@ -208,9 +226,10 @@ def load_cells(directory: str | Path) -> list[dict[str, Any]]:
 class Group:
     """The cells that differ in the seed only.
 
-    metrics: asr, over_refusal, utility, perplexity, peak_memory_mb, jailbreak/<name>, and for
-    the aligned model utility/sql and utility/summary; shares from 0 to 1; what was not measured is left out.
-    differences: asr, over_refusal and jailbreak/<name> less the aligned model's, utility less plain's.
+    metrics: asr, over_refusal, utility, perplexity, peak_memory_mb, jailbreak/<name>, kept/f1, kept/exact and
+    kept/chance, and for the aligned model utility/sql and utility/summary; shares from 0 to 1; what was not measured is
+    left out. differences: asr, over_refusal and jailbreak/<name> less the aligned model's, utility and kept/f1 less
+    plain's.
     task: what the utility was measured on, sql, summary or None.
     """
 
@@ -250,6 +269,11 @@ def _utility_difference(what: str, runs: Sequence[Mapping[str, Any]], plain: Seq
     if all(text is not None for side in texts for text in side):
         return _paired(what, *texts)
     values = [[cell["utility_values"] for cell in cells] for cells in (runs, plain)]
+    return _score_difference(what, *values)
+
+
+def _score_difference(what: str, runs: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> Difference:
+    values = [runs, plain]
     lengths = {len(scores) for side in values for scores in side}
     if len(lengths) != 1:
         raise ValueError(f"{what}: paired scores must cover the same prompts; their counts are {sorted(lengths)}")
@@ -284,6 +308,8 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
             for name in dict.fromkeys(name for found in shares for name in found)
         }
         metrics |= {name: spread(c.get(name) for c in own) for name in ("utility", "perplexity", "peak_memory_mb")}
+        for figure in ("f1", "exact", "chance"):
+            metrics[f"kept/{figure}"] = spread(c["kept_answers"][figure] for c in own if c.get("kept_answers"))
         for task in TASKS.values():
             metrics[f"utility/{task}"] = spread(cell.get("utilities", {}).get(task, {}).get("utility") for cell in own)
         differences: dict[str, Difference] = {}
@@ -294,6 +320,10 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
         if method != "plain" and scenario != "none":
             same = by.get((model, tuning, scenario, "plain", variant), {})
             plain = same or by.get((model, tuning, scenario, "plain", "default"), {})
+            measured = [s for s in seeds if runs[s].get("kept_answers") and plain.get(s, {}).get("kept_answers")]
+            if measured:
+                values = [[cells[s]["kept_answers"]["values"] for s in measured] for cells in (runs, plain)]
+                differences["kept/f1"] = _score_difference(f"{what}: answers kept", *values)
             common = [s for s in seeds if s in plain]
             common = [s for s in common if runs[s]["utility"] is not None and plain[s]["utility"] is not None]
             if common:
