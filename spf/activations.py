@@ -36,6 +36,12 @@ def gradients(objective: Tensor, records: Mapping[str, Sequence[Call]]) -> dict[
     return {name: [(x, next(found), tokens) for x, _, tokens in made] for name, made in calls.items()}
 
 
+def _by_length(anchors: Sequence[Anchor], size: int) -> list[list[Anchor]]:
+    """Batches of samples that are about as long, so that little is padding."""
+    order = sorted(anchors, key=lambda anchor: len(anchor.prompt_ids) + len(anchor.refusal_ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 class Activations:
     """Sends samples through a model and reads, by module hooks, what its trainable matrices are given and answer.
 
@@ -68,8 +74,8 @@ class Activations:
         head = set(self.model.get_output_embeddings().modules())  # type: ignore[operator]
         ends = any(module in head for name in tapped for module in self.matrices[name].modules)
 
-        for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
-            batch = self._batch(anchors[start : start + batch_size])
+        for chunk in tracked(_by_length(anchors, batch_size), "safety samples"):
+            batch = self._batch(chunk)
             mask, predicts, deciding = self._places(batch)
             rows, columns = (predicts & (predicts.cumsum(1) <= DECISION_TOKENS[1])).nonzero(as_tuple=True)
             # a matrix at the end is given all tokens; without one, logits of the deciding tokens are enough
@@ -165,8 +171,8 @@ class Activations:
             return see
 
         with self._quiet(), self.taps.open(tap, names):
-            for start in tracked(range(0, len(anchors), batch_size), "safety samples"):
-                batch = self._batch(anchors[start : start + batch_size])
+            for chunk in tracked(_by_length(anchors, batch_size), "safety samples"):
+                batch = self._batch(chunk)
                 mask, predicts, deciding = self._places(batch)
                 if kind != "all":
                     mask &= predicts == (kind == "refusal")
