@@ -23,7 +23,9 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
         run = running.run
         fixed = describe_fixed(running.probe.model, [name for name in run.others if name not in run.kept])
         if fixed:
-            learn = "; rows of tokens that were added to the vocabulary learn" if running.learning_rows else ""
+            learn = (
+                "; rows of tokens that were added to the vocabulary learn" if running.correction.learning_rows else ""
+            )
             lines.append(
                 f"kept fixed: {', '.join(fixed)}; they are no matrices on an input, so null-space cannot hold what "
                 f"they change{learn}; train them with another rule, or freeze them to save their memory"

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from transformers import (
@@ -15,24 +14,21 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from spf.announce import audit_lines, earlier_line, first_lines, watched_line
+from spf.announce import watched_line
 from spf.answering import refuse_unanswering
 from spf.audit import Audit
+from spf.beginning import begin, refuse_unfit
 from spf.card import ModelCard
 from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
 from spf.config import CallbackSettings, Conflicts, OnLeak
-from spf.data import check_source, unused_tokens
-from spf.errors import UnsupportedSetupError
-from spf.going_on import earlier_subspace, leave_subspace, remember
+from spf.going_on import leave_subspace, remember
 from spf.keep import Keep
 from spf.optimizer import Attachment
-from spf.probe import SafetyProbe
-from spf.rules import RULES, Rule
+from spf.rules import Rule, rule_of
 from spf.safety_samples import SafetySamples
 from spf.sharding import innermost_optimizer
-from spf.text.generation import context_length, pad_id
 from spf.trainers import around, calling_trainer, run_directory, stand_before_reports, tokenizer_of
-from spf.training_data import TrainingData, data_of, refuse_to_drop, source_of
+from spf.training_data import TrainingData, refuse_to_drop
 
 logger = logging.get_logger(__name__)
 
@@ -95,16 +91,8 @@ class SafetyCallback(TrainerCallback):
             ValueError: an unknown rule, or an argument of another type or out of its range.
             TypeError, SafetyDataError: safety_data, keep or rule is of another kind, or there is a mistake in a file.
         """
-        if isinstance(rule, str):
-            if rule not in RULES:
-                raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
-            rule = RULES[rule]()
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be a name or a rule object such as NullSpace(), not {rule!r}")
-        check_source("safety_data", safety_data)
-        check_source("keep", keep)
-        subspace = str(subspace) if isinstance(subspace, Path) else subspace
-        CallbackSettings(
+        self.rule = rule_of(rule)
+        self.settings = CallbackSettings(
             anchors=anchors,
             anchors_per_step=anchors_per_step,
             first_tokens=first_tokens,
@@ -114,26 +102,13 @@ class SafetyCallback(TrainerCallback):
             conflicts=conflicts,
             on_leak=on_leak,
             chat_template_kwargs=chat_template_kwargs,
-            subspace=subspace,
+            subspace=str(subspace) if isinstance(subspace, Path) else subspace,
             seed=seed,
         )
-        self.safety_data = safety_data
-        self.rule: Rule = rule
-        self.anchors = anchors
-        self.anchors_per_step = anchors_per_step
-        self.first_tokens = first_tokens
-        self.first_weight = first_weight
-        self.monitor_steps = monitor_steps
-        self.cosines = cosines
-        self.chat_template_kwargs = chat_template_kwargs
-        self.conflicts: Conflicts = conflicts
-        self.on_leak: OnLeak = on_leak
-        self.subspace = subspace
-        self.seed = seed
-        self.samples = SafetySamples(safety_data, rule, anchors, seed, chat_template_kwargs)
-        self.keep = Keep(keep, rule, seed, chat_template_kwargs)
+        self.samples = SafetySamples(safety_data, self.rule, anchors, seed, chat_template_kwargs)
+        self.keep = Keep(keep, self.rule, seed, chat_template_kwargs)
         self.card = ModelCard()
-        self.data = TrainingData(conflicts, rule.holds, chat_template_kwargs)
+        self.data = TrainingData(conflicts, self.rule.holds, chat_template_kwargs)
         self.attachment: Attachment | None = None
         self._warned = False
         self._proven_at = -1
@@ -163,75 +138,15 @@ class SafetyCallback(TrainerCallback):
         trainer = calling_trainer()
         if trainer is not None:
             stand_before_reports(self, trainer, SafetyCallback)
-        if args.fp16 and self.rule.adds_gradients:
-            raise UnsupportedSetupError(
-                f"the rule {self.rule.name} adds safety gradients to scaled float16 gradients, where they may "
-                "vanish; use bf16, or null-space without feedback"
-            )
-        self._saved = None
-        samples, limit = self.samples, context_length(model, tokenizer)
-        source = source_of(calling_trainer(), kwargs["train_dataloader"])
-        self.data.turn_to(source)
-        if state.global_step > 0:
-            if not self.rule.resumable:
-                raise UnsupportedSetupError(
-                    f"{self.rule.name} cannot go on from a checkpoint: the aligned model's predictions are not "
-                    f"saved in it"
-                )
-            self._saved = read_checkpoint(resumed_from(args, state, self._resume))
-            samples.rows = self._saved.rows(samples.load())
-        elif self.data.found is None:
-            if self.conflicts == "drop":
-                raise UnsupportedSetupError(
-                    "conflicts='drop' needs the callback in the trainer's constructor, callbacks=[...]: once training "
-                    "has begun, as with add_callback, no row can be left out any more"
-                )
-            samples.choose(model, tokenizer)
-            dataset = data_of(kwargs["train_dataloader"])
-            self.data.audit(dataset, model, tokenizer, samples.rows, Path(str(args.output_dir)), source)
-        before = self._saved.state if self._saved else None
-        held, watched = self.data.split(kwargs["train_dataloader"], tokenizer, before)
-        anchors, reworded, calibration = samples.tokens(tokenizer, limit)
-        kept = self.keep.samples(model, tokenizer, limit, before)
-        earlier = None
-        if self.rule.holds and self._saved is None:
-            earlier = earlier_subspace(model, self.subspace, self.attachment, Path(str(args.output_dir)))
-        probe = SafetyProbe(
-            model,
-            anchors,
-            anchors_per_step=self.anchors_per_step,
-            pad_token_id=pad_id(tokenizer),
-            seed=self.seed,
-            first_tokens=self.first_tokens,
-            first_weight=self.first_weight,
-        )
-        self.attachment = Attachment(
-            probe,
-            optimizer,
-            self.rule,
-            subspace=self._saved.subspace if self._saved else earlier.subspace if earlier else None,
-            resumed=self._saved is not None,
-            reworded=[*reworded, *kept],
-            conflicts=held,
-            watched=watched,
-            calibration=calibration if self.rule.holds else (),
-            monitor_steps=self.monitor_steps,
-            cosines=self.cosines,
-            correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
-            new_tokens=unused_tokens(tokenizer, [*anchors, *reworded, *calibration]),
-            tighten=self.on_leak == "tighten",
-        )
-        if self._saved is not None:
-            self.attachment.load_state_dict(self._saved.state)
+        goes_on = state.global_step > 0
+        refuse_unfit(self.rule, args, goes_on)
+        self._saved = read_checkpoint(resumed_from(args, state, self._resume)) if goes_on else None
+        begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
+        self.attachment = begun.attachment
         self._warned, self._proven_at = False, -1
         if state.is_world_process_zero:
-            lines = first_lines(self.attachment, samples.rows, samples.at_hand, samples.answered)
-            if self.data.found is not None:
-                lines[-1:-1] = audit_lines(self.data.found, self.conflicts, self.rule, len(held), len(watched))
-            lines[1:1] = self.keep.lines
-            self.card.begin(lines)
-            # not in the card, since it may hold a path
-            for line in lines if earlier is None else [earlier_line(earlier.where), *lines]:
+            self.card.begin(begun.lines)
+            for line in [*begun.places, *begun.lines]:
                 logger.warning(f"spf: {line}")
 
     def on_step_begin(
@@ -239,7 +154,7 @@ class SafetyCallback(TrainerCallback):
     ) -> None:
         self._running.refresh()
         if self._running.monitor.leaks and not self._warned:
-            self._warned, stop = True, self.on_leak == "stop"
+            self._warned, stop = True, self.settings.on_leak == "stop"
             control.should_training_stop |= stop
             self._tell(state, f"after step {state.global_step} ", "; the run is ended (on_leak)" * stop)
 
@@ -284,7 +199,7 @@ class SafetyCallback(TrainerCallback):
         """Before the Trainer reads its data; leave the rows with conflicts out, if they are to be."""
         self._resume = resume
         self.data.turn_to(trainer.train_dataset)
-        if self.conflicts != "drop" or self.data.found is not None:
+        if self.settings.conflicts != "drop" or self.data.found is not None:
             return
         refuse_to_drop(trainer)
         model, tokenizer = trainer.model, tokenizer_of(trainer.processing_class)

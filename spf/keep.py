@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.data import Anchor, ask_refusals, in_turn, load_safety_rows, tokenise
+from spf.data import Anchor, ask_refusals, check_source, in_turn, load_safety_rows, tokenise
 from spf.rules import Rule
 from spf.sharding import object_of_rank_0
 
@@ -28,7 +28,13 @@ class Keep:
     """
 
     def __init__(self, source: str | Path | Dataset | None, rule: Rule, seed: int, options: Mapping[str, Any] | None):
-        """source: the data, None for none. seed: of their order. options: variables of the chat template."""
+        """source: the data, None for none. seed: of their order. options: variables of the chat template.
+
+        Raises:
+            TypeError, SafetyDataError: the data are of another kind, or there is a mistake in the file.
+            ValueError: the rule holds nothing.
+        """
+        check_source("keep", source)
         if source is not None and not rule.holds:
             raise ValueError(f"keep: the rule {rule.name} does not hold answers; null-space does")
         self.source, self.seed, self.options = source, seed, options

@@ -102,11 +102,6 @@ class Attachment:
         return self.correction.subspace
 
     @property
-    def learning_rows(self) -> bool:
-        """Whether rows of tokens that were added to the vocabulary learn."""
-        return self.correction.learning_rows
-
-    @property
     def seconds(self) -> dict[str, float]:
         """What set-up, probes and corrections took."""
         return {"setup": self._setup_seconds, "probe": self._probe_seconds, "projection": self.stepping.seconds}

@@ -13,6 +13,7 @@ from spf.data import (
     SafetyRow,
     ask_refusals,
     benign_rows,
+    check_source,
     in_turn,
     load_safety_rows,
     reworded_anchors,
@@ -37,7 +38,12 @@ class SafetySamples:
         seed: int,
         options: Mapping[str, Any] | None,
     ):
-        """count: use only so many. seed: of the order. options: variables of the chat template."""
+        """count: use only so many. seed: of the order. options: variables of the chat template.
+
+        Raises:
+            TypeError, SafetyDataError: the data are of another kind, or there is a mistake in the file.
+        """
+        check_source("safety_data", data)
         self.data, self.rule, self.count, self.seed, self.options = data, rule, count, seed, options
         self.rows: list[SafetyRow] = []
         self.at_hand = self.answered = 0

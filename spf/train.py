@@ -180,7 +180,7 @@ def _train(
     model_config: Any,
     saving: list[str],
 ) -> None:
-    for source in (callback.safety_data, callback.keep.source) if callback is not None else ():
+    for source in (callback.samples.data, callback.keep.source) if callback is not None else ():
         if source is not None:
             load_safety_rows(source)  # what is on the hub, too, before the model is loaded
     data = _load(script)

@@ -35,7 +35,11 @@ def module(monkeypatch, name, **names):
 
 def test_a_block_of_settings_is_held_to_those_of_spf_train():
     callback = callback_from({"rule": "null-space", "rank": 3, "conflicts": "error", "monitor_steps": 0})
-    assert (callback.rule, callback.conflicts, callback.monitor_steps) == (NullSpace(rank=3), "error", 0)
+    assert (callback.rule, callback.settings.conflicts, callback.settings.monitor_steps) == (
+        NullSpace(rank=3),
+        "error",
+        0,
+    )
     assert callback_from({"rule": "none"}) is None
     for wrong, said in {
         "spf: rnk is not known": {"rnk": 3},

@@ -9,7 +9,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from spf.data import check_source
 from spf.errors import UnsupportedSetupError
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
@@ -34,7 +33,6 @@ class SafetyLightning(Callback):
         """`safety_data` and `rule` as for SafetyCallback; model: where the LightningModule keeps the causal model."""
         self.tokenizer = tokenizer
         self.rule = rule or NullSpace()
-        check_source("safety_data", safety_data)
         self.samples = SafetySamples(safety_data, self.rule, None, 0, None)
         self.model = model
         self.proven = ""

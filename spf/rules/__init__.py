@@ -2,7 +2,7 @@
 
 from spf.bases import Tokens
 from spf.linalg import components, project_out, project_out_left, project_out_right, without_components
-from spf.rules.base import RULES, Correction, Gate, Given, Rule
+from spf.rules.base import RULES, Correction, Gate, Given, Rule, rule_of
 from spf.rules.combining import Aggregate, Aggregator, DualAscent, Mix, Rank1, SafeGrad, conflict_coefficient
 from spf.rules.constrained import Constrained
 from spf.rules.constraint import null_space_violation
@@ -36,5 +36,6 @@ __all__ = [
     "project_out",
     "project_out_left",
     "project_out_right",
+    "rule_of",
     "without_components",
 ]

@@ -141,3 +141,19 @@ class Correction:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.multiplier, self.lr_scale = state["multiplier"], state["lr_scale"]
+
+
+def rule_of(given: "str | Rule") -> Rule:
+    """A rule, or the one of this name with its defaults.
+
+    Raises:
+        ValueError: there is none of this name.
+        TypeError: it is neither.
+    """
+    if isinstance(given, str):
+        if given not in RULES:
+            raise ValueError(f"unknown rule {given!r}; choose one of {', '.join(RULES)}")
+        return RULES[given]()
+    if not isinstance(given, Rule):
+        raise TypeError(f"rule must be a name or a rule object such as NullSpace(), not {given!r}")
+    return given

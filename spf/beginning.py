@@ -1,0 +1,126 @@
+"""What SafetyCallback does before the first step: audit the data, choose samples, put the rule on the optimizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from spf.announce import audit_lines, earlier_line, first_lines
+from spf.checkpoint import Saved
+from spf.data import unused_tokens
+from spf.errors import UnsupportedSetupError
+from spf.going_on import earlier_subspace
+from spf.optimizer import Attachment
+from spf.probe import SafetyProbe
+from spf.rules import Rule
+from spf.text.generation import context_length, pad_id
+from spf.trainers import calling_trainer
+from spf.training_data import data_of, source_of
+
+if TYPE_CHECKING:
+    from spf.callback import SafetyCallback
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that can make its first step.
+
+    lines: what it says of itself. places: the same of directories, which is nothing for a model card.
+    """
+
+    attachment: Attachment
+    lines: list[str]
+    places: list[str]
+
+
+def refuse_unfit(rule: Rule, args: TrainingArguments, goes_on: bool) -> None:
+    """
+    Raises:
+        UnsupportedSetupError: the rule cannot act in float16, or go on from a checkpoint.
+    """
+    if args.fp16 and rule.adds_gradients:
+        raise UnsupportedSetupError(
+            f"the rule {rule.name} adds safety gradients to scaled float16 gradients, where they may vanish; use bf16, "
+            "or null-space without feedback"
+        )
+    if goes_on and not rule.resumable:
+        raise UnsupportedSetupError(
+            f"{rule.name} cannot go on from a checkpoint: the aligned model's predictions are not saved in it"
+        )
+
+
+def begin(
+    callback: "SafetyCallback",
+    saved: Saved | None,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: Any,
+) -> Begun:
+    """
+    saved: the checkpoint that the run goes on from. loader: of the training data.
+
+    Raises:
+        SafetyDataError, UnsupportedModelError, UnsupportedSetupError, CorrectionError: the run could not be protected.
+    """
+    rule, samples, data, settings = callback.rule, callback.samples, callback.data, callback.settings
+    output = Path(str(args.output_dir))
+    limit = context_length(model, tokenizer)
+    source = source_of(calling_trainer(), loader)
+    data.turn_to(source)
+    if saved is not None:
+        samples.rows = saved.rows(samples.load())
+    elif data.found is None:
+        if settings.conflicts == "drop":
+            raise UnsupportedSetupError(
+                "conflicts='drop' needs the callback in the trainer's constructor, callbacks=[...]: once training has "
+                "begun, as with add_callback, no row can be left out any more"
+            )
+        samples.choose(model, tokenizer)
+        data.audit(data_of(loader), model, tokenizer, samples.rows, output, source)
+    before = saved.state if saved else None
+    held, watched = data.split(loader, tokenizer, before)
+    anchors, reworded, calibration = samples.tokens(tokenizer, limit)
+    kept = callback.keep.samples(model, tokenizer, limit, before)
+    earlier = None
+    if rule.holds and saved is None:
+        earlier = earlier_subspace(model, settings.subspace, callback.attachment, output)
+    probe = SafetyProbe(
+        model,
+        anchors,
+        anchors_per_step=settings.anchors_per_step,
+        pad_token_id=pad_id(tokenizer),
+        seed=settings.seed,
+        first_tokens=settings.first_tokens,
+        first_weight=settings.first_weight,
+    )
+    attachment = Attachment(
+        probe,
+        optimizer,
+        rule,
+        subspace=saved.subspace if saved else earlier.subspace if earlier else None,
+        resumed=saved is not None,
+        reworded=[*reworded, *kept],
+        conflicts=held,
+        watched=watched,
+        calibration=calibration if rule.holds else (),
+        monitor_steps=settings.monitor_steps,
+        cosines=settings.cosines,
+        correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        new_tokens=unused_tokens(tokenizer, [*anchors, *reworded, *calibration]),
+        tighten=settings.on_leak == "tighten",
+    )
+    if saved is not None:
+        try:
+            attachment.load_state_dict(saved.state)
+        except BaseException:
+            attachment.remove()
+            raise
+    lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered)
+    if data.found is not None:
+        lines[-1:-1] = audit_lines(data.found, settings.conflicts, rule, len(held), len(watched))
+    lines[1:1] = callback.keep.lines
+    return Begun(attachment, lines, [] if earlier is None else [earlier_line(earlier.where)])
