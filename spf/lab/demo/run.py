@@ -40,6 +40,7 @@ from spf.lab.demo.sql import SQLExample, execution_match, make_sql_examples
 from spf.lab.report.tables import rich_table
 from spf.lab.trainer import AnswerTrainer, collate_answers
 from spf.models import cpu_dtype, load_aligned_demo_model, save_whole
+from spf.progress import progress
 from spf.rules import RULES, NullSpace, Rule
 from spf.text.generation import context_length, pad_id
 
@@ -80,10 +81,14 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
 
 @contextmanager
 def _timed(console: Console, what: str) -> Iterator[None]:
-    """Say which part of the demo begins and how long it took; what takes long inside has bars of its own."""
+    """Say which part of the demo begins and how long it took, and meanwhile that it goes on.
+
+    What takes long inside has bars of its own, but not all: loading does not, and a step may take longer than a beat.
+    """
     console.print(f"{what} ...", highlight=False)
     started = time.perf_counter()
-    yield
+    with progress(None, "    so far"):
+        yield
     console.print(f"    {time.perf_counter() - started:.0f} s", highlight=False)
 
 
@@ -154,8 +159,9 @@ def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> d
             result: dict[str, Any] = {"label": LABELS[label], "seconds_per_step": None, "overhead": None, "history": []}
             said, saved = f"[{number}/{len(arms)}] {LABELS[label]}", None if arm == "base" else output / arm
             if saved is None:
-                model = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype())
-                tokenizer = AutoTokenizer.from_pretrained(aligned)
+                with part(f"{said}: loading"):
+                    model = AutoModelForCausalLM.from_pretrained(aligned, dtype=cpu_dtype())
+                    tokenizer = AutoTokenizer.from_pretrained(aligned)
             else:
                 with part(f"{said}: training"):
                     model, tokenizer = fine_tune(args, aligned, train, rule, anchors, saved, result)
