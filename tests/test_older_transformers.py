@@ -1,0 +1,43 @@
+"""spf imports beside a transformers without the names that only its demo and its locks need (5.6, say)."""
+
+import ast
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import transformers
+
+from spf import models
+from tests.test_house import FILES, ROOT
+
+NEWER = {"GgufConfig", "GgufLinear"}
+"""Names that transformers 5.6 does not have."""
+
+
+class Older(types.ModuleType):
+    """transformers without the newer names."""
+
+    def __getattr__(self, name):
+        if name in NEWER:
+            raise AttributeError(name)
+        return getattr(transformers, name)
+
+
+def test_models_are_imported_without_the_newer_names(monkeypatch):
+    found = Path(models.__file__)
+    monkeypatch.setitem(sys.modules, "transformers", Older("transformers"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin=str(found)))
+    spec = importlib.util.spec_from_file_location("models_again", found)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    with pytest.raises(ImportError, match="GgufConfig"):
+        again.load_model(again.DEMO_MODEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_of_the_core_imports_them_at_once(path):
+    outside = ast.parse(path.read_text("utf-8")).body
+    taken = {alias.name for node in outside if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not taken & NEWER
