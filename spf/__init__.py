@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spf.rules import SPF, Aggregate, Constrained, DualAscent, Mix, NullSpace, Rank1, SafeGrad
     from spf.subspace import SafetySubspace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SPF",
