@@ -4,6 +4,7 @@ Accelerate starts FSDP2 and DeepSpeed only on accelerators, so there its choice 
 gloo. DDP needs `--use_cpu true` only.
 """
 
+import importlib
 import os
 import sys
 
@@ -22,10 +23,8 @@ if FSDP or DEEPSPEED:
     )
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 if DEEPSPEED:
-    import deepspeed.comm.torch
-
-    # a kernel for shared memory that g++ would have to compile; gloo does without
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # a kernel for shared memory that g++ would have to compile; gloo does without (deepspeed.comm.torch is torch)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 from spf.cli import main  # noqa: E402
 

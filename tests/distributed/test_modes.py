@@ -3,6 +3,9 @@
 import functools
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import pytest
 import torch
 
 from spf.data import packaged_prompts
-from tests.conftest import REFUSAL, run_module
+from tests.conftest import REFUSAL
 
+ROOT = Path(__file__).parents[2]
 FP32 = [
     "null-space-full",
     "null-space-lora-adamw",
@@ -41,19 +45,31 @@ def output() -> Path:
     return directory
 
 
-def launch(processes: int, *arguments: str) -> None:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m")
-    run_module(*launcher, "tests.distributed.worker", *arguments)
+@functools.cache
+def worker() -> subprocess.Popen:
+    """It imports once what every mode needs: each is trained in processes that it forks."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.worker", str(output())],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(output() / "worker.log").open("w"),
+        text=True,
+    )
+
+
+def launch(mode: str, processes: int, *case: str) -> None:
+    print(mode, processes, *case, file=worker().stdin, flush=True)
+    codes = worker().stdout.readline().split()
+    assert codes == ["0"] * processes, (output() / "worker.log").read_text()[-3000:]
 
 
 @functools.cache
 def trained(mode: str) -> list[dict[str, dict]]:
     """What every rank wrote, by case."""
     processes = 1 if mode == "single" else 2
-    if processes == 1:
-        run_module("tests.distributed.worker", mode, str(output()))
-    else:
-        launch(processes, mode, str(output()))
+    launch(mode, processes)
     ranks = []
     for rank in range(processes):
         cases = {}
@@ -208,7 +224,7 @@ def test_stage_3_in_groups(mode):
 @pytest.mark.parametrize("mode", [in_mode("fsdp2")])
 def test_fsdp2_goes_on_with_another_number_of_processes(mode):
     trained("fsdp2")
-    launch(1, "fsdp2", str(output()), "resume-elsewhere")
+    launch("fsdp2", 1, "resume-elsewhere")
     parameters = torch.load(output() / "fsdp2-resume-elsewhere-0.pt")
     assert distance({"parameters": parameters}, trained("single")[0]["null-space-full"]) < 1e-6
 

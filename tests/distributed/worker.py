@@ -1,71 +1,65 @@
-"""One process of a run: python -m [torch.distributed.run ... -m] tests.distributed.worker MODE OUTPUT [CASE].
+"""What trains in every mode: python -m tests.distributed.worker OUTPUT, told on its input what to do, line by line.
 
-MODE is single, ddp, fsdp2, zero1, zero2 or zero3. It trains every case, or the one named, and writes its losses,
-final parameters and counters to OUTPUT. Unpatched accelerate runs FSDP2 and DeepSpeed only on accelerators, so
-there its choice of a backend is overridden with gloo before anything else is imported.
+A line is MODE PROCESSES [CASE]; MODE is single, ddp, fsdp2, zero1, zero2 or zero3. The mode's processes are forked from
+this one, which has imported everything and done nothing. They train every case, or the one named, and write their
+losses, final parameters and counters to OUTPUT. The answer is one line: the exit codes. Unpatched accelerate runs FSDP2
+and DeepSpeed only on accelerators, so there its choice of a backend is overridden with gloo.
 """
 
 import os
 import sys
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-MODE, OUTPUT, *ONLY = sys.argv[1:]
 
-import accelerate.state as accelerate_state  # noqa: E402
+import copy
+import dataclasses
+import functools
+import gc
+import importlib
+import itertools
+import json
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-if MODE.startswith("zero"):
-    import deepspeed.comm.torch
+import torch
+import torch.distributed as dist
+import transformers.training_args
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
-    # a kernel for shared memory that g++ would have to compile; gloo does without
-    deepspeed.comm.torch.build_shm_op = lambda: None
-
-if MODE not in ("single", "ddp"):
-    accelerate_state.PartialState._prepare_backend = lambda *args, **kwargs: (
-        "gloo",
-        accelerate_state.DistributedType.MULTI_GPU,
-    )
-
-import copy  # noqa: E402
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import transformers.training_args  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments  # noqa: E402
-
-import spf.audit  # noqa: E402
-import spf.data.refusals as refusals  # noqa: E402
-import spf.rules.growth as growth  # noqa: E402
-import spf.rules.spf as published  # noqa: E402
-import spf.training_data  # noqa: E402
-from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError  # noqa: E402
-from spf.data import Anchor  # noqa: E402
-from spf.data.examples import Example, Examples  # noqa: E402
-from spf.rules import Constrained, Mix, SafeGrad  # noqa: E402
-from spf.rules.growth import Growth  # noqa: E402
-from spf.rules.holding import Holding  # noqa: E402
-from spf.sharding import object_of_rank_0  # noqa: E402
-from spf.shared_prefix import NextToken  # noqa: E402
-from spf.stepping import Stepping  # noqa: E402
-from tests.conftest import make_tokenizer  # noqa: E402
-from tests.test_callback import token_data  # noqa: E402
+import spf.audit
+import spf.data.refusals as refusals
+import spf.rules.growth as growth
+import spf.rules.spf as published
+import spf.training_data
+from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError
+from spf.data import Anchor
+from spf.data.examples import Example, Examples
+from spf.rules import Constrained, Mix, SafeGrad
+from spf.rules.growth import Growth
+from spf.rules.holding import Holding
+from spf.sharding import object_of_rank_0
+from spf.shared_prefix import NextToken
+from spf.stepping import Stepping
+from tests.conftest import make_tokenizer
+from tests.test_callback import token_data
 
 # the cases in bf16 need no GPU, but transformers asks for one
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-RANK = int(os.environ.get("RANK", "0"))
+OUTPUT = sys.argv[1]
+MODE, WORLD, RANK = "", 1, 0
+"""Of a process that trains: set when it is forked."""
 
 STEPS = 4
+TIMEOUT = 480
+"""Seconds after which a process is ended."""
 
 
 @dataclasses.dataclass
@@ -426,25 +420,83 @@ SPECIAL = {
     "fault-one-lora": (planted(without_one), "null-space-lora-adamw"),
     "unprojected": (unprojected, "spf-left-full"),
 }
-if MODE == "zero3":
-    SPECIAL["in-groups"] = (in_groups, "null-space-full")
-if MODE in ("zero2", "zero3"):
-    SPECIAL["offload"] = (offloaded, "null-space-full")
-    SPECIAL["offload-spf"] = (offloaded, "spf-both-full")
-if MODE == "ddp" or (MODE != "single" and WORLD == 1):
-    SPECIAL["resume-elsewhere"] = (resume_elsewhere, "null-space-full")
 
-if __name__ == "__main__":
+
+def asked_for() -> dict[str, tuple[Callable[[Case, Path], dict[str, Any]], str]]:
+    """What the mode trains, by name."""
+    found = {name: (run, name) for name in CASES} | SPECIAL
+    if MODE == "zero3":
+        found["in-groups"] = (in_groups, "null-space-full")
+    if MODE in ("zero2", "zero3"):
+        found["offload"] = (offloaded, "null-space-full")
+        found["offload-spf"] = (offloaded, "spf-both-full")
+    if MODE == "ddp" or (MODE != "single" and WORLD == 1):
+        found["resume-elsewhere"] = (resume_elsewhere, "null-space-full")
+    return found
+
+
+def train(only: list[str]) -> None:
+    """What a forked process does."""
+    if MODE.startswith("zero"):
+        # a kernel for shared memory that g++ would have to compile; gloo does without (deepspeed.comm.torch is torch)
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    if MODE not in ("single", "ddp"):
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     watch_hooks()
     place = Path(OUTPUT)
-    for name in ONLY or [*CASES, *SPECIAL]:
-        directory = place / MODE / name
-        what, case = SPECIAL.get(name, (run, name))
-        result = what(CASES[case], directory)
+    known = asked_for()
+    for name in only or known:
+        what, case = known[name]
+        result = what(CASES[case], place / MODE / name)
         torch.save(result.pop("parameters", {}), place / f"{MODE}-{name}-{RANK}.pt")
         (place / f"{MODE}-{name}-{RANK}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()
-    sys.stdout.flush()
-    # gloo's teardown at interpreter exit aborts now and then
-    os._exit(0)
+
+
+def forked(rank: int, port: int, only: list[str]) -> int:
+    """The process of a rank, as torchrun would have started it; its id."""
+    global RANK
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        RANK = rank
+        os.dup2(2, 1)  # answers alone go to the output
+        signal.alarm(TIMEOUT)
+        if MODE != "single":
+            here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+            here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in here.items()}
+        train(only)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        # gloo's teardown at interpreter exit aborts now and then
+        os._exit(code)
+
+
+def launch(only: list[str]) -> list[int]:
+    """The mode in processes of its own; their exit codes. When one fails, the others would wait for it: they end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running, codes = {forked(rank, port, only) for rank in range(WORLD)}, []
+    while running:
+        child, status = os.wait()
+        running.discard(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1]:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return codes
+
+
+if __name__ == "__main__":
+    gc.freeze()  # the search for garbage at the start of every training leaves out what is imported
+    for line in sys.stdin:
+        MODE, processes, *rest = line.split()
+        WORLD = int(processes)
+        print(*launch(rest), flush=True)
