@@ -16,12 +16,16 @@ endef
 demo: .venv/demo
 	$(BIN)/spf demo --output demo-output
 
+# In the order of tests/conftest.py, which puts first what takes long: no worker waits at the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+QUICK := -m "not slow and not distributed" --ignore=tests/lab --ignore=tests/device --ignore=tests/distributed
+
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 # What protects a run; no laboratory, no several processes.
 test-core: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not distributed" --ignore=tests/lab --ignore=tests/safetylock
+	$(PYTEST) $(QUICK) --ignore=tests/safetylock
 
 lint: .venv/dev
 	$(BIN)/ruff check .

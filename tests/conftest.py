@@ -1,25 +1,22 @@
-"""Tiny random models, a tokenizer made here, and safety data: nothing is downloaded."""
+"""Tiny random models, a tokenizer made here, and safety data: nothing is downloaded.
 
+torch is imported where it is used: the process that only hands out tests to others need not wait for it.
+"""
+
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
 
-from spf.data import ENOUGH, SafetyRow, packaged_prompts, tokenise
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from spf.data import SafetyRow
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}"
@@ -30,7 +27,25 @@ PLAIN_TEMPLATE = TEMPLATE[TEMPLATE.index("<{{") :]
 REFUSAL = "I'm sorry, but I can't help with that request."
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, files that have tests marked slow or distributed first: else one waits for the other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        heavy = {item.path for item in items if {"slow", "distributed"} & {mark.name for mark in item.iter_markers()}}
+        items.sort(key=lambda item: item.path not in heavy)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the search for garbage at the start of every training leaves it out."""
+    gc.collect()
+    gc.freeze()
+
+
+def make_tokenizer() -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from spf.data import ENOUGH, packaged_prompts
+
     words: dict[str, int] = {"<unk>": 0, "<pad>": 1, "</s>": 2, "<user>": 3, "<assistant>": 4}
     splitter = pre_tokenizers.Whitespace()
     # the last for the demo's tasks, so that something is left of their answers, too
@@ -50,8 +65,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 32
-) -> PreTrainedModel:
+    kind: str = "llama", seed: int = 0, dtype: "torch.dtype | None" = None, width: int = 32
+) -> "PreTrainedModel":
+    """In float32 unless told otherwise."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+
     common = {
         "vocab_size": 2048,
         "hidden_size": width,
@@ -86,7 +105,7 @@ def make_model(
         ),
     }
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(configs[kind](), attn_implementation="eager").to(dtype)
+    return AutoModelForCausalLM.from_config(configs[kind](), attn_implementation="eager").to(dtype or torch.float32)
 
 
 def run_module(*arguments: str, timeout: float = 500) -> str:
@@ -116,16 +135,20 @@ def assert_apart(boxes, figure):
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def rows() -> list[SafetyRow]:
+def rows() -> "list[SafetyRow]":
+    from spf.data import SafetyRow, packaged_prompts
+
     prompts = packaged_prompts("harmful_anchors")[:12]
     return [SafetyRow([{"role": "user", "content": p}], REFUSAL, f"row {i}") for i, p in enumerate(prompts, 1)]
 
 
 @pytest.fixture(scope="session")
 def anchors(rows, tokenizer):
+    from spf.data import tokenise
+
     return tokenise(rows, tokenizer, 256)

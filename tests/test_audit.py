@@ -48,9 +48,9 @@ def refusing(tokenizer):
     batch = collate(tokenise(samples(pairs), tokenizer, 256), 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state[:, :-1]
         used = batch.weights[:, 1:] > 0
-        loss = torch.nn.functional.cross_entropy(logits[used], batch.input_ids[:, 1:][used])
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[used]), batch.input_ids[:, 1:][used])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

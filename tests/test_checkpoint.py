@@ -25,11 +25,20 @@ def run(directory, tokenizer, rows, model, rule=None, data=None, **changes):
     return make_trainer(directory, tokenizer, callback, model, **(save | changes)), callback
 
 
-@pytest.fixture
-def made(tmp_path, tokenizer, rows):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer, rows):
     """A LoRA run with a checkpoint at its middle."""
-    trainer, callback = run(tmp_path, tokenizer, rows, lora())
+    directory = tmp_path_factory.mktemp("trained")
+    trainer, callback = run(directory, tokenizer, rows, lora())
     trainer.train()
+    return directory, callback
+
+
+@pytest.fixture
+def made(trained, tmp_path):
+    """What that run wrote, to go on from or to damage."""
+    directory, callback = trained
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     return tmp_path, callback
 
 

@@ -156,6 +156,7 @@ def test_packed_weights_and_the_evaluation_split_are_not_ignored(workspace, monk
     assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
 
 
+@pytest.mark.slow
 def test_align_saves_the_tokenizer_and_an_adapters_own_is_preferred(workspace, monkeypatch):
     monkeypatch.setattr("spf.models.cpu_dtype", lambda: torch.float32)
     flags = ["--epochs", "1", "--max_new_tokens", "1", "--output", str(workspace / "aligned")]
@@ -205,6 +206,7 @@ def test_usage_and_unknown_command(capsys):
     assert "nowhere/results.json: no such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_demo_runs_every_arm_and_is_resumable(tmp_path, tokenizer, monkeypatch, capsys):
     """The demo's own code from end to end; only the model is tiny, and told to have refused."""
     from spf.lab.demo import run

@@ -97,6 +97,7 @@ def site(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_the_site_is_built_strictly(site):
     for page in sorted((ROOT / "docs").rglob("*.md")):
         name = page.relative_to(ROOT / "docs").with_suffix("")

@@ -241,6 +241,7 @@ def test_a_shape_that_tells_nothing_is_refused():
         token_of_rows("w", torch.Size((7, 4)), torch.ones(2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "falcon_h1", "mamba2", "gemma3n_text"])
 def test_hybrids_in_full(kind):
     result = attempt(KINDS[kind], "full")
@@ -248,6 +249,7 @@ def test_hybrids_in_full(kind):
     assert result["error"] <= 1e-6
 
 
+@pytest.mark.slow
 def test_convolutions_and_state_parameters_are_named(tmp_path, tokenizer, rows, caplog):
     callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
     make_trainer(tmp_path, tokenizer, callback, KINDS["mamba2"].model()).train()

@@ -208,6 +208,7 @@ def test_eval_says_that_it_wrote_nothing(workspace, monkeypatch, capsys):
     assert not (workspace / "figures.json").exists()
 
 
+@pytest.mark.slow
 def test_demo_counts_the_arms_that_are_finished_with_these_settings(tmp_path, tokenizer, monkeypatch, capsys):
     from spf.lab.demo import run
 

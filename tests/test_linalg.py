@@ -102,7 +102,7 @@ def test_products_are_exact_under_tf32_and_autocast():
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("learning_rate", [1e-5, 5e-3])
+@pytest.mark.parametrize("learning_rate", [pytest.param(1e-5, marks=pytest.mark.slow), 5e-3])
 def test_the_null_space_holds_under_tf32(tuning, learning_rate, tmp_path, tokenizer, rows):
     model = make_model()
     if tuning == "lora":

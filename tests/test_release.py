@@ -32,6 +32,7 @@ def built(tmp_path_factory):
     return place / "dist"
 
 
+@pytest.mark.slow
 def test_the_wheel_is_small_and_holds_the_package_alone(built):
     [wheel] = built.glob("*.whl")
     assert wheel.stat().st_size < 8_000_000
@@ -45,6 +46,7 @@ def test_the_wheel_is_small_and_holds_the_package_alone(built):
     assert len({Path(name).suffix for name in names} & {".jsonl", ".safetensors", ".j2", ".css", ".typed"}) == 5
 
 
+@pytest.mark.slow
 def test_twine_finds_no_fault(built):
     said = run("twine", "check", "--strict", *map(str, sorted(built.iterdir())), cwd=built)
     assert said.count("PASSED") == 2
