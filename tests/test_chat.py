@@ -134,3 +134,8 @@ def test_options_on_the_command_line():
     for wrong in ("{", "[1]", "true"):
         with pytest.raises(ValueError, match="--chat_template_kwargs: "):
             parse_options(wrong)
+
+
+def test_there_is_one_prefill_for_each_prompt(tokenizer):
+    with pytest.raises(ValueError, match="generate_answers: 1 prefills for 2 prompts"):
+        generate_answers(make_model(), tokenizer, ["How?", "Why?"], prefills=["Well"], max_new_tokens=1, progress=False)

@@ -212,3 +212,15 @@ def test_a_missing_extra_is_named(monkeypatch, tokenizer):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(ModuleNotFoundError, match=r"lm_eval is not installed: pip install 'spf\[lm-eval\]'"):
         lm_eval_tasks(make_model(), tokenizer, ["arc_easy"])
+
+
+@pytest.mark.parametrize("metric", [exact_match, token_f1, rouge_l])
+def test_an_answer_without_its_reference_is_refused(metric):
+    """What is left over would be dropped without a word, and the rest compared with the wrong ones."""
+    with pytest.raises(ValueError, match=f"{metric.__name__}: 2 answers for 1 references"):
+        metric(["a", "b"], ["a"])
+
+
+def test_a_mean_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="mean_interval: no scores"):
+        mean_interval([])

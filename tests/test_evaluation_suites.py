@@ -66,6 +66,20 @@ def test_public_suites(name, monkeypatch):
         load_suite(name)
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ({"prompt": ["p", " "], "label": ["safe", "safe"]}, "has rows without a prompt in 'prompt'"),
+        ({"prompt": ["p", None], "label": ["safe", "safe"]}, "has rows without a prompt in 'prompt'"),
+        ({"prompt": ["p"], "label": ["Safe"]}, "holds no row with {'label': 'safe'}"),
+    ],
+)
+def test_a_public_suite_that_changed_is_refused(rows, said, monkeypatch):
+    monkeypatch.setattr(suites, "load_dataset", lambda *a, **k: Dataset.from_dict(rows))
+    with pytest.raises(SafetyDataError, match=f"xstest: .* {said}"):
+        load_suite("xstest")
+
+
 def test_a_gated_suite_says_what_to_do(monkeypatch):
     def load(*args, **kwargs):
         raise datasets.exceptions.DatasetNotFoundError("is a gated dataset")

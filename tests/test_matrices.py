@@ -157,3 +157,11 @@ def test_a_layer_saved_whole_beside_adapters_is_refused_in_bfloat16_with_a_remed
             p.data = p.data.float()
     run()
     assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
+
+
+def test_a_model_that_trains_no_matrix_is_refused():
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 1)
+    with pytest.raises(UnsupportedModelError, match=r"no trainable weight matrix, only model\.layers\.0\.input_"):
+        find_matrices(model)

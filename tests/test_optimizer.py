@@ -609,3 +609,11 @@ def test_contrast_leaves_benign_directions_free(anchors):
     for name, V in held.items():
         assert float((V.T @ free[name]).norm()) < 1e-4, name
         assert torch.allclose(V.T @ V, torch.eye(V.shape[1]), atol=1e-5)
+
+
+def test_contrast_without_benign_samples_is_refused(anchors):
+    """It would hold directions of benign prompts, too, that it was asked to leave free."""
+    model = make_model()
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    with pytest.raises(ValueError, match="contrast needs benign samples; give them as `calibration`"):
+        attach(probe, torch.optim.SGD(model.parameters(), lr=0.1), NullSpace(rank=8, contrast=2))

@@ -1,5 +1,7 @@
 """Mathematical properties of the step rules over generated matrices."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -155,3 +157,9 @@ def test_dual_ascent_stays_in_bounds_and_moves_with_the_excess(before, excess, r
 def test_settings_out_of_range_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_rule_whose_package_is_missing_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    with pytest.raises(ModuleNotFoundError, match=r"aggregate needs TorchJD: pip install 'spf\[torchjd\]'"):
+        Aggregate()

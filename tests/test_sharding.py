@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from spf.errors import UnsupportedSetupError
 from spf.rules import components, without_components
-from spf.sharding import Sharding, innermost_optimizer
+from spf.sharding import Sharding, innermost_optimizer, refuse_sharded
 from spf.sharding.blocks import flat_part
 from spf.subspace import Factors
 
@@ -141,3 +141,11 @@ def test_deepspeed_whose_insides_are_not_known_is_refused_with_the_version_to_in
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.18.2")
     with pytest.raises(UnsupportedSetupError, match=r"below 0.19.8 is not supported; pip install"):
         innermost_optimizer(zero)
+
+
+def test_what_needs_whole_parameters_refuses_parts_of_them(process_group):
+    layer = nn.Linear(4, 4)
+    refuse_sharded(layer, "Lisa")
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, init_device_mesh("cpu", (1,)), [Shard(0)]))
+    with pytest.raises(UnsupportedSetupError, match="Lisa does not support sharded parameters, as weight is; launch"):
+        refuse_sharded(layer, "Lisa")
