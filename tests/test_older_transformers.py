@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from spf import models
+from tests.conftest import make_model
 from tests.test_house import FILES, ROOT
 
 NEWER = {"GgufConfig", "GgufLinear"}
@@ -34,6 +35,16 @@ def test_models_are_imported_without_the_newer_names(monkeypatch):
     spec.loader.exec_module(again)
     with pytest.raises(ImportError, match="GgufConfig"):
         again.load_model(again.DEMO_MODEL)
+
+
+def test_locks_are_imported_without_packed_layers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf.utils", None)
+    spec = importlib.util.spec_from_file_location("heads_again", ROOT / "safetylock" / "heads.py")
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "heads_again", again)
+    spec.loader.exec_module(again)
+    outputs, geometry = again.attention_outputs(make_model())
+    assert (len(outputs), geometry.heads) == (2, 4)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

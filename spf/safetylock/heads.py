@@ -8,11 +8,15 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.gguf.utils import GgufLinear
 
 from spf.config import Count, Settings
 from spf.errors import UnsupportedModelError
 from spf.models import evaluating
+
+try:
+    from transformers.integrations.gguf.utils import GgufLinear
+except ImportError:  # transformers 5.6, which unpacks all GGUF weights
+    GgufLinear = nn.Linear  # type: ignore[assignment, misc]
 
 Model = PreTrainedModel | PeftModel
 
