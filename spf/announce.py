@@ -67,8 +67,9 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watch
         more = len({conflict.row for conflict in found.leaning})
         leaning = f", {more} more rows that it might refuse counted in," if more else ""
         done = {
-            "hold": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead); "
-            "conflicts='allow' lets them be unlearned, 'drop' leaves the rows out",
+            "hold": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead), "
+            "so they stay refused; if they are harmless requests of your task (`spf audit --show` shows them), say "
+            "conflicts='allow'; 'drop' leaves the rows out",
             "drop": "these rows are left out, and their refusals held",
             "allow": "allowed, so these refusals will be lost",
         }[conflicts]
