@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from spf.evaluation.metrics import Z95, paired_interval
 
 
@@ -84,16 +86,13 @@ def pooled_difference(ours: Sequence[str], theirs: Sequence[str]) -> Difference:
     lengths = {len(text) for text in (*ours, *theirs)}
     if len(ours) != len(theirs) or len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"paired verdicts must cover the same prompts; their counts are {sorted(lengths)}")
-    seeds, n = len(ours), lengths.pop()
-    pairs = [[(int(a[i]), int(b[i])) for a, b in zip(ours, theirs, strict=True)] for i in range(n)]
-    flat = [pair for prompt in pairs for pair in prompt]
-    total = len(flat)
-    mean = sum(a - b for a, b in flat) / total
+    a, b = (np.array([[bit == "1" for bit in text] for text in side]) for side in (ours, theirs))
+    change = a.astype(float) - b
+    seeds, n = change.shape
     effect = float(seeds)
-    naive = sum((a - b - mean) ** 2 for a, b in flat) / (total * max(1, total - 1))
+    naive = change.var() / max(1, change.size - 1)
     if naive > 0 and n > 1:
-        clustered = sum((sum(a - b for a, b in prompt) / seeds - mean) ** 2 for prompt in pairs) / (n * (n - 1))
-        effect = min(max(clustered / naive, 1.0), float(seeds))
-    both, only_ours, only_theirs, neither = (flat.count(kind) / effect for kind in ((1, 1), (1, 0), (0, 1), (0, 0)))
-    low, high = paired_interval(both, only_ours, only_theirs, neither)
-    return Difference(mean, low, high, seeds)
+        effect = min(max(change.mean(0).var() / (n - 1) / naive, 1.0), float(seeds))
+    counts = ((a & b).sum(), (a & ~b).sum(), (b & ~a).sum(), (~a & ~b).sum())
+    low, high = paired_interval(*(float(count) / effect for count in counts))
+    return Difference(float(change.mean()), low, high, seeds)
