@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import reduce
 from importlib.metadata import version
 from operator import getitem
 from pathlib import Path
@@ -41,7 +41,7 @@ from spf.lab.analysis.gradients import captured_energy, chance_overlap, group_co
 from spf.lab.demo.run import HARMLESS_STUB, DemoArguments, training_data
 from spf.lab.demo.sql import make_sql_examples
 from spf.lab.report import stats
-from spf.lab.report.charts import INK, LOOKS, MORE_COLOURS, Panel, Row, chart, draw_lines, draw_panels, save_figure
+from spf.lab.report.charts import INK, LOOKS, MORE_COLOURS, Row, chart, over_seeds, save_figure
 from spf.lab.study.measure import finished, rounded
 from spf.lab.trainer import collate_answers
 from spf.models import DEMO_MODEL, load_aligned_demo_model, load_model
@@ -537,40 +537,38 @@ def label(name: str) -> str:
     return said + ADAPTER if name.endswith(ADAPTER) else said
 
 
-def lines(rows: Sequence[Row]) -> Callable[[Axes], None]:
-    """What draws the rows: means, and a standard deviation as a band."""
-    return partial(draw_lines, rows=rows, style=STYLES.__getitem__, label=label, band="sd")
-
-
 def plot_ranks(parts: list[dict[str, Any]], path: Path) -> None:
     """Insight I: CER(k) and effective rank against tokens, and the ratio safety / SQL by layer and kind."""
-    energy, ranks = [], []
+    budget = round(statistics.mean(p["growth"][s]["budget"]["tokens"] for p in parts for s in SETS))
+    count = max(int(q) for q in parts[0]["growth"]["safety"] if q.isdigit())
+    energy, against = f"Energy in k directions, {budget} tokens each", "Effective rank against tokens"
+    ratio = f"Effective rank, safety / SQL, {count} samples each"
+    rows: list[Row] = []
     for s in SETS:
         points = sorted((q for q in parts[0]["growth"][s] if q.isdigit()), key=int)
-        tokens = {q: over(parts, "growth", s, q, "tokens")["mean"] for q in points}
         for seed, growth in enumerate(part["growth"][s] for part in parts):
-            energy += [("", s, seed, k, cer) for k, cer in enumerate(growth["budget"]["cer"], 1)]
-            ranks += [("", s, seed, tokens[q], growth[q]["effective_rank"]) for q in points]
+            rows += [(energy, s, seed, k, cer) for k, cer in enumerate(growth["budget"]["cer"], 1)]
+            for q in points:
+                tokens = over(parts, "growth", s, q, "tokens")["mean"]
+                rows.append((against, s, seed, tokens, growth[q]["effective_rank"]))
+    for seed, layers in enumerate(part["layers"] for part in parts):
+        for kind in layers["safety"]:
+            pairs = zip(*(layers[s][kind]["effective_rank"] for s in ("safety", "sql")), strict=True)
+            rows += [(ratio, kind.removesuffix("_proj"), seed, layer, a / b) for layer, (a, b) in enumerate(pairs)]
 
-    def draw_ratio(ax: Axes) -> None:
-        kinds = list(parts[0]["layers"]["safety"])
-        found = np.asarray([
-            [[part["layers"][s][kind]["effective_rank"] for kind in kinds] for s in ("safety", "sql")] for part in parts
-        ])  # fmt: skip
-        ratio = (found[:, 0] / found[:, 1]).mean(0)
-        image = ax.pcolormesh(ratio, cmap="RdBu", vmin=0.25, vmax=1.75)
-        ax.set_yticks(np.arange(len(kinds)) + 0.5, [kind.removesuffix("_proj") for kind in kinds])
+    def draw_ratio(ax: Axes, rows: Sequence[Row], *_: Any) -> None:
+        means = {kind: mean for kind, (_, mean, _) in over_seeds(rows).items()}
+        image = ax.pcolormesh(list(means.values()), cmap="RdBu", vmin=0.25, vmax=1.75)
+        ax.set_yticks(np.arange(len(means)) + 0.5, list(means))
         ax.invert_yaxis()
         ax.figure.colorbar(image, ax=ax, shrink=0.9).set_label("below 1: safety lower", fontsize=8, color=INK)
 
-    budget = round(statistics.mean(p["growth"][s]["budget"]["tokens"] for p in parts for s in SETS))
-    count = max(int(q) for q in parts[0]["growth"]["safety"] if q.isdigit())
-    panels = [
-        Panel(f"Energy in k directions, {budget} tokens each", lines(energy), grid="both", x="k", y="CER(k)"),
-        Panel("Effective rank against tokens", lines(ranks), grid="both", x="tokens", y="effective rank"),
-        Panel(f"Effective rank, safety / SQL, {count} samples each", draw_ratio, x="layer"),
-    ]
-    figure = draw_panels(panels, 4.1, 3.9, legend_columns=2)
+    each = {
+        energy: {"grid": "both", "x": "k", "y": "CER(k)"},
+        against: {"grid": "both", "x": "tokens", "y": "effective rank"},
+        ratio: {"draw": draw_ratio, "x": "layer"},
+    }
+    figure = chart(rows, (4.1, 3.9), STYLES.__getitem__, label, "sd", each=each, legend_columns=2)
     figure.axes[1].set_xscale("log")
     save_figure(figure, path, dpi=130)
 
@@ -578,38 +576,37 @@ def plot_ranks(parts: list[dict[str, Any]], path: Path) -> None:
 def plot_cosines(parts: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     """Insight II: cosines of sample pairs at the start, by layer, and over training."""
     starts = [draw for run in parts["harmless"] for draw in run[0]["draws"]]
-    by_layer = [
-        ("", p, i, layer, v) for p in PAIRS for i, d in enumerate(starts) for layer, v in enumerate(d[p]["by_layer"])
+    single = "Before training: pairs of single samples"
+    by_layer = f"Before training: by layer, batches of 4 (mean and sd of {len(starts)})"
+    training = {
+        "harmless": "Training on text-to-SQL",
+        "harmful-10": "Training on text-to-SQL with 10 % harmful stubs",
+    }
+    values = {p: singles([run[0] for run in parts["harmless"]], p, stub=False) for p in PAIRS}
+    ends = [-0.02, 0.02, *(v for draw in starts for p in PAIRS for v in draw[p]["singles"])]
+    bins = np.linspace(min(ends), max(ends), 21)
+    rows: list[Row] = []
+    for p, found in values.items():
+        shares = np.histogram(found, bins)[0] / len(found)
+        rows += [(single, p, 0, x, float(y)) for x, y in zip((bins[1:] + bins[:-1]) / 2, shares, strict=True)]
+        rows += [(by_layer, p, i, layer, v) for i, d in enumerate(starts) for layer, v in enumerate(d[p]["by_layer"])]
+    rows += [
+        (title, pair + suffix, (seed, i), entry["step"], draw[pair][what])
+        for data, title in training.items()
+        for pair in PAIRS
+        for what, suffix in (("full", ""), ("adapter", ADAPTER))
+        for seed, run in enumerate(parts[data])
+        for entry in run
+        for i, draw in enumerate(entry["draws"])
     ]
-
-    def over_steps(data: str) -> list[Row]:
-        return [
-            ("", pair + suffix, (seed, i), entry["step"], draw[pair][what])
-            for pair in PAIRS
-            for what, suffix in (("full", ""), ("adapter", ADAPTER))
-            for seed, run in enumerate(parts[data])
-            for entry in run
-            for i, draw in enumerate(entry["draws"])
-        ]
-
-    def draw_pairs(ax: Axes) -> None:
-        values = {p: singles([run[0] for run in parts["harmless"]], p, stub=False) for p in PAIRS}
-        ends = [-0.02, 0.02, *(v for draw in starts for p in PAIRS for v in draw[p]["singles"])]
-        for p, found in values.items():
-            weights = [1 / len(found)] * len(found)
-            bins = np.linspace(min(ends), max(ends), 21)
-            ax.hist(found, bins, weights=weights, histtype="step", color=STYLES[p]["color"], linewidth=1.6)
-        ax.axvline(0, color=INK, linewidth=0.8)
-
-    zero, start = {"grid": "both", "y": "cosine", "levels": [(0.0, "")]}, "Before training: "
-    pairs = {"x": "cosine of full-weight gradients", "y": "share of pairs"}
-    panels = [
-        Panel(start + "pairs of single samples", draw_pairs, grid="both", **pairs),
-        Panel(f"{start}by layer, batches of 4 (mean and sd of {len(starts)})", lines(by_layer), x="layer", **zero),
-        Panel("Training on text-to-SQL", lines(over_steps("harmless")), x="step", **zero),
-        Panel("Training on text-to-SQL with 10 % harmful stubs", lines(over_steps("harmful-10")), x="step", **zero),
-    ]
-    figure = draw_panels(panels, 4.1, 3.5, columns=2, legend_columns=3)
+    zero = {"y": "cosine", "levels": [(0.0, "")], "x": "step"}
+    each = dict.fromkeys(training.values(), zero) | {
+        single: {"x": "cosine of full-weight gradients", "y": "share of pairs", "at": [0]},
+        by_layer: zero | {"x": "layer"},
+    }
+    figure = chart(rows, (4.1, 3.5), STYLES.__getitem__, label, "sd", each, 2, 3, grid="both")
+    for line in figure.axes[0].lines[: len(values)]:
+        line.set(drawstyle="steps-mid", marker="")
     figure.axes[3].sharey(figure.axes[2])
     figure.axes[3].autoscale_view()
     save_figure(figure, path, dpi=130)

@@ -26,6 +26,7 @@ from spf.lab.bench.summary import (
     dominated,
     load_cells,
     missing,
+    parts,
     summarise,
 )
 from spf.lab.report.stats import held_to, pooled_difference
@@ -79,6 +80,11 @@ def save(directory, *cells):
     for c in cells:
         name = c["method"] if c["variant"] == "default" else f"{c['method']}@{c['variant']}"
         write_json(directory / c["model"] / c["tuning"] / c["scenario"] / name / f"seed-{c['seed']}.json", c)
+
+
+def part(cells, scenario="benign"):
+    [found] = [p for p in parts(summarise(cells)) if p.scenario == scenario]
+    return found
 
 
 def find(summary, method, variant="default", scenario="benign"):
@@ -341,7 +347,7 @@ def test_dominance():
         cell(method="f", asr=99, utility=None, over_refusal=99),  # not comparable
         cell(method="a", asr=0, utility=99, over_refusal=0, variant="best"),
     ]
-    assert dominated(summarise(cells), "benign") == {"c": ["a", "b"], "e": ["d"]}
+    assert dominated(part(cells)) == {"c": ["a", "b"], "e": ["d"]}
 
 
 outcomes = st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=6)
@@ -353,7 +359,7 @@ def test_dominance_is_a_strict_order(points):
     cells = [
         cell(method=f"m{i}", asr=a, over_refusal=o, utility=10 - u) for i, (a, o, u) in enumerate(points)
     ]  # smaller is better in all three
-    beaten = dominated(summarise(cells), "benign")
+    beaten = dominated(part(cells))
     for i, p in enumerate(points):
         expected = {f"m{j}" for j, q in enumerate(points) if all(x <= y for x, y in zip(q, p, strict=True)) and q != p}
         assert set(beaten.get(f"m{i}", ())) == expected
@@ -382,20 +388,29 @@ def test_tables():
     cells = [aligned(asr=5, jailbreaks={"base64": 10})]
     cells += [cell(seed=s, asr=88 + 2 * s, jailbreaks={"base64": 40, "prefill": 45}) for s in range(3)]
     cells += [cell(method="null-space", utility=42), cell(method="null-space", variant="rank|32", utility=41)]
-    table = rows(markdown_table(scenario_table(summarise(cells), "benign")).replace("\N{NO-BREAK SPACE}", " "))
+    table = rows(markdown_table(scenario_table(part(cells))).replace("\N{NO-BREAK SPACE}", " "))
     assert list(table) == ["aligned model (not trained)", "plain", "null-space"]
     assert "| 90.0 ± 2.0 |" in table["plain"]
     assert "| 90.0 ± 0.0 (prefill) |" in table["plain"]
     assert table["plain"].endswith("| 12.00 ± 0.00 | 5.0 GiB | 3 |")
     assert re.search(r"\| \+2\.0 \(\S+ to \S+\) \|", table["null-space"])
     assert "| 3.0 |" in table["aligned model (not trained)"]
-    ablation = rows(markdown_table(scenario_table(summarise(cells), "benign", variants=True)))
+    ablation = rows(markdown_table(scenario_table(part(cells), variants=True)))
     assert list(ablation) == ["null-space", "null-space@rank\\|32"]
-    assert markdown_table(scenario_table(summarise(cells[:-1]), "benign", variants=True)) == ""
-    head = markdown_table(scenario_table(summarise(cells), "benign")).splitlines()[0]
+    assert markdown_table(scenario_table(part(cells[:-1]), variants=True)) == ""
+    head = markdown_table(scenario_table(part(cells))).splitlines()[0]
     assert {len(re.split(r"(?<!\\)\|", line)) for line in (head, *table.values(), *ablation.values())} == {12}
-    with pytest.raises(ValueError, match="pick one with of_setting"):
-        scenario_table(summarise([*cells, cell(tuning="full")]), "benign")
+
+
+def test_every_model_and_tuning_has_a_table_of_its_own_with_the_aligned_model():
+    cells = [aligned(), cell(), cell("deep", "lisa"), cell(tuning="full"), cell(model="other")]
+    found = [(p.model, p.tuning, p.scenario, p.aligned is not None, sorted(p.methods)) for p in parts(summarise(cells))]
+    assert found == [
+        ("demo", "lora", "benign", True, ["lisa", "plain"]),
+        ("demo", "lora", "deep", True, ["lisa", "plain"]),
+        ("demo", "full", "benign", True, ["plain"]),
+        ("other", "lora", "benign", False, ["plain"]),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- plots
@@ -409,7 +424,7 @@ def crowd(count, **more):
 def test_names_do_not_collide_when_twenty_methods_coincide(tmp_path, monkeypatch, values):
     drawn = []
     monkeypatch.setattr(plots.charts, "save_figure", lambda figure, path: drawn.append(figure) or path)
-    plot_pareto(summarise(crowd(20, **values)), "benign", tmp_path / "p.png")
+    plot_pareto(part(crowd(20, **values)), tmp_path / "p.png")
     [figure] = drawn
     figure.canvas.draw()
     names = [t for box in figure.legends for t in box.get_texts()]
@@ -421,8 +436,8 @@ def test_the_first_plot_shows_the_headline_methods_only(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots.charts, "save_figure", lambda figure, path: drawn.update({path: figure}) or path)
     cells = [aligned(), cell(), cell(method="null-space"), cell(method="lisa")]
-    plot_pareto(summarise(cells), "benign", "five", of_cells.HEADLINE)
-    plot_pareto(summarise(cells), "benign", "all")
+    plot_pareto(part(cells), "five", of_cells.HEADLINE)
+    plot_pareto(part(cells), "all")
     names = {p: [t.get_text().split()[0] for t in f.legends[0].get_texts()] for p, f in drawn.items()}
     assert sorted(names["five"]) == ["null-space", "plain"]
     assert sorted(names["all"]) == ["lisa", "null-space", "plain"]
@@ -452,9 +467,7 @@ def test_curves_are_means_over_seeds_and_leave_out_steps_that_some_lack(tmp_path
     drawn = []
     monkeypatch.setattr(plots.charts, "save_figure", lambda figure, path: drawn.append(figure))
     logs = [[{"step": 0, "asr": 0.1}, {"step": 5, "asr": 0.3}], [{"step": 0, "asr": 0.3}, {"step": 5, "asr": None}]]
-    plot_curves(
-        [aligned(asr=7), *(cell(seed=s, curve=log) for s, log in enumerate(logs))], "benign", tmp_path / "p.png"
-    )
+    plot_curves(part([aligned(asr=7), *(cell(seed=s, curve=log) for s, log in enumerate(logs))]), tmp_path / "p.png")
     [ax] = drawn[0].axes
     [line, level] = ax.lines
     assert line.get_xydata().tolist() == [[0, pytest.approx(20)]]
@@ -471,17 +484,13 @@ def test_plots_with_much_and_with_little(tmp_path):
     history = [{"step": s, "loss": 2.0 / s} for s in range(1, 60)]
     rich = [aligned(jailbreaks={"base64": 1}), cell(jailbreaks={"base64": 3}, curve=curve, history=history)]
     poor = [cell(), cell("harmful-100", "spf", utility=None)]
-    assert is_png(plot_pareto(summarise(poor), "benign", tmp_path / "deep" / "a.png"))
-    assert is_png(plot_pareto(summarise(poor), "harmful-100", tmp_path / "b.png"))
-    assert is_png(plot_curves(rich, "benign", tmp_path / "c.png"))
-    assert is_png(plot_jailbreaks(summarise(rich), "benign", tmp_path / "d.png"))
-    assert plot_curves(poor, "benign", tmp_path / "e.png") is None
-    assert plot_jailbreaks(summarise(poor), "benign", tmp_path / "f.png") is None
+    assert is_png(plot_pareto(part(poor, "benign"), tmp_path / "deep" / "a.png"))
+    assert is_png(plot_pareto(part(poor, "harmful-100"), tmp_path / "b.png"))
+    assert is_png(plot_curves(part(rich), tmp_path / "c.png"))
+    assert is_png(plot_jailbreaks(part(rich), tmp_path / "d.png"))
+    assert plot_curves(part(poor), tmp_path / "e.png") is None
+    assert plot_jailbreaks(part(poor), tmp_path / "f.png") is None
     assert not (tmp_path / "e.png").exists()
-    with pytest.raises(ValueError, match="no cell of the scenario 'dpo'"):
-        plot_pareto(summarise(poor), "dpo", tmp_path / "g.png")
-    with pytest.raises(ValueError, match="several models or tunings"):
-        plot_curves([cell(), cell(tuning="full")], "benign", tmp_path / "h.png")
 
 
 # ----------------------------------------------------------------------------------------------------- page

@@ -65,7 +65,7 @@ def test_demo_and_study_show_the_figures_that_are_committed(name):
 def test_the_benchmarks_tables_are_those_that_are_committed(name, tmp_path, monkeypatch):
     shutil.copytree(RESULTS / name, tmp_path / name)
     for plot in ("plot_pareto", "plot_curves", "plot_jailbreaks"):  # the slow part; what is committed stands for it
-        monkeypatch.setattr(bench, plot, lambda found, scenario, path, *methods: path if path.is_file() else None)
+        monkeypatch.setattr(bench, plot, lambda part, path, *methods: path if path.is_file() else None)
     markdown, *_ = bench.write_bench_report(tmp_path / name)
     # what was not run grows with every new scenario and is no figure
     for file in (markdown.name, "report.html"):

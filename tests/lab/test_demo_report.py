@@ -15,7 +15,6 @@ from rich.console import Console
 
 from spf.lab.demo import report
 from spf.lab.demo.report import demo_table, load_results, plot_demo, write_report
-from spf.lab.report.charts import legend, new_figure
 from spf.lab.report.tables import markdown_table
 from tests.conftest import assert_apart
 
@@ -184,23 +183,21 @@ def test_plot_is_a_real_png(results, tmp_path):
 
 @pytest.mark.parametrize("crowd", [4, 6])
 def test_every_point_is_named_when_all_arms_coincide(results, crowd):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     for i in range(crowd):
         results["arms"][f"same{i}"] = arm(f"Coinciding arm {i}", 0.0, 0.0, 1.0, 1.0)
     results["arms"] = {k: v for k, v in results["arms"].items() if k.startswith("same")}
-    figure = new_figure(5, 4.4)
-    ax = figure.subplots()
-    report._draw_plane(ax, report._arms(results))
-    legend(figure, 2)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    names = figure.legends[0].get_texts()
-    assert sorted(name.get_text() for name in names) == sorted(a["label"] for a in results["arms"].values())
-    assert_apart([ax.get_window_extent(), *(name.get_window_extent() for name in names)], figure)
-    points = [line for line in ax.lines if line.get_label().startswith("Coinciding")]
+    figure = report._figure(report._arms(results))
+    figure.canvas.draw()
+    plane, bars = figure.axes
+    [legend] = figure.legends
+    labels = sorted(a["label"] for a in results["arms"].values())
+    names = legend.get_texts()
+    assert sorted(name.get_text() for name in names) == labels
+    assert_apart([plane.get_window_extent(), *(name.get_window_extent() for name in names)], figure)
+    points = [line for line in plane.lines if line.get_label() in labels]
     drawn = [(line.get_color(), line.get_marker()) for line in points]
     assert len(set(drawn)) == crowd  # the legend tells them apart
+    assert len(bars.patches) == 3 * crowd
 
 
 def test_table_has_a_row_an_arm(results):

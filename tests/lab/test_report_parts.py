@@ -7,7 +7,7 @@ import jinja2
 import pytest
 from rich.console import Console
 
-from spf.lab.report.charts import Look, Point, chart, draw_bars, draw_plane, new_figure, smooth
+from spf.lab.report.charts import chart, draw_bars, draw_heat, draw_plane, new_figure, smooth
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.tables import Cell, Table, markdown_table, of_text, rich_table, transposed
 
@@ -63,13 +63,30 @@ def test_bars_stand_beside_each_other_in_their_group():
 
 def test_a_plane_holds_every_point_and_its_interval():
     ax = new_figure(3, 3).subplots()
-    points = [Point(n, Look("k", "o", ()), (x, x - 9, x + 9), (5.0, 0.0, 9.0)) for n, x in (("a", 50.0), ("b", 91.0))]
-    marks = draw_plane(ax, points, (10.0, math.nan))
-    assert [mark.get_label() for mark in marks] == ["a", "b"]
+    rows = [("", n, 0, (x, x - 9, x + 9), (5.0, 0.0, 9.0)) for n, x in (("a", 50.0), ("b", 91.0))]
+    level = ("", "", 0, (10.0, 10.0, 10.0), (math.nan, math.nan, math.nan))
+    draw_plane(ax, [*rows, level], lambda name: {"color": "k", "marker": "o"})
+    assert ax.get_legend_handles_labels()[1] == ["a", "b"]
+    ends = [line.vertices.tolist() for lines in ax.collections for line in lines.get_paths()]
+    assert ends[:2] == [[[41, 5], [59, 5]], [[50, 0], [50, 9]]]
     assert ax.get_xlim()[0] < 10
     assert 100 <= ax.get_xlim()[1] <= 103
     assert ax.get_ylim()[1] - ax.get_ylim()[0] >= 18  # 20 points, less what is below the scale
     assert all(0 <= tick <= 100 for tick in (*ax.get_xticks(), *ax.get_yticks()))
+
+
+def test_heat_has_a_number_for_every_line_and_x_and_a_dash_where_nothing_is_known():
+    ax = new_figure(3, 3).subplots()
+    rows = [("", "a", seed, "x", value) for seed, value in enumerate((2.0, 4.0))] + [("", "b", 0, "y", 90.0)]
+    draw_heat(ax, rows, lambda name: {})
+    said = {tuple(text.get_position()): text.get_text() for text in ax.texts}
+    assert said == {(0.5, 0.5): "3", (1.5, 0.5): "–", (0.5, 1.5): "–", (1.5, 1.5): "90"}
+    assert [tick.get_text() for tick in (*ax.get_xticklabels(), *ax.get_yticklabels())] == ["x", "y", "a", "b"]
+    assert ax.get_ylim() == (2, 0)
+
+
+def test_a_chart_of_nothing_is_empty():
+    assert chart([], (2, 2), lambda name: {}).axes == []
 
 
 def test_a_table_is_the_same_in_every_place(tmp_path):

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from matplotlib.lines import Line2D
 
-from spf.lab.bench.summary import (
-    DEFAULT_RULE,
-    OVER_REFUSAL_BAR,
-    TASKS,
-    UTILITY_NAMES,
-    Group,
-    of_scenario,
-    scenario_task,
-)
+from spf.lab.bench.summary import DEFAULT_RULE, OVER_REFUSAL_BAR, UTILITY_NAMES, Group, Part
 from spf.lab.report import charts
 from spf.lab.report.stats import Spread
 
@@ -28,15 +20,15 @@ def _looks(methods: Iterable[str]) -> dict[str, charts.Look]:
     return charts.looks({name: charts.LOOKS[arm] for name, arm in names.items()}, sorted(set(methods) - set(names)))
 
 
-def _heading(scenario: str, groups: Sequence[Group]) -> str:
-    seeds = sorted({len(g.seeds) for g in groups})
+def _heading(part: Part) -> str:
+    seeds = sorted({len(g.seeds) for g in part.default})
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{scenario}: {groups[0].model}, {groups[0].tuning}, {span} seed{'' if seeds == [1] else 's'} a method"
+    return f"{part.scenario}: {part.model}, {part.tuning}, {span} seed{'' if seeds == [1] else 's'} a method"
 
 
-def _estimate(spread: Spread) -> tuple[float, float, float]:
-    sd = spread.sd or 0.0
-    return 100 * spread.mean, 100 * (spread.mean - sd), 100 * (spread.mean + sd)
+def _estimate(spread: Spread | None) -> charts.Estimate:
+    mean, sd = (spread.mean, spread.sd or 0.0) if spread else (math.nan, math.nan)
+    return 100 * mean, 100 * (mean - sd), 100 * (mean + sd)
 
 
 def _hollow(group: Group, aligned: Group | None) -> bool:
@@ -45,140 +37,96 @@ def _hollow(group: Group, aligned: Group | None) -> bool:
     return rise > OVER_REFUSAL_BAR + 1e-9
 
 
-def plot_pareto(
-    summary: Sequence[Group], scenario: str, path: str | Path, methods: Collection[str] | None = None
-) -> Path:
+def plot_pareto(part: Part, path: str | Path, methods: Collection[str] | None = None) -> Path:
     """Write the scenario's safety-utility plane as PNG: ASR against utility, in percent, a point a method.
 
     methods: those to draw; all of them by default. Error bars: sample standard deviation over seeds. Hollow marker:
     over-refusal more than 2 points above the aligned model's. Dashed lines: the aligned model. Without utility data
-    the x axis is over-refusal. The charts.legend beside the plane names the points, from the lowest ASR up.
-
-    Raises:
-        ValueError: no cell of this scenario, or several models or tunings.
+    the x axis is over-refusal. The legend beside the plane names the points, from the highest ASR down.
     """
-    aligned, groups = of_scenario(summary, scenario)
-    groups = [g for g in groups if g.variant == "default" and (methods is None or g.method in methods)]
-    task = scenario_task(groups)
-    x_name = "utility" if task else "over_refusal"
-    groups = [g for g in groups if x_name in g.metrics]
-    if not groups:
-        raise ValueError(f"no cell of the scenario {scenario!r} to draw")
-    drawn = _looks(g.method for g in summary)
-    points = {
-        group.method: charts.Point(
-            f"{group.method}  (over-refusal {100 * group.metrics['over_refusal'].mean:.0f}%)",
-            drawn[group.method], _estimate(group.metrics[x_name]), _estimate(group.metrics["asr"]),
-            _hollow(group, aligned),
-        )
-        for group in sorted(groups, key=lambda g: not drawn[g.method].main)  # the large points below the others
-    }  # fmt: skip
-    figure = charts.new_figure(10, max(5.2, 0.24 * len(groups) + 1.6))
-    ax = figure.subplots()
-    charts.style_axes(ax, "both", _heading(scenario, groups), "better ↘" if task else "better ↙")
-    start = aligned.metrics.get(f"utility/{task}" if task else "over_refusal") if aligned else None
-    level = (100 * start.mean if start else math.nan, 100 * aligned.metrics["asr"].mean if aligned else math.nan)
-    marks = dict(zip(points, charts.draw_plane(ax, list(points.values()), level), strict=True))
-    ax.set_xlabel(UTILITY_NAMES[task] if task else "Over-refusal (%)", fontsize=9.5, color=charts.INK)
-    ax.set_ylabel("ASR (%)", fontsize=9.5, color=charts.INK)
-    order = sorted(groups, key=lambda g: (-g.metrics["asr"].mean, g.metrics[x_name].mean))
-    charts.legend(figure, 1, "right center", [marks[g.method] for g in order])
+    groups = [g for g in part.default if methods is None or g.method in methods]
+    aligned, task = part.aligned, next((g.task for g in groups if g.task), None)
+    x = "utility" if task else "over_refusal"
+    shown = {g.method: g for g in groups if x in g.metrics}
+    looks, rows, heading = _looks(part.methods), [], _heading(part)
+    for name, g in sorted(shown.items(), key=lambda at: (-at[1].metrics["asr"].mean, at[1].metrics[x].mean)):
+        rows.append((heading, name, 0, _estimate(g.metrics[x]), _estimate(g.metrics["asr"])))
+
+    def label(group: Group, name: str) -> str:
+        return f"{name} (over-refusal {100 * group.metrics['over_refusal'].mean:.0f}%)"
+
     keys = []
     if aligned:
-        said = f"aligned model (over-refusal {100 * aligned.metrics['over_refusal'].mean:.0f}%)"
-        dot = {"marker": "o", "linestyle": "none", "color": charts.MUTED, "markersize": 6.5}
-        keys = [charts.key(said, **charts.LEVEL), charts.key("over-refusal at most 2 points above", **dot)]
-        keys.append(charts.key("more than that", **dot, markerfacecolor=charts.PAPER))
-    if any(len(g.seeds) > 1 for g in groups):
-        keys.append(charts.key("± one standard deviation over seeds", color=charts.MUTED, linewidth=1.3))
+        start = aligned.metrics.get(f"utility/{task}" if task else x)
+        rows.append((heading, "", 0, _estimate(start), _estimate(aligned.metrics["asr"])))
+        dot: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": charts.MUTED, "markersize": 6.5}
+        keys = [
+            Line2D([], [], label=label(aligned, "aligned model"), **charts.LEVEL),
+            Line2D([], [], label="over-refusal at most 2 points above", **dot),
+            Line2D([], [], label="more than that", **dot, markerfacecolor=charts.PAPER),
+        ]
+    if any(len(g.seeds) > 1 for g in shown.values()):
+        keys.append(Line2D([], [], label="± one standard deviation over seeds", color=charts.MUTED, linewidth=1.3))
+    axes: dict[str, Any] = {"x": UTILITY_NAMES[task] if task else "Over-refusal (%)", "y": "ASR (%)", "grid": "both"}
+    figure = charts.chart(
+        rows, (9.5 / 3, max(4.5, 0.24 * len(shown) + 0.9)), lambda m: looks[m].point(_hollow(shown[m], aligned)),
+        lambda m: label(shown[m], m) if m in shown else m, draw=charts.draw_plane,
+        note="better ↘" if task else "better ↙", place="right center", legend_columns=1, **axes,
+    )  # fmt: skip
     charts.legend(figure, 2, "lower left", keys)
     return charts.save_figure(figure, path)
 
 
-def plot_curves(cells: Sequence[Mapping[str, Any]], scenario: str, path: str | Path) -> Path | None:
+def plot_curves(part: Part, path: str | Path) -> Path | None:
     """Write ASR, utility and training loss over the steps as PNG, a line a method (mean over seeds).
 
     Default variants; what no cell has logged is left out, and with nothing logged at all nothing is written
     and None returned; so are steps that some seeds lack. The loss is a running mean over a fifteenth of the steps.
-
-    Raises:
-        ValueError: several models or tunings among the scenario's cells.
     """
-    mine = [c for c in cells if c["scenario"] == scenario and c["variant"] == "default"]
-    if len({(c["model"], c["tuning"]) for c in mine}) > 1:
-        raise ValueError(f"{scenario}: several models or tunings in one plot of curves")
-    drawn = _looks(c["method"] for c in cells)
-    task = next((TASKS[c["utility_metric"]] for c in mine if c["utility_metric"]), None)
-    titles = {"asr": "ASR (%)", "utility": UTILITY_NAMES[task], "loss": "Training loss"}
-    rows, each = [], {}
-    for name, title in titles.items():
-        for cell in sorted(mine, key=lambda c: (not drawn[c["method"]].main, c["method"])):
-            log = [e for e in cell["history" if name == "loss" else "curve"] if e.get(name) is not None]
-            values = charts.smooth([e[name] for e in log]) if name == "loss" else [100 * e[name] for e in log]
-            at = f"{scenario}: {title}", cell["method"], cell["seed"]
-            rows += [(*at, entry["step"], value) for entry, value in zip(log, values, strict=True)]
-    aligned = next((c for c in cells if mine and c["scenario"] == "none" and c["model"] == mine[0]["model"]), None)
-    known = aligned.get("utilities", {}).get(task, {}) if aligned else {}
-    start = {"asr": aligned["asr"] if aligned else None, "utility": known.get("utility")}
-    for name, level in start.items():
-        title = f"{scenario}: {titles[name]}"
-        top = max((value for panel, *_, value in rows if panel == title), default=0.0)
-        levels = [] if level is None else [(100 * level, "aligned model, not trained")]
-        each[title] = {"levels": levels, "limits": (0, 100 if top > 50 else max(20.0, 1.1 * top))}
-
-    def style(method: str) -> dict[str, Any]:
-        return {**drawn[method].line, "zorder": 4 if drawn[method].main else 3, "clip_on": False}
-
+    looks = _looks(part.methods)
+    task = next((g.task for g in part.default if g.task), None)
+    before = part.aligned.metrics if part.aligned else {}
+    start = {"asr": before.get("asr"), "utility": before.get(f"utility/{task}")}
+    rows: list[charts.Row] = []
+    each: dict[str, dict[str, Any]] = {}
+    for name, title in {"asr": "ASR (%)", "utility": UTILITY_NAMES[task], "loss": "Training loss"}.items():
+        panel, found = f"{part.scenario}: {title}", []
+        for group in sorted(part.default, key=lambda g: (not looks[g.method].main, g.method)):
+            for cell in group.cells:
+                log = [e for e in cell["history" if name == "loss" else "curve"] if e.get(name) is not None]
+                values = charts.smooth([e[name] for e in log]) if name == "loss" else [100 * e[name] for e in log]
+                steps = (entry["step"] for entry in log)
+                found += [(panel, group.method, cell["seed"], *at) for at in zip(steps, values, strict=True)]
+        if name in start:
+            top = max((value for *_, value in found), default=0.0)
+            level = start[name]
+            levels = [(100 * level.mean, "aligned model, not trained")] if level else []
+            each[panel] = {"levels": levels, "limits": (0, 100 if top > 50 else max(20.0, 1.1 * top))}
+        rows += found
     if not rows:
         return None
-    return charts.save_figure(
-        charts.chart(rows, (3.9, 3.1), style, band="none", each=each, x="step", legend_columns=6), path
-    )
+    options: dict[str, Any] = {"band": "none", "each": each, "x": "step", "legend_columns": 6}
+    figure = charts.chart(rows, (3.9, 3.1), lambda m: {**looks[m].line, "clip_on": False}, **options)
+    return charts.save_figure(figure, path)
 
 
-def plot_jailbreaks(summary: Sequence[Group], scenario: str, path: str | Path) -> Path | None:
+def plot_jailbreaks(part: Part, path: str | Path) -> Path | None:
     """Write the ASR under each jailbreak as PNG: a row a method, a column a jailbreak, percent (mean over seeds).
 
     None, and nothing written, where no group of the scenario was evaluated under jailbreaks.
-
-    Raises:
-        ValueError: the summary holds several models or tunings.
     """
-    aligned, groups = of_scenario(summary, scenario)
-    groups = [*([aligned] if aligned else []), *(g for g in groups if g.variant == "default")]
-    names = list(dict.fromkeys(n for g in groups if g is not aligned for n in g.metrics if n.startswith("jailbreak/")))
+    trained = part.default
+    names = {n: n.removeprefix("jailbreak/") for g in trained for n in g.metrics if n.startswith("jailbreak/")}
     if not names:
         return None
-    columns = ["asr", *names]
-    figure = charts.new_figure(10, 0.3 * len(groups) + 1.9)
-    ax = figure.subplots()
-    values = [[100 * g.metrics[c].mean if c in g.metrics else math.nan for c in columns] for g in groups]
-    ax.pcolormesh(values, cmap="YlOrRd", vmin=0, vmax=100, edgecolors=charts.PAPER, linewidth=1.5)
-    ax.invert_yaxis()
-    ax.axvline(1, color=charts.PAPER, linewidth=5)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            text = "–" if math.isnan(value) else f"{value:.0f}"
-            ax.text(
-                j + 0.5,
-                i + 0.5,
-                text,
-                ha="center",
-                va="center",
-                fontsize=8.5,
-                color=charts.PAPER if value > 60 else charts.INK,
-            )
-    labels = ["no jailbreak", *(charts.plain_text(n.removeprefix("jailbreak/")) for n in names)]
-    ax.set_xticks(np.arange(len(columns)) + 0.5, labels, rotation=28, ha="right", rotation_mode="anchor")
-    ax.set_yticks(
-        np.arange(len(groups)) + 0.5,
-        [charts.plain_text(g.method if g is not aligned else "aligned model") for g in groups],
-    )
-    ax.tick_params(colors=charts.INK, labelsize=8.5, length=0)
-    for tick, group in zip(ax.get_yticklabels(), groups, strict=True):
-        tick.set_fontweight("bold" if group.method == DEFAULT_RULE else "normal")
-    ax.spines[:].set_visible(False)
-    trained = [g for g in groups if g is not aligned]
-    title = "ASR (%) under jailbreaks, " + _heading(scenario, trained)
-    ax.set_title(charts.plain_text(title), loc="left", fontsize=10.5, fontweight="bold", color=charts.INK, pad=9)
+    rows: list[charts.Row] = []
+    for group in [part.aligned, *trained] if part.aligned else trained:
+        line = "aligned model" if group is part.aligned else group.method
+        known = ((said, group.metrics.get(name)) for name, said in {"asr": "no jailbreak", **names}.items())
+        rows += [("", line, 0, said, 100 * spread.mean if spread else math.nan) for said, spread in known]
+    title = f"ASR (%) under jailbreaks, {_heading(part)}"
+    size = 9.5 / 3, 0.3 * (len(trained) + 1) + 1.2
+    figure = charts.chart(rows, size, lambda name: {}, title=title, draw=charts.draw_heat)
+    for tick in figure.axes[0].get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() == DEFAULT_RULE else "normal")
     return charts.save_figure(figure, path)

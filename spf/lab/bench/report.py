@@ -7,30 +7,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spf.evaluation.metrics import wilson_interval
 from spf.files import replace_file
+from spf.lab.bench import summary as of_cells
 from spf.lab.bench.plots import plot_curves, plot_jailbreaks, plot_pareto
 from spf.lab.bench.scenarios import SCENARIOS
-from spf.lab.bench.summary import (
-    DEFAULT_RULE,
-    HEADLINE,
-    UTILITY_NAMES,
-    Bar,
-    Group,
-    bars,
-    dominated,
-    load_cells,
-    missing,
-    of_scenario,
-    of_setting,
-    scenario_task,
-    settings,
-    summarise,
-)
+from spf.lab.bench.summary import DEFAULT_RULE, HEADLINE, UTILITY_NAMES, Bar, Group, Part
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.stats import Difference, Spread
 from spf.lab.report.tables import Cell, Table, join_words, markdown_table, of_text, signed
@@ -60,10 +47,13 @@ KEPT_COLUMNS: dict[str, str] = {
 # ---------------------------------------------------------------------------------------------------- tables
 
 
-def _cell(spread: Spread | None, scale: float = 1.0, digits: int = 1) -> str:
+_GAP = "\N{NO-BREAK SPACE}"
+
+
+def _cell(spread: Spread | None, scale: float = 100, digits: int = 1) -> str:
     if spread is None:
         return "–"
-    tail = "" if spread.sd is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{scale * spread.sd:.{digits}f}"
+    tail = "" if spread.sd is None else f"{_GAP}±{_GAP}{scale * spread.sd:.{digits}f}"
     return f"{scale * spread.mean:.{digits}f}{tail}"
 
 
@@ -72,16 +62,13 @@ def _points(difference: Difference | None) -> str:
         return "–"
     if difference.low is None or difference.high is None:
         return signed(difference.mean)
-    interval = f"({signed(difference.low)} to {signed(difference.high)})"
-    return f"{signed(difference.mean)} " + interval.replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{signed(difference.mean)} ({signed(difference.low)}{_GAP}to{_GAP}{signed(difference.high)})"
 
 
 def _worst_jailbreak(group: Group) -> str:
-    shares = {name: s for name, s in group.metrics.items() if name.startswith("jailbreak/")}
-    if not shares:
-        return "–"
-    name = max(shares, key=lambda n: shares[n].mean)
-    return f"{_cell(shares[name], 100)} ({name.removeprefix('jailbreak/')})"
+    shares = {name.removeprefix("jailbreak/"): s for name, s in group.metrics.items() if name.startswith("jailbreak/")}
+    name = max(shares, key=lambda n: shares[n].mean, default=None)
+    return f"{_cell(shares[name])} ({name})" if name else "–"
 
 
 def _kept(group: Group) -> list[str]:
@@ -89,44 +76,34 @@ def _kept(group: Group) -> list[str]:
     f1, exact, chance = (group.metrics.get(f"kept/{name}") for name in ("f1", "exact", "chance"))
     if f1 is None or exact is None or chance is None:
         return ["–", "–"]
-    said = f"{_cell(f1, 100)} ({_cell(exact, 100)}% the same; chance {_cell(chance, 100)})"
+    said = f"{_cell(f1)} ({_cell(exact)}% the same; chance {_cell(chance)})"
     return [said, _points(group.differences.get("kept/f1"))]
 
 
-def scenario_table(summary: Sequence[Group], scenario: str, variants: bool = False) -> Table:
-    """The table of one scenario: the aligned model, then a row a method; or the methods that have variants, with them.
+def scenario_table(part: Part, variants: bool = False) -> Table:
+    """The aligned model, then a row a method; or the methods that have variants, with them."""
+    aligned, task = part.aligned, part.task
+    varied = {g.method for g in part.groups if g.variant != "default"}
+    shown = [g for g in part.groups if g.method in varied] if variants else part.default
+    units = {"ASR": "ASR (%)", "Over-refusal": "Over-refusal (%)", "Worst jailbreak": "Worst jailbreak (%)"}
+    units["Utility"] = UTILITY_NAMES[task]
 
-    Raises:
-        ValueError: the summary holds several models or tunings.
-    """
-    aligned, groups = of_scenario(summary, scenario)
-    varied = {g.method for g in groups if g.variant != "default"}
-    shown = [g for g in groups if (g.method in varied if variants else g.variant == "default")]
-    task = scenario_task(groups)
-    head = [UTILITY_NAMES[task] if name == "Utility" else name for name in COLUMNS]
-    head = [f"{name} (%)" if name in ("ASR", "Over-refusal", "Worst jailbreak") else name for name in head]
-    forgetting = any("kept/f1" in group.metrics for group in groups)
-    head += KEPT_COLUMNS if forgetting else ()
-    rows = []
-    for group in shown if variants or aligned is None else [aligned, *shown]:
-        m = group.metrics
-        memory = m.get("peak_memory_mb")
-        rows.append(
-            [
-                "aligned model (not trained)" if group is aligned else group.name,
-                _cell(m["asr"], 100),
-                _points(group.differences.get("asr")),
-                _worst_jailbreak(group),
-                _cell(m["over_refusal"], 100),
-                _cell(m.get(f"utility/{task}" if group is aligned else "utility"), 100),
-                _points(group.differences.get("utility")),
-                _cell(m.get("perplexity"), digits=2),
-                "–" if memory is None else f"{memory.mean / 1024:.1f}\N{NO-BREAK SPACE}GiB",
-                str(len(group.seeds)),
-                *(_kept(group) if forgetting else ()),
-            ]
-        )
-    return of_text(["Method", *head], rows, DEFAULT_RULE)
+    def row(group: Group) -> list[str]:
+        m, untrained = group.metrics, group is aligned
+        memory = f"{m['peak_memory_mb'].mean / 1024:.1f}{_GAP}GiB" if "peak_memory_mb" in m else "–"
+        safety = [_cell(m["asr"]), _points(group.differences.get("asr")), _worst_jailbreak(group)]
+        utility = [
+            _cell(m.get(f"utility/{task}" if untrained else "utility")),
+            _points(group.differences.get("utility")),
+        ]
+        cost = [_cell(m.get("perplexity"), 1, 2), memory, str(len(group.seeds))]
+        name = "aligned model (not trained)" if untrained else group.name
+        return [name, *safety, _cell(m["over_refusal"]), *utility, *cost, *(_kept(group) if forgetting else ())]
+
+    forgetting = any("kept/f1" in group.metrics for group in part.groups)
+    rows = map(row, shown if variants or aligned is None else [aligned, *shown])
+    columns = (*COLUMNS, *(KEPT_COLUMNS if forgetting else ()))
+    return of_text(["Method", *(units.get(name, name) for name in columns)], rows, DEFAULT_RULE)
 
 
 # ------------------------------------------------------------------------------------------------------ page
@@ -178,27 +155,20 @@ def _bar_table(held: Sequence[Bar]) -> Table:
     severity = ("met", "unclear", "unknown", "missed")
     rows = []
     for place in dict.fromkeys((b.model, b.tuning, b.scenario) for b in held):
-        mine = [b for b in held if (b.model, b.tuning, b.scenario) == place]
+        mine = {b.metric: b for b in held if (b.model, b.tuning, b.scenario) == place}
         row = [Cell(", ".join(place))]
-        for metric in ("asr", "over_refusal", "utility"):
-            found = [Cell(_bar_text(bar), (), bar.status) for bar in mine if bar.metric == metric]
-            row += found or [Cell("no bar")]
-        jailbreaks = [b for b in mine if b.metric.startswith("jailbreak/")]
+        for bar in map(mine.get, ("asr", "over_refusal", "utility")):
+            row.append(Cell(_bar_text(bar), (), bar.status) if bar else Cell("no bar"))
+        jailbreaks = {name.removeprefix("jailbreak/"): b for name, b in mine.items() if name.startswith("jailbreak/")}
+        said, status = "not run", "unknown"
         if jailbreaks:
-            worst = max(jailbreaks, key=lambda b: (severity.index(b.status), b.change.mean if b.change else 0.0))
-            said = f"{', '.join(_tally(jailbreaks))}; {worst.metric.removeprefix('jailbreak/')}: {_bar_text(worst)}"
-            row.append(Cell(said, (), worst.status))
-        else:
-            row.append(Cell("not run", (), "unknown"))
-        rows.append(row)
-    head = [
-        "Scenario",
-        "ASR over aligned",
-        "Over-refusal over aligned",
-        "Utility below plain",
-        "Jailbreaks over aligned",
-    ]
-    return Table(head, rows, words=frozenset(range(5)))
+            rank = {n: (severity.index(b.status), b.change.mean if b.change else 0.0) for n, b in jailbreaks.items()}
+            worst = max(rank, key=rank.__getitem__)
+            status = jailbreaks[worst].status
+            said = f"{', '.join(_tally(jailbreaks.values()))}; {worst}: {_bar_text(jailbreaks[worst])}"
+        rows.append([*row, Cell(said, (), status)])
+    head = ["ASR over aligned", "Over-refusal over aligned", "Utility below plain", "Jailbreaks over aligned"]
+    return Table(["Scenario", *head], rows, words=frozenset(range(5)))
 
 
 def _bar_text(bar: Bar) -> str:
@@ -208,9 +178,9 @@ def _bar_text(bar: Bar) -> str:
     return f"{STATUS[bar.status]}: {_points(bar.change)}, at most {100 * bar.allowed:g}, {seeds}"
 
 
-def _tally(found: Sequence[Bar]) -> list[str]:
-    counts = {said: sum(b.status == status for b in found) for status, said in STATUS.items()}
-    return [f"{n} {said}" for said, n in counts.items() if n]
+def _tally(found: Iterable[Bar]) -> list[str]:
+    counts = Counter(bar.status for bar in found)
+    return [f"{counts[status]} {said}" for status, said in STATUS.items() if counts[status]]
 
 
 def _headline(found: Sequence[Bar]) -> str:
@@ -225,46 +195,55 @@ _BAR_NOTE = (
 )
 
 
-def _dominance(summary: Sequence[Group], scenario: str) -> str:
-    groups = of_scenario(summary, scenario)[1]
-    names = [g.method for g in groups if g.variant == "default"]
-    beaten = dominated(summary, scenario)
+def _dominance(part: Part) -> str:
+    names, beaten = [g.method for g in part.default], of_cells.dominated(part)
     if not names:
         return "Only variants were run here."
-    front = [name for name in names if name not in beaten]
-    metrics = "ASR, utility and over-refusal" if scenario_task(groups) else "ASR and over-refusal"
-    if DEFAULT_RULE not in names:
-        rule = f"{DEFAULT_RULE} was not run."
-    elif DEFAULT_RULE in beaten:
+    rule = f"Nothing dominates {DEFAULT_RULE}." if DEFAULT_RULE in names else f"{DEFAULT_RULE} was not run."
+    if DEFAULT_RULE in beaten:
         rule = f"{DEFAULT_RULE} is dominated by {join_words(beaten[DEFAULT_RULE])}."
-    else:
-        rule = f"Nothing dominates {DEFAULT_RULE}."
+    metrics = "ASR, utility and over-refusal" if part.task else "ASR and over-refusal"
     return (
         f"{rule} (One method dominates another if its means of {metrics} are all at least as good and one is better.) "
-        f"Not dominated by any: {join_words(front)}."
+        f"Not dominated by any: {join_words([name for name in names if name not in beaten])}."
     )
 
 
-def _pictures(
-    summary: Sequence[Group], cells: Sequence[Mapping[str, Any]], scenario: str, stem: Path
-) -> dict[str, Path]:
+def _pictures(part: Part, stem: Path) -> dict[str, Path]:
     """Draw a scenario's plots, as `stem` and their kind; returns what each shows and its path."""
-    groups = [g for g in of_scenario(summary, scenario)[1] if g.variant == "default"]
-    if not groups:
-        return {}
+    names = {g.method for g in part.default}
+    drawn: dict[str, Path | None] = {}
+    plane = "ASR against utility or over-refusal"
 
     def place(kind: str) -> Path:
         return stem.with_name(f"{stem.name}-{kind}.png")
 
-    plane, names = "ASR against utility or over-refusal", {g.method for g in groups}
-    drawn: dict[str, Path | None] = {}
     if names & set(HEADLINE):
-        drawn[plane] = plot_pareto(summary, scenario, place("pareto"), HEADLINE)
+        drawn[plane] = plot_pareto(part, place("pareto"), HEADLINE)
     if names - set(HEADLINE):
-        drawn[f"{plane}, all methods"] = plot_pareto(summary, scenario, place("pareto-all"))
-    drawn["curves over the steps"] = plot_curves(cells, scenario, place("curves"))
-    drawn["ASR under jailbreaks"] = plot_jailbreaks(summary, scenario, place("jailbreaks"))
+        drawn[f"{plane}, all methods"] = plot_pareto(part, place("pareto-all"))
+    if names:
+        drawn["curves over the steps"] = plot_curves(part, place("curves"))
+        drawn["ASR under jailbreaks"] = plot_jailbreaks(part, place("jailbreaks"))
     return {said: path for said, path in drawn.items() if path is not None}
+
+
+def _markdown(page: Mapping[str, Any]) -> str:
+    """What the page says, its pictures as links."""
+
+    def bullets(lines: Iterable[str]) -> str:
+        return "".join(f"- {line}\n" for line in lines)
+
+    meanings = bullets(f"**{name}**: {said}" for name, said in page["columns"].items())
+    text = [f"# {page['title']}\n", f"{page['introduction']}\n", f"## {page['headline']}\n"]
+    text += [markdown_table(page["bars"]), f"{page['bar_note']}\n", "## What the columns mean\n", meanings]
+    text += ["## About the numbers\n", bullets(page["notes"])]
+    for part in page["parts"]:
+        text += [f"## {part['name']}\n", f"{part['said']}\n", markdown_table(part["table"]), f"{part['front']}\n"]
+        if part["ablation"].rows:
+            text += ["Variants (settings or ablations), under the default one:\n", markdown_table(part["ablation"])]
+        text += [f"![{image.said}](plots/{image.path.name})\n" for image in part["images"]]
+    return "\n".join(text + (["## Not run\n", bullets(page["lacking"])] if page["lacking"] else []))
 
 
 def write_bench_report(directory: str | Path) -> list[Path]:
@@ -276,56 +255,40 @@ def write_bench_report(directory: str | Path) -> list[Path]:
         ValueError: no cells, or a cell that is not as it should be (see load_cells).
     """
     directory = Path(directory)
-    cells = load_cells(directory)
-    summary = summarise(cells)
-    held, lacking, notes = bars(summary), missing(summary), _notes(cells)
-    bar_table = _bar_table(held)
-    columns = COLUMNS | (KEPT_COLUMNS if any(cell.get("kept_answers") for cell in cells) else {})
-    text = [f"# {_TITLE}\n", _INTRODUCTION, f"\n## {_headline(held)}\n", markdown_table(bar_table), _BAR_NOTE]
-    text += ["\n## What the columns mean\n", *(f"- **{name}**: {said}" for name, said in columns.items())]
-    text += ["\n## About the numbers\n", *(f"- {note}" for note in notes)]
-    parts: list[dict[str, Any]] = []
-    written: list[Path] = []
-    for model, tuning in settings(summary):
-        chosen = of_setting(summary, model, tuning)
-        mine = [c for c in cells if c["model"] == model and (c["tuning"] == tuning or c["scenario"] == "none")]
-        for scenario in SCENARIOS:
-            if not of_scenario(chosen, scenario)[1]:
-                continue
-            name, said = f"{model}, {tuning}: {scenario}", _describe(scenario)
-            stem = re.sub(r"[^\w.-]+", "-", f"{model}-{tuning}-{scenario}")
-            table, ablation = (scenario_table(chosen, scenario, variants) for variants in (False, True))
-            front = _dominance(chosen, scenario)
-            pictures = _pictures(chosen, mine, scenario, directory / "plots" / stem)
-            text += [f"\n## {name}\n", said + "\n", markdown_table(table), front]
-            if ablation.rows:
-                text += ["\nVariants (settings or ablations), under the default one:\n", markdown_table(ablation)]
-            text += [f"\n![{name}, {shown}](plots/{path.name})" for shown, path in pictures.items()]
-            embedded = [Picture(f"{name}, {shown}", path.read_bytes()) for shown, path in pictures.items()]
-            parts.append(
-                {"name": name, "said": said, "table": table, "front": front, "ablation": ablation, "images": embedded}
-            )
-            written += pictures.values()
-    if lacking:
-        text += ["\n## Not run\n", *(f"- {line}" for line in lacking)]
+    cells = of_cells.load_cells(directory)
+    summary = of_cells.summarise(cells)
+    held = of_cells.bars(summary)
+    shown: list[dict[str, Any]] = []
+    for part in of_cells.parts(summary):
+        name = f"{part.model}, {part.tuning}: {part.scenario}"
+        stem = directory / "plots" / re.sub(r"[^\w.-]+", "-", f"{part.model}-{part.tuning}-{part.scenario}")
+        pictures = _pictures(part, stem).items()
+        shown.append(
+            {
+                "name": name,
+                "said": _describe(part.scenario),
+                "table": scenario_table(part),
+                "front": _dominance(part),
+                "ablation": scenario_table(part, variants=True),
+                "images": [Picture(f"{name}, {said}", path.read_bytes(), path) for said, path in pictures],
+            }
+        )
     states = {b.status for b in held}
-    markdown = replace_file(directory / "results.md", ("\n".join(text) + "\n").encode("utf-8"))
-    page = write_page(
-        "bench",
-        directory / "report.html",
-        title=_TITLE,
-        subtitle="",
-        introduction=_INTRODUCTION,
-        headline=_headline(held),
-        tone="bad" if "missed" in states else "" if states == {"met"} else "warn",
-        bars=bar_table,
-        bar_note=_BAR_NOTE,
-        columns=columns,
-        notes=notes,
-        parts=parts,
-        lacking=lacking,
-    )
-    return [markdown, page, *written]
+    content: dict[str, Any] = {
+        "title": _TITLE,
+        "introduction": _INTRODUCTION,
+        "headline": _headline(held),
+        "bars": _bar_table(held),
+        "bar_note": _BAR_NOTE,
+        "columns": COLUMNS | (KEPT_COLUMNS if any(cell.get("kept_answers") for cell in cells) else {}),
+        "notes": _notes(cells),
+        "parts": shown,
+        "lacking": of_cells.missing(summary),
+    }
+    tone = "bad" if "missed" in states else "" if states == {"met"} else "warn"
+    markdown = replace_file(directory / "results.md", _markdown(content).encode("utf-8"))
+    page = write_page("bench", directory / "report.html", subtitle="", tone=tone, **content)
+    return [markdown, page, *(image.path for part in shown for image in part["images"])]
 
 
 if __name__ == "__main__":  # python -m spf.lab.bench.report DIR draws what is there again

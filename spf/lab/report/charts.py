@@ -6,18 +6,18 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from spf.files import replace_file
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+Grid = Literal["x", "y", "both"]
 INK, MUTED, GRID, PAPER = "#1f2933", "#5f6b7a", "#e3e7ec", "#fefefe"
 # After Okabe and Ito; the known arms of a report have fixed ones.
 COLOURS = {"base": "#6b7280", "plain": "#d55e00", "spf": "#0072b2", "paper": "#b5568c"}
@@ -36,7 +36,14 @@ class Look:
     @property
     def line(self) -> dict[str, Any]:
         width = 2.2 if self.main else 1.3
-        return {"color": self.colour, "linewidth": width, "dashes": self.dashes or (None, None)}
+        order = 4 if self.main else 3
+        return {"color": self.colour, "linewidth": width, "dashes": self.dashes or (None, None), "zorder": order}
+
+    def point(self, hollow: bool = False) -> dict[str, Any]:
+        """Hollow: the marker is not filled. The large points lie below the others."""
+        size, order = (10, 4) if self.main else (7.5, 5)
+        edge = {"markerfacecolor": PAPER, "markeredgewidth": 1.8} if hollow else {"markeredgewidth": 0.9}
+        return {"color": self.colour, "marker": self.marker, "markersize": size, "zorder": order, **edge}
 
 
 LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "dashes": (4, 3)}
@@ -64,32 +71,23 @@ def plain_text(text: str) -> str:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, that touches no global backend or list of figures."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
     return figure
 
 
-def style_axes(ax: Axes, grid: str, title: str = "", note: str = "") -> None:
+def style_axes(ax: Axes, grid: Grid, title: str = "", note: str = "", x: str = "", y: str = "") -> None:
     """Give axes the reports' look: no box, a light grid (x, y or both), muted ticks, a title at the left."""
     ax.set_facecolor("none")
     for side, spine in ax.spines.items():
-        spine.set_visible((side == "bottom" and grid != "x") or (side == "left" and grid == "both"))
-        spine.set(color=MUTED, linewidth=0.8)
-    ax.grid(True, axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
+        spine.set(visible=(side == "bottom" and grid != "x") or (side == "left" and grid == "both"), color=MUTED)
+    ax.grid(True, axis=grid, color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
     ax.set_title(plain_text(title), loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=9)
     ax.set_title(note, loc="right", fontsize=9, color=MUTED, pad=9)
-
-
-def key(label: str, **options: Any) -> Any:
-    """An entry of a legend that stands for no single line or point."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], label=plain_text(label), **options)
+    ax.set_xlabel(x, fontsize=9, color=MUTED)
+    ax.set_ylabel(y, fontsize=9, color=MUTED)
 
 
 def legend(figure: Figure, columns: int, place: str = "lower center", handles: Sequence[Any] | None = None) -> None:
@@ -98,10 +96,8 @@ def legend(figure: Figure, columns: int, place: str = "lower center", handles: S
         named = ((n, h) for ax in figure.axes for h, n in zip(*ax.get_legend_handles_labels(), strict=True))
         handles = list(dict(named).values())
     if handles:
-        figure.legend(  # type: ignore[call-overload]
-            handles=list(handles), loc=f"outside {place}", ncols=columns, fontsize=8.5, frameon=False, labelcolor=INK,
-            handlelength=2.6,
-        )  # fmt: skip
+        look: dict[str, Any] = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "handlelength": 2.6}
+        figure.legend(handles=list(handles), loc=f"outside {place}", ncols=columns, **look)  # type: ignore[call-overload]
 
 
 Estimate = tuple[float, float, float]
@@ -126,7 +122,7 @@ def over_seeds(rows: Iterable[Row], band: str = "range") -> dict[str, tuple[list
     lines: dict[str, dict[Any, dict[Any, float | Estimate]]] = {}
     for _, name, seed, x, value in rows:
         lines.setdefault(name, {}).setdefault(x, {})[seed] = value
-    found = {}
+    drawn = {}
     for name, points in lines.items():
         seeds = max(map(len, points.values()))
         shown = {x: list(values.values()) for x, values in points.items() if len(values) == seeds}
@@ -137,12 +133,12 @@ def over_seeds(rows: Iterable[Row], band: str = "range") -> dict[str, tuple[list
         if seeds > 1 and band != "none":
             sd = values.std(1, ddof=1)
             ends = np.stack((values.min(1), values.max(1)) if band == "range" else (mean - sd, mean + sd))
-        found[name] = list(shown), mean, ends
-    return found
+        drawn[name] = list(shown), mean, ends
+    return drawn
 
 
 Style = Callable[[str], Mapping[str, Any]]
-"""How a line of this name is drawn, for matplotlib."""
+"""How a line of this name is drawn, for matplotlib; whose label begins with _ is in no legend."""
 
 
 def draw_lines(
@@ -159,14 +155,13 @@ def draw_lines(
 
 
 def draw_bars(
-    ax: Axes, rows: Sequence[Row], style: Style, label: Callable[[str], str] = str, band: str = "range",
-    groups: Sequence[str] = (), form: str = "",
-) -> None:  # fmt: skip
+    ax: Axes, rows: Sequence[Row], style: Style, label: Callable[[str], str] = str, band: str = "range", form: str = ""
+) -> None:
     """Horizontal bars of means with lines between the ends: a bar a line in the group of each x, if it has one there.
 
-    groups: by default every x there is. form: of the value beside a bar.
+    form: of the value beside a bar.
     """
-    groups, bars = groups or list(dict.fromkeys(row[3] for row in rows)), over_seeds(rows, band)
+    groups, bars = list(dict.fromkeys(row[3] for row in rows)), over_seeds(rows, band)
     height = 0.8 / max(1, len(bars))
     for i, (name, (xs, mean, ends)) in enumerate(bars.items()):
         places = [groups.index(x) + height * (i + 0.5) - 0.4 for x in xs]
@@ -179,120 +174,116 @@ def draw_bars(
     ax.set_ylim(len(groups) - 0.5, -0.5)
 
 
+def draw_plane(
+    ax: Axes, rows: Iterable[Row], style: Style, label: Callable[[str], str] = str, band: str = "range"
+) -> None:
+    """A point a line, in percent, with lines over the intervals of its x and value, which are estimates.
+
+    A row without a line is the level that the others are compared with: dashed lines, where it is not NaN. The axes
+    have some air, are 20 points wide at least (less would enlarge noise) and within the scale.
+    """
+    reaches: tuple[list[float], list[float]] = ([], [])
+    for _, name, _, *place in rows:
+        for reach, ends in zip(reaches, place, strict=True):
+            reach += [end for end in ends if not math.isnan(end)]
+        (x, low, high), (y, bottom, top) = place
+        if not name:
+            ax.axvline(x, **LEVEL)
+            ax.axhline(y, **LEVEL)
+            continue
+        (point,) = ax.plot(x, y, linestyle="", label=plain_text(label(name)), **style(name))
+        lines: dict[str, Any] = {
+            "elinewidth": 1.3,
+            "alpha": 0.6,
+            "ecolor": point.get_color(),
+            "fmt": "none",
+            "zorder": 3,
+        }
+        ax.errorbar(x, y, np.maximum([[y - bottom], [top - y]], 0), np.maximum([[x - low], [high - x]], 0), **lines)
+    for axis, ends in zip((ax.xaxis, ax.yaxis), reaches, strict=True):
+        low, high = min(ends, default=0.0), max(ends, default=100.0)
+        pad = max(0.08 * (high - low), (20 - (high - low)) / 2, 1.0)
+        axis.set_view_interval(max(-3.0, low - pad), min(103.0, high + pad), ignore=True)
+        axis.set_ticks([tick for tick in axis.get_ticklocs() if -1e-9 <= tick <= 100 + 1e-9])
+
+
+def draw_heat(
+    ax: Axes, rows: Sequence[Row], style: Style, label: Callable[[str], str] = str, band: str = "range",
+    span: tuple[float, float] = (0, 100), colours: str = "YlOrRd",
+) -> None:  # fmt: skip
+    """A row a line and a column an x, with the mean over the seeds as colour and number."""
+    xs, lines = list(dict.fromkeys(row[3] for row in rows)), over_seeds(rows)
+    means = [dict(zip(at, mean, strict=True)) for at, mean, _ in lines.values()]
+    values = np.asarray([[of.get(x, math.nan) for x in xs] for of in means])
+    ax.pcolormesh(values, cmap=colours, vmin=span[0], vmax=span[1], edgecolors=PAPER, linewidth=1.5)
+    for (i, j), value in np.ndenumerate(values):
+        ink = PAPER if value > 0.6 * span[1] else INK
+        text = "–" if math.isnan(value) else f"{value:.0f}"
+        ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8.5, color=ink)
+    ax.set_xticks(
+        np.arange(len(xs)) + 0.5, [plain_text(str(x)) for x in xs], rotation=28, ha="right", rotation_mode="anchor"
+    )
+    ax.set_yticks(np.arange(len(lines)) + 0.5, [plain_text(label(name)) for name in lines])
+    ax.set_ylim(len(lines), 0)
+    ax.grid(False)
+    ax.tick_params(colors=INK)
+    ax.spines[:].set_visible(False)
+
+
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: `draw` puts the content into it; limits, names of the axes and levels come after.
-
-    Levels and limits are those of the values, so of the x axis where the grid is "x".
-    """
+    """One set of axes. Levels and limits are those of the values, so of the x axis where the grid is "x"; ticks and at
+    (dotted lines) are those of x."""
 
     title: str
-    draw: Callable[[Axes], Any]
     note: str = ""
-    grid: str = "y"
+    grid: Grid = "y"
     x: str = ""
     y: str = ""
     levels: Sequence[tuple[float, str]] = ()
     limits: tuple[float | None, float | None] = (None, None)
     ticks: Mapping[float, str] = field(default_factory=dict)
+    at: Sequence[float] = ()
+    draw: Callable[..., None] = draw_lines
 
 
 def chart(
     rows: Iterable[Row], size: tuple[float, float], style: Style, label: Callable[[str], str] = str,
-    band: str = "range", draw: Callable[..., Any] = draw_lines, each: Mapping[str, Mapping[str, Any]] | None = None,
-    **options: Any,
+    band: str = "range", each: Mapping[str, Mapping[str, Any]] | None = None, columns: int = 4,
+    legend_columns: int = 4, place: str = "lower center", sharey: bool = False, **common: Any,
 ) -> Figure:  # fmt: skip
-    """Lines or bars in panels, both in the order of the rows; options: a Panel's, the same for all but what `each` says
-    of one, and those of draw_panels."""
+    """Panels of this size, `columns` a row at most, with one legend at a place; panels and what is in them stand in
+    the order of the rows. common, and `each` for one of them: a Panel's fields."""
     by: dict[str, list[Row]] = {}
     for row in rows:
         by.setdefault(row[0], []).append(row)
-    common = {name: options.pop(name) for name in Panel.__dataclass_fields__ if name in options}
-    panels = [
-        Panel(
-            **{"title": label(title), **common, **(each or {}).get(title, {})},
-            draw=partial(draw, rows=found, style=style, label=label, band=band),
-        )
-        for title, found in by.items()
-    ]
-    return draw_panels(panels, *size, **options)
-
-
-def draw_panels(
-    panels: Sequence[Panel], width: float, height: float, columns: int = 4, legend_columns: int = 4, **options: Any
-) -> Figure:
-    """Panels in rows, `columns` a row at most, with one legend below; options: for Figure.subplots."""
-    from matplotlib.ticker import MaxNLocator
-
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    columns = min(columns, len(by)) or 1
+    down = math.ceil(len(by) / columns) or 1
     # Few panels are drawn wider, so that the legend below has room.
-    figure = new_figure(width * max(columns, 3) + 0.5, height * rows + 0.7)
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for ax in axes.flat[len(panels) :]:
+    figure = new_figure(size[0] * max(columns, 3) + 0.5, size[1] * down + 0.7)
+    axes = figure.subplots(down, columns, squeeze=False, sharey=sharey)
+    for ax in axes.flat[len(by) :]:
         ax.remove()
-    pairs = list(zip(figure.axes, panels, strict=True))
-    for i, (ax, panel) in enumerate(pairs):
-        style_axes(ax, panel.grid, panel.title, panel.note)
-        panel.draw(ax)
+    panels = [Panel(**{"title": label(title), **common, **(each or {}).get(title, {})}) for title in by]
+    for i, (ax, panel, mine) in enumerate(zip(figure.axes, panels, by.values(), strict=True)):
+        y = "" if sharey and i % columns else panel.y
+        style_axes(ax, panel.grid, panel.title, panel.note, panel.x, y)
+        panel.draw(ax, mine, style, label, band)
         for value, name in panel.levels:
             across = ax.axvline if panel.grid == "x" else ax.axhline
             across(value, **LEVEL, label=name or None)
+        for value in panel.at:
+            ax.axvline(value, color=MUTED, linewidth=0.8, linestyle=":")
         if panel.ticks:
             ax.set_xticks(list(panel.ticks), list(panel.ticks.values()))
         elif panel.x in ("layer", "step"):
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.set_xlabel(panel.x, fontsize=8.5, color=MUTED)
-        if i % columns == 0 or not options.get("sharey"):
-            ax.set_ylabel(panel.y, fontsize=8.5, color=MUTED)
     # Last: setting a limit ends autoscaling, of every panel where they share an axis.
-    for ax, panel in pairs:
+    for ax, panel in zip(figure.axes, panels, strict=True):
         if panel.limits != (None, None):
             (ax.set_xlim if panel.grid == "x" else ax.set_ylim)(*panel.limits)
-    legend(figure, legend_columns)
+    legend(figure, legend_columns, place)
     return figure
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of a plane, in percent; hollow: its marker is not filled."""
-
-    name: str
-    look: Look
-    x: Estimate
-    y: Estimate
-    hollow: bool = False
-
-
-def draw_plane(ax: Axes, points: Sequence[Point], level: tuple[float, float] = (math.nan, math.nan)) -> list[Any]:
-    """Points with lines over their intervals, the later ones on top; returns their markers, for a legend.
-
-    level: x and y, NaN where not known, of what the points are compared with: dashed lines. The axes have some air, are
-    20 points wide at least (less would enlarge noise) and within the scale.
-    """
-    ax.axvline(level[0], zorder=2, **LEVEL)
-    ax.axhline(level[1], zorder=2, **LEVEL)
-    markers = []
-    for i, point in enumerate(points):
-        look, place = point.look, (point.x[0], point.y[0])
-        reach = [[[max(0.0, v - low)], [max(0.0, high - v)]] for v, low, high in (point.x, point.y)]
-        options: dict[str, Any] = {"fmt": "none", "ecolor": look.colour, "elinewidth": 1.3, "alpha": 0.6, "zorder": 3}
-        ax.errorbar(*place, xerr=reach[0], yerr=reach[1], **options)
-        markers += ax.plot(
-            *place, look.marker, color=look.colour, markersize=10 if look.main else 7.5, zorder=4 + i / 100,
-            markerfacecolor=PAPER if point.hollow else look.colour, markeredgewidth=1.8 if point.hollow else 0.9,
-            label=plain_text(point.name),
-        )  # fmt: skip
-    for axis, at, estimates in (
-        (ax.xaxis, level[0], [p.x for p in points]),
-        (ax.yaxis, level[1], [p.y for p in points]),
-    ):
-        ends = [end for end in (at, *sum(estimates, ())) if not math.isnan(end)]
-        low, high = min(ends, default=0.0), max(ends, default=100.0)
-        pad = max(0.08 * (high - low), (20 - (high - low)) / 2, 1.0)
-        axis.set_view_interval(max(-3.0, low - pad), min(103.0, high + pad), ignore=True)
-        axis.set_ticks([tick for tick in axis.get_ticklocs() if -1e-9 <= tick <= 100 + 1e-9])
-    return markers
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:

@@ -16,10 +16,11 @@ from spf.lab.report.tables import SIGNS, value_text
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG picture and its text for who cannot see it."""
+    """A PNG picture, its text for who cannot see it, and the file that it is in, too, if there is one."""
 
     said: str
     png: bytes
+    path: Path | None = None
 
     @property
     def source(self) -> str:

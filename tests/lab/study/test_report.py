@@ -106,6 +106,24 @@ def test_parts_that_were_not_run_are_left_out(runs, tmp_path):
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == FIGURES - {"alpha", "attack", "bridge", "training"}
 
 
+def test_a_path_leads_to_every_place_that_it_fits():
+    tree = {"a": [{"x": 1}, {"x": 2}, {}], "b": {"c": {"x": 3}}, "none": None}
+    assert list(report.walk(tree, "a/*/x")) == [(0, 1), (1, 2)]
+    assert list(report.walk(tree, "b/*/*")) == [("c", "x", 3)]
+    assert list(report.walk(tree, "b")) == [({"c": {"x": 3}},)]
+    assert not [*report.walk(tree, "nowhere/*"), *report.walk(tree, "none/*/x")]
+
+
+def test_of_several_matrices_of_a_layer_the_first_is_drawn(runs):
+    run = {**runs[0], **runs[0]["measurements"]}
+    first, *others = run["updates"]["ssft-medium"]["rows"][0].values()
+    gains = [rows["sets"]["safe"]["gain"]["mean"] / rows["chance_gain"] for rows in (first, *others)]
+    assert len(set(gains)) > 1
+    [ax] = [ax for ax in report.plot_gains([run]).axes if ax.get_title(loc="left") == "SSFT, medium rate"]
+    [line] = [line for line in ax.lines if line.get_label() == "safe"]
+    assert line.get_ydata()[0] == pytest.approx(gains[0])
+
+
 def planted(run, model, safe, unsafe, jailbreak=0.0):
     for layer in run["measurements"]["models"][model]["tau"]:
         for name, value in (("safe", safe), ("unsafe", unsafe), ("jb_co_task", jailbreak), ("jb_co_text", jailbreak)):
