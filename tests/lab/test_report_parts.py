@@ -85,6 +85,14 @@ def test_heat_has_a_number_for_every_line_and_x_and_a_dash_where_nothing_is_know
     assert ax.get_ylim() == (2, 0)
 
 
+def test_what_draws_a_panel_may_add_axes():
+    def draw(ax, *content):
+        ax.figure.add_axes([0, 0, 0.1, 0.1])
+
+    figure = chart([("p", "a", 0, 0, 1.0)], (2, 2), lambda name: {}, draw=draw, limits=(0, 7))
+    assert [ax.get_ylim() for ax in figure.axes] == [(0, 7), (0, 1)]
+
+
 def test_a_chart_of_nothing_is_empty():
     assert chart([], (2, 2), lambda name: {}).axes == []
 

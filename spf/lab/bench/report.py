@@ -92,10 +92,8 @@ def scenario_table(part: Part, variants: bool = False) -> Table:
         m, untrained = group.metrics, group is aligned
         memory = f"{m['peak_memory_mb'].mean / 1024:.1f}{_GAP}GiB" if "peak_memory_mb" in m else "–"
         safety = [_cell(m["asr"]), _points(group.differences.get("asr")), _worst_jailbreak(group)]
-        utility = [
-            _cell(m.get(f"utility/{task}" if untrained else "utility")),
-            _points(group.differences.get("utility")),
-        ]
+        learned = _cell(m.get(f"utility/{task}" if untrained else "utility"))
+        utility = [learned, _points(group.differences.get("utility"))]
         cost = [_cell(m.get("perplexity"), 1, 2), memory, str(len(group.seeds))]
         name = "aligned model (not trained)" if untrained else group.name
         return [name, *safety, _cell(m["over_refusal"]), *utility, *cost, *(_kept(group) if forgetting else ())]

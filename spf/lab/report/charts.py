@@ -192,14 +192,14 @@ def draw_plane(
             ax.axhline(y, **LEVEL)
             continue
         (point,) = ax.plot(x, y, linestyle="", label=plain_text(label(name)), **style(name))
-        lines: dict[str, Any] = {
+        thin: dict[str, Any] = {
+            "fmt": "none",
+            "ecolor": point.get_color(),
             "elinewidth": 1.3,
             "alpha": 0.6,
-            "ecolor": point.get_color(),
-            "fmt": "none",
             "zorder": 3,
         }
-        ax.errorbar(x, y, np.maximum([[y - bottom], [top - y]], 0), np.maximum([[x - low], [high - x]], 0), **lines)
+        ax.errorbar(x, y, np.maximum([[y - bottom], [top - y]], 0), np.maximum([[x - low], [high - x]], 0), **thin)
     for axis, ends in zip((ax.xaxis, ax.yaxis), reaches, strict=True):
         low, high = min(ends, default=0.0), max(ends, default=100.0)
         pad = max(0.08 * (high - low), (20 - (high - low)) / 2, 1.0)
@@ -208,21 +208,18 @@ def draw_plane(
 
 
 def draw_heat(
-    ax: Axes, rows: Sequence[Row], style: Style, label: Callable[[str], str] = str, band: str = "range",
-    span: tuple[float, float] = (0, 100), colours: str = "YlOrRd",
-) -> None:  # fmt: skip
-    """A row a line and a column an x, with the mean over the seeds as colour and number."""
+    ax: Axes, rows: Sequence[Row], style: Style, label: Callable[[str], str] = str, band: str = "range"
+) -> None:
+    """A row a line and a column an x, with the mean over the seeds as colour and number, in percent."""
     xs, lines = list(dict.fromkeys(row[3] for row in rows)), over_seeds(rows)
     means = [dict(zip(at, mean, strict=True)) for at, mean, _ in lines.values()]
     values = np.asarray([[of.get(x, math.nan) for x in xs] for of in means])
-    ax.pcolormesh(values, cmap=colours, vmin=span[0], vmax=span[1], edgecolors=PAPER, linewidth=1.5)
+    ax.pcolormesh(values, cmap="YlOrRd", vmin=0, vmax=100, edgecolors=PAPER, linewidth=1.5)
     for (i, j), value in np.ndenumerate(values):
-        ink = PAPER if value > 0.6 * span[1] else INK
-        text = "–" if math.isnan(value) else f"{value:.0f}"
+        text, ink = "–" if math.isnan(value) else f"{value:.0f}", PAPER if value > 60 else INK
         ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8.5, color=ink)
-    ax.set_xticks(
-        np.arange(len(xs)) + 0.5, [plain_text(str(x)) for x in xs], rotation=28, ha="right", rotation_mode="anchor"
-    )
+    slanted: dict[str, Any] = {"rotation": 28, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(np.arange(len(xs)) + 0.5, [plain_text(str(x)) for x in xs], **slanted)
     ax.set_yticks(np.arange(len(lines)) + 0.5, [plain_text(label(name)) for name in lines])
     ax.set_ylim(len(lines), 0)
     ax.grid(False)
@@ -265,7 +262,8 @@ def chart(
     for ax in axes.flat[len(by) :]:
         ax.remove()
     panels = [Panel(**{"title": label(title), **common, **(each or {}).get(title, {})}) for title in by]
-    for i, (ax, panel, mine) in enumerate(zip(figure.axes, panels, by.values(), strict=True)):
+    shown = list(zip(figure.axes, panels, strict=True))  # what draws a panel may add axes, a colour bar's
+    for i, ((ax, panel), mine) in enumerate(zip(shown, by.values(), strict=True)):
         y = "" if sharey and i % columns else panel.y
         style_axes(ax, panel.grid, panel.title, panel.note, panel.x, y)
         panel.draw(ax, mine, style, label, band)
@@ -279,7 +277,7 @@ def chart(
         elif panel.x in ("layer", "step"):
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     # Last: setting a limit ends autoscaling, of every panel where they share an axis.
-    for ax, panel in zip(figure.axes, panels, strict=True):
+    for ax, panel in shown:
         if panel.limits != (None, None):
             (ax.set_xlim if panel.grid == "x" else ax.set_ylim)(*panel.limits)
     legend(figure, legend_columns, place)
