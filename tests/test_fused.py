@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from spf import NullSpace, Rank1, SafetyOptimizer, SafetyProbe, UnsupportedModelError
+from spf.fused import Products
 from tests.conftest import make_model
 from tests.test_optimizer import logits, train
 
@@ -93,6 +94,40 @@ def test_the_simulations_compute_what_the_layers_do_and_call_no_lora_a(kernel):
     for (name, p), (_, q) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
         if p.grad is not None:
             assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6), name
+
+
+WAYS = {
+    "x W^T": lambda x, W: x @ W.T,
+    "W x^T": lambda x, W: W @ x.T,
+    "addmm": lambda x, W: torch.addmm(torch.zeros(5, 3), x, W.T),
+    "bmm": lambda x, W: torch.bmm(x[None], W.T[None]),
+    "bmm, W first": lambda x, W: torch.bmm(W[None], x.T[None]),
+    "baddbmm": lambda x, W: torch.baddbmm(torch.zeros(1, 5, 3), x[None], W.T[None]),
+    "of a clone": lambda x, W: x @ W.clone().T,
+    "of a cast": lambda x, W: x.double() @ W.double().T,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_product_with_a_weight_is_seen(way):
+    x, W = torch.randn(5, 4), torch.randn(3, 4)
+    seen = []
+    with Products({"w": W}, lambda *call: seen.append(call)):
+        x @ torch.randn(4, 3)  # of no weight
+        WAYS[way](x, W)
+    [(name, given, answered)] = seen
+    assert name == "w"
+    assert torch.equal(given.float().view(5, 4), x)
+    assert torch.allclose(answered.float().reshape(5, 3), x @ W.T, atol=1e-6)
+
+
+def test_the_memory_of_a_copy_is_no_other_tensors():
+    x, W, seen = torch.randn(5, 64).double(), torch.randn(64, 64), []
+    with Products({"w": W}, lambda *call: seen.append(call)):
+        for _ in range(20):
+            W.double()
+            x @ torch.ones(64, 64, dtype=torch.float64).T
+    assert not seen
 
 
 # inside a block that is one function no answer has a gradient, so there all tokens count the same
