@@ -1,4 +1,4 @@
-.PHONY: demo test test-core lint
+.PHONY: demo test test-core coverage lint
 PYTHON ?= python3
 BIN := .venv/bin
 # Installed first and pinned, so that the CPU wheel is taken where there is one and nothing pulls another build.
@@ -26,6 +26,10 @@ test: .venv/dev
 # What protects a run; no laboratory, no several processes.
 test-core: .venv/dev
 	$(PYTEST) $(QUICK) --ignore=tests/safetylock
+
+# How much of spf without spf/lab its quick tests run, by line and branch; less than the floor in pyproject.toml fails.
+coverage: .venv/dev
+	$(PYTEST) $(QUICK) --cov
 
 lint: .venv/dev
 	$(BIN)/ruff check .
