@@ -1,6 +1,8 @@
 """Going on with an adapter that is trained already: by spf, which is found and held, or elsewhere, which is kept."""
 
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,9 @@ from transformers.trainer_utils import HPSearchBackend
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from spf import NullSpace, SafetyCallback, UnsupportedModelError
+from spf.checkpoint import SUBSPACE_FILE
 from spf.going_on import add_adapter, earlier_subspace
+from spf.subspace import SafetySubspace
 from tests.conftest import make_model
 from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
 from tests.test_optimizer import logits
@@ -214,3 +218,27 @@ def test_the_remedy_for_an_adapter_from_elsewhere(tmp_path, tokenizer, rows, anc
 def test_a_fresh_adapter_takes_nothing_from_an_old_run_in_its_directory(saved, tmp_path):
     directory, _ = saved
     assert earlier_subspace(lora(), None, None, directory) is None
+
+
+def test_of_several_subspaces_the_newest_that_fits_is_taken_and_of_others_none(saved, tmp_path):
+    directory, _ = saved
+    [path] = directory.glob(SUBSPACE_FILE.format(hash="*"))
+    older = SafetySubspace.load(path)
+    for number, which in ((0, "newest"), (9, "oldest")):
+        place = directory / SUBSPACE_FILE.format(hash=f"{number}" * 12)
+        replace(older, metadata={**older.metadata, "which": which}).save(place)
+        os.utime(place, (1, 10**9 * (2 - number // 9)))
+    os.utime(path, (1, 15 * 10**8))
+    held = PeftModel.from_pretrained(make_model(width=64), directory, is_trainable=True)
+    assert earlier_subspace(held, None, None, directory).subspace.metadata["which"] == "newest"
+    elsewhere = lora()
+    for name, parameter in elsewhere.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert earlier_subspace(elsewhere, None, None, directory) is None
+
+
+def test_a_callback_takes_nothing_from_its_last_run_with_another_model(tmp_path, tokenizer, rows):
+    callback = keep(rows)
+    run(tmp_path / "first", tokenizer, callback, lora())
+    assert earlier_subspace(lora(), None, callback.attachment, tmp_path / "second") is None
