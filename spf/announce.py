@@ -77,6 +77,11 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watch
             done = f"the rule {rule.name} does not hold them; null-space does"
         counts += f": {done}" + (f"; list in {LIST_FILE} of the output directory" if found.conflicts else "")
     lines = [counts]
+    if 2 * found.refused > found.prompts and conflicts == "hold" and rule.holds:
+        lines.append(
+            f"the model refuses {found.refused / found.prompts:.0%} of the training prompts: if that is your task, it "
+            "cannot be learned while these refusals are held; say conflicts='allow'"
+        )
     if found.stream:
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
     if not found.refuses:

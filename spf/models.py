@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from peft import PeftModel
@@ -43,6 +43,15 @@ def cpu_dtype() -> torch.dtype:
 def machine_device() -> torch.device:
     """The GPU if there is one, else the CPU: where commands that are one process put their models."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer, or one that reads GGUF weights, which transformers 5.6 unpacks."""
+    try:
+        from transformers.integrations.gguf.utils import GgufLinear
+    except ImportError:
+        return isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear | GgufLinear)
 
 
 def peak_memory_mb() -> float:

@@ -11,12 +11,7 @@ from transformers import PreTrainedModel
 
 from spf.config import Count, Settings
 from spf.errors import UnsupportedModelError
-from spf.models import evaluating
-
-try:
-    from transformers.integrations.gguf.utils import GgufLinear
-except ImportError:  # transformers 5.6, which unpacks all GGUF weights
-    GgufLinear = nn.Linear  # type: ignore[assignment, misc]
+from spf.models import evaluating, is_linear
 
 Model = PreTrainedModel | PeftModel
 
@@ -33,7 +28,7 @@ class AttentionOutput:
 
     layer: int
     module: nn.Module
-    base: nn.Linear | GgufLinear
+    base: nn.Linear
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ def attention_outputs(model: Model) -> tuple[list[AttentionOutput], Geometry]:
         if not found:
             continue
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if not isinstance(base, nn.Linear | GgufLinear):
+        if not is_linear(base):
             raise UnsupportedModelError(f"{name}: a {type(base).__name__}, not a linear layer")
         outputs.append(AttentionOutput(int(found.group(1)), module, base))
     outputs.sort(key=lambda output: output.layer)

@@ -354,7 +354,7 @@ def _sketch_rows(output: AttentionOutput) -> Tensor:
 def _set_bias(output: AttentionOutput, state: _Layer, dtype: torch.dtype) -> None:
     """The layer's own bias plus all shifts on it; without shifts the layer's own Parameter itself."""
     if not state.shifts:
-        output.base.bias = state.bias
+        output.base.bias = state.bias  # type: ignore[assignment]
         return
     weight = output.base.weight
     total = torch.stack(list(state.shifts.values())).sum(0)
