@@ -23,11 +23,9 @@ QUICK := -m "not slow and not distributed" --ignore=tests/lab --ignore=tests/dev
 test: .venv/dev
 	$(PYTEST)
 
-# What protects a run: no laboratory, no several processes, no locks, and nothing about measuring models, malformed
-# input, docs and packaging.
-BESIDE := evaluation malformed docs release recipes support_matrix integrations prompts cli arguments
+# What protects a run; no laboratory, no several processes.
 test-core: .venv/dev
-	$(PYTEST) $(QUICK) --ignore=tests/safetylock $(BESIDE:%=--ignore-glob="tests/test_%*.py")
+	$(PYTEST) $(QUICK) --ignore=tests/safetylock
 
 # How much of spf without spf/lab its quick tests run, by line and branch; less than the floor in pyproject.toml fails.
 coverage: .venv/dev
