@@ -129,7 +129,7 @@ def test_benign_answers_are_asked_for_once_and_those_cut_off_are_marked(tmp_path
 
     monkeypatch.setattr(replay, "generate_answers", answers)
     for _ in range(2):
-        rows = benign_answers(path, object(), tokenizer)
+        rows = benign_answers(path, make_model, tokenizer)
         assert [row.messages[0]["content"] for row in rows] == prompts[:2]
         assert [(row.refusal.split()[0], row.cut) for row in rows] == [("Yes.", False), ("so", True)]
     assert asked == [32]

@@ -1,7 +1,7 @@
 """What the aligned model says, replayed beside the training data: its refusals and its answers to benign prompts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -18,16 +18,18 @@ ANSWER_TOKENS = 32
 
 def benign_answers(
     path: Path,
-    model: PreTrainedModel | None,
+    model: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     part: str = "benign_anchors",
 ) -> list[SafetyRow]:
-    """The model's own answers to packaged benign prompts, whatever they are; asked once, then read from `path`."""
+    """A model's own answers to packaged benign prompts, whatever they are; asked once, then read from `path`.
+
+    model: gives the model, where it has to be asked.
+    """
     if not path.is_file():
         prompts = packaged_prompts(part)
-        assert model is not None
         answers = generate_answers(
-            model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, description="benign answers", progress=False
+            model(), tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, description="benign answers", progress=False
         )
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -433,9 +434,8 @@ def measure_forgetting(
 
     Prompts that the aligned model refuses are left out. chance: F1 with its answer to the next prompt instead.
     """
-    path = workspace.benign(split)
-    aligned = None if path.is_file() else _load_aligned(workspace.aligned, cpu_dtype())
-    rows = replay.benign_answers(path, aligned, tokenizer, f"benign_{split}")
+    aligned = partial(_load_aligned, workspace.aligned, cpu_dtype())
+    rows = replay.benign_answers(workspace.benign(split), aligned, tokenizer, f"benign_{split}")
     said = {str(row.messages[-1]["content"]): str(row.refusal) for row in rows if not is_refusal(str(row.refusal))}
     answers, before = _answers(model, tokenizer, list(said), replay.ANSWER_TOKENS), list(said.values())
     scores, same = token_f1(answers, before), exact_match(answers, before)

@@ -248,7 +248,7 @@ def _rule_callback(
     own = {key: value for key, value in settings.items() if key in (*CALLBACK_SETTINGS, *KEEP)}
     rule = _rule(name, {key: value for key, value in settings.items() if key not in own})
     if own.pop("keep", False):
-        replay.benign_answers(workspace.benign(), model, tokenizer)
+        replay.benign_answers(workspace.benign(), lambda: model, tokenizer)
         own["keep"] = str(workspace.benign())
     return SafetyCallback(str(workspace.refusals), rule, seed=seed, **{"anchors": RULES[name][2], **own})
 
@@ -292,7 +292,7 @@ def _replay(
 ) -> Callable[[Any], tuple[Tensor, Tensor, Tensor]]:
     """Each call replays the next samples: the tuned and the aligned model's logits (P, V), and the tokens (P,)."""
     limit = context_length(model, tokenizer)
-    benign = replay.benign_answers(workspace.benign(), model, tokenizer)
+    benign = replay.benign_answers(workspace.benign(), lambda: model, tokenizer)
     sizes = {key: value for key, value in settings.items() if key.endswith("_per_step")}
     turn = replay.Replay(
         tokenise(rows, tokenizer, limit), tokenise(benign, tokenizer, limit), pad_id(tokenizer), seed=seed, **sizes
