@@ -25,12 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that can make its first step.
+    """What a run that can make its first step says of itself; places: of directories, which is nothing for a card."""
 
-    lines: what it says of itself. places: the same of directories, which is nothing for a model card.
-    """
-
-    attachment: Attachment
     lines: list[str]
     places: list[str]
 
@@ -60,7 +56,8 @@ def begin(
     tokenizer: PreTrainedTokenizerBase,
     loader: Any,
 ) -> Begun:
-    """
+    """Make the callback's `attachment`; from then on the callback takes it off, whatever fails.
+
     saved: the checkpoint that the run goes on from. loader: of the training data.
 
     Raises:
@@ -97,7 +94,7 @@ def begin(
         first_tokens=settings.first_tokens,
         first_weight=settings.first_weight,
     )
-    attachment = Attachment(
+    callback.attachment = attachment = Attachment(
         probe,
         optimizer,
         rule,
@@ -114,13 +111,9 @@ def begin(
         tighten=settings.on_leak == "tighten",
     )
     if saved is not None:
-        try:
-            attachment.load_state_dict(saved.state)
-        except BaseException:
-            attachment.remove()
-            raise
+        attachment.load_state_dict(saved.state)
     lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered)
     if data.found is not None:
         lines[-1:-1] = audit_lines(data.found, settings.conflicts, rule, len(held), len(watched))
     lines[1:1] = callback.keep.lines
-    return Begun(attachment, lines, [] if earlier is None else [earlier_line(earlier.where)])
+    return Begun(lines, [] if earlier is None else [earlier_line(earlier.where)])

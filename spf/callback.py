@@ -142,7 +142,6 @@ class SafetyCallback(TrainerCallback):
         refuse_unfit(self.rule, args, goes_on)
         self._saved = read_checkpoint(resumed_from(args, state, self._resume)) if goes_on else None
         begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
-        self.attachment = begun.attachment
         self._warned, self._proven_at = False, -1
         if state.is_world_process_zero:
             self.card.begin(begun.lines)

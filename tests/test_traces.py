@@ -6,6 +6,7 @@ import transformers.trainer
 from transformers import TrainerCallback
 
 from spf import NullSpace, SafetyCallback, SafetyOptimizer, SafetyProbe, UnsupportedSetupError, attach
+from spf.optimizer import Attachment
 from spf.probe import SafetyProbe as Probe
 from tests.conftest import make_model
 from tests.test_callback import Spy, make_trainer, safety_data
@@ -70,6 +71,24 @@ def test_rates_are_restored_when_the_step_itself_fails(error, tmp_path, tokenize
         assert group["lr"] == pytest.approx(5e-3)
         assert group["weight_decay"] in (0.0, 0.5)
     assert not any(type(h).__name__ == "method" for h in traces(trainer)[0].values())
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_no_hooks(tmp_path, tokenizer, rows, monkeypatch):
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=16))
+    make_trainer(tmp_path, tokenizer, callback, max_steps=2, save_strategy="steps", save_steps=1).train()
+    again = SafetyCallback(safety_data(rows), NullSpace(rank=16))
+    trainer = make_trainer(tmp_path, tokenizer, again, max_steps=2)
+
+    def refuse(self, state):
+        raise ValueError("planted")
+
+    monkeypatch.setattr(Attachment, "load_state_dict", refuse)
+    with pytest.raises(ValueError, match="planted"):
+        trainer.train(resume_from_checkpoint=True)
+    pre, post, modules = traces(trainer)
+    assert not pre
+    assert not post
+    assert not any(modules)
 
 
 def test_no_default_callback_is_added_and_reports_have_the_metrics(tmp_path, tokenizer, rows):
