@@ -115,12 +115,13 @@ def test_the_remedy_for_bfloat16_weights_works(tmp_path, tokenizer, rows):
         assert (moved @ callback.attachment.subspace.right[name]).norm() <= 0.01 * moved.norm()
 
 
-def test_a_run_in_which_nothing_ever_acted_is_an_error(anchors, monkeypatch):
-    """A basis that the data never reach: the weights move, and nothing shows that the rule does anything."""
+@pytest.mark.parametrize("rate", [0.1, 1e-6])
+def test_a_run_in_which_nothing_ever_acted_is_an_error(anchors, monkeypatch, rate):
+    """A basis that the data never reach: the weights move, however little, and nothing shows that the rule acts."""
     model = make_model()
     probe = SafetyProbe(model, anchors, pad_token_id=1)
     monkeypatch.setattr(Constraint, "allowed", lambda self, v: 1e9)  # as if everything were rounding
-    attachment = attach(probe, torch.optim.SGD(model.parameters(), lr=0.1), NullSpace(rank=4))
+    attachment = attach(probe, torch.optim.SGD(model.parameters(), lr=rate), NullSpace(rank=4))
 
     class Steps:
         step = staticmethod(lambda: (attachment.refresh(), attachment.optimizer.step(), attachment.verify()))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +28,6 @@ MAX_SCALE = 10.0
 SAMPLED_ROWS = 8
 """Rows of each matrix kept over a step to tell how much of its update was removed."""
 
-TOUCHED = 16 * 2.0**-23
-"""A matrix that changed by less of its norm was not trained: float32 corrections alone leave some rounding."""
-
 
 class Holding(Correction):
     """The null space at work: bases and targets, the correction after each step, and its proof."""
@@ -53,9 +50,11 @@ class Holding(Correction):
         self._rows: dict[str, Tensor] = {}
         self._update = [0.0, 0.0]
         self._driven: dict[str, Tensor] = {}
+        """Which matrices have a gradient at this step, of those that were not seen to be pushed and put back yet."""
+        self._pushed: dict[str, Tensor] = {}
+        """Which of them the optimizer moved at such a step, before the correction, by rows of theirs."""
         self._largest = 0.0
         self._meet(given)
-        self._start = {name: self._sample(name).clone() for name in run.matrices}
         self.growth: Growth | None = None
         if given.tighten and self.subspace.reserve:
             pool = [*run.basis, *given.conflicts]
@@ -109,11 +108,13 @@ class Holding(Correction):
             self.constraint.gaps.pop(name, None)
             part = self.run.sharding.parts[name]
             if name not in self.acted and part.holder.grad is not None:
-                pushed = part.piece(part.holder.grad).abs().max() if part.size else torch.zeros(())
-                self._driven[name] = torch.maximum(self._driven.get(name, torch.zeros_like(pushed)), pushed)
+                self._driven[name] = (part.piece(part.holder.grad) != 0).any()
 
     def after_step(self, here: set[str]) -> None:
         self.fixed.after_step()
+        for name in here & self._driven.keys():
+            moved = self._driven.pop(name) & (self._sample(name) != self._rows[name]).any()
+            self._pushed[name] = self._pushed.get(name, torch.zeros_like(moved)) | moved
         self._hold([name for name in self.run.matrices if name in here])
         # what the weights make of new directions is so much that one float32 correction leaves more than rounding
         self._hold([name for name in self.run.matrices if name in here & self.constraint.grown])
@@ -180,8 +181,8 @@ class Holding(Correction):
         if final and found:
             self._largest = max(v.error / v.rounding if v.rounding else 0.0 for v in found.values())
         if final and not self.acted and run.steps:
-            now = {name: self._sample(name) for name in run.matrices}
-            pushed = _pushed(run, now, self._start, self._driven)
+            moved = [self._pushed.get(name, torch.zeros(())).cpu() * 1.0 for name in run.matrices]
+            pushed = [name for name, ranks in zip(run.matrices, run.total(moved), strict=True) if ranks > 0]
             if pushed:
                 raise CorrectionError(
                     f"spf: {len(pushed)} of {len(run.matrices)} matrices were trained, among them {pushed[0]}, and in "
@@ -227,22 +228,6 @@ class Holding(Correction):
 
     def whole_subspace(self) -> SafetySubspace:
         return self.constraint.whole()
-
-
-def _pushed(
-    run: Run, now: Mapping[str, Tensor], start: Mapping[str, Tensor], driven: Mapping[str, Tensor]
-) -> list[str]:
-    """Matrices that had a gradient at some step (`driven`) and are not what they were, by rows of theirs.
-
-    Weights that were trained before change by the rounding of the correction, also at a learning rate of zero.
-    """
-    moved = []
-    for name in run.matrices:
-        had = driven.get(name, torch.zeros(())) > 0
-        before = start[name].to(now[name].device).float()
-        stepped = (now[name].float() - before).norm() > TOUCHED * before.norm()
-        moved.append(stepped.cpu() * had.cpu() * 1.0)
-    return [name for name, value in zip(run.matrices, run.total(moved), strict=True) if value > 0]
 
 
 def _due(step: int) -> bool:
