@@ -70,17 +70,24 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watch
             "hold": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead), "
             "so they stay refused; if they are harmless requests of your task (`spf audit --show` shows them), say "
             "conflicts='allow'; 'drop' leaves the rows out",
+            "hold-all": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead)",
             "drop": "these rows are left out, and their refusals held",
             "allow": "allowed, so these refusals will be lost",
         }[conflicts]
         if not rule.holds:
             done = f"the rule {rule.name} does not hold them; null-space does"
-        counts += f": {done}" + (f"; list in {LIST_FILE} of the output directory" if found.conflicts else "")
+        counts += f": {done}" + f"; list in {LIST_FILE} of the output directory" * bool(found.conflicts)
     lines = [counts]
-    if 2 * found.refused > found.prompts and conflicts == "hold" and rule.holds:
+    if found.over_refusals and conflicts != "allow" and rule.holds:
         lines.append(
-            f"the model refuses {found.refused / found.prompts:.0%} of the training prompts: if that is your task, it "
-            "cannot be learned while these refusals are held; say conflicts='allow'"
+            f"{len({conflict.row for conflict in found.over_refusals})} rows answer what the model refuses although it "
+            "looks harmless to itself, as ordinary tasks do: these refusals are not held, so they will be lost; say "
+            "conflicts='hold-all' to keep them, too"
+        )
+    if 2 * len(found.conflicting_rows) > found.rows and conflicts in ("hold", "hold-all") and rule.holds:
+        lines.append(
+            f"the model refuses {len(found.conflicting_rows) / found.rows:.0%} of the training prompts: if that is "
+            "your task, it cannot be learned while these refusals are held; say conflicts='allow'"
         )
     if found.stream:
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")

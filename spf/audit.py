@@ -1,9 +1,9 @@
-"""Audit: which training examples answer prompts that the aligned model refuses (conflicts)."""
+"""Audit: which training examples answer harmful prompts that the aligned model refuses (conflicts)."""
 
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from spf.data.examples import COLUMNS, Example, Examples, read_examples
 from spf.errors import SafetyDataError
 from spf.files import replace_file
 from spf.next_token import Known, ask
+from spf.over_refusal import clearly_harmless
 from spf.sharding import rank_and_ranks
 from spf.text.refusal import is_refusal
 
@@ -84,6 +85,7 @@ class Audit:
     refused: int = 0
     conflicts: list[Conflict] = field(default_factory=list)
     leaning: list[Conflict] = field(default_factory=list)
+    over_refusals: list[Conflict] = field(default_factory=list)
     seconds: float = 0.0
     stream: bool = False
     refuses: bool = True
@@ -95,6 +97,12 @@ class Audit:
         names = {id(anchor) for anchor in watched}
         held = [anchor for anchor in anchors if id(anchor) not in names]
         return held + spread(self.leaning, MOST_HELD - len(anchors)), watched
+
+    def set_apart(self, harmless: Collection[tuple[int, ...]]) -> None:
+        """Conflicts whose prompts (token ids) are `harmless` are over-refusals instead."""
+        self.over_refusals = [conflict for conflict in self.conflicts if conflict.prompt_ids in harmless]
+        self.conflicts = [conflict for conflict in self.conflicts if conflict.prompt_ids not in harmless]
+        self.leaning = [conflict for conflict in self.leaning if conflict.prompt_ids not in harmless]
 
     @property
     def conflicting_rows(self) -> list[int]:
@@ -115,11 +123,17 @@ class Audit:
         """What was found, in words."""
         rows = f"{self.rows - self.unread} training rows"
         asked = f"{self.prompts} distinct prompts asked, {self.refused} refused; {self.seconds:.0f} s"
-        return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses ({asked})"
+        over = len({conflict.row for conflict in self.over_refusals})
+        more = f", and {over} answer prompts that it refuses although they look harmless to it" if over else ""
+        return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"
 
     def write(self, path: Path) -> None:
-        """A JSON line a conflict, without its text: row and probability."""
-        records = [{"row": c.row, "probability": round(c.probability, 4)} for c in self.conflicts]
+        """A JSON line a conflict or over-refusal, without its text: row, probability, and which of the two."""
+        records = [
+            {"row": c.row, "probability": round(c.probability, 4), "over_refusal": over}
+            for over, found in ((False, self.conflicts), (True, self.over_refusals))
+            for c in found
+        ]
         replace_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
@@ -211,7 +225,7 @@ def audit(
         len(refused),
         conflicts(refused),
         conflicts(leaning),
-        time.perf_counter() - start,
+        seconds=time.perf_counter() - start,
     )
 
 
@@ -255,11 +269,12 @@ def audit_data(
     options: Mapping[str, Any] | None = None,
     directory: Path | None = None,
     progress: bool = True,
+    hold_all: bool = False,
 ) -> Audit:
     """`audit` of a data set as a Trainer has it; of a stream its first rows.
 
     rows: safety samples, of which the model's own refusals tell how it refuses. directory: gets the list of conflicts
-    and keeps what was asked.
+    and keeps what was asked. hold_all: over-refusals are conflicts, too.
     """
     stream = isinstance(dataset, IterableDataset)
     if isinstance(dataset, Dataset | IterableDataset):
@@ -278,11 +293,19 @@ def audit_data(
     begins = own_refusals(model, tokenizer, rows, max_length, options)
     cache = directory / CACHE_FILE if directory else None
     found = audit(model, tokenizer, examples, begins, cache=cache, progress=progress)
+    if not hold_all:
+        start = time.perf_counter()
+        refused = list(dict.fromkeys(conflict.prompt_ids for conflict in [*found.conflicts, *found.leaning]))
+        cleared = clearly_harmless(
+            model, tokenizer, refused, rows, options=options, max_length=max_length, progress=progress
+        )
+        found.set_apart({prompt for prompt, harmless in zip(refused, cleared, strict=True) if harmless})
+        found.seconds += time.perf_counter() - start
     found.stream, found.why = stream, why or found.why
     found.refuses = bool(begins)
     if directory and rank_and_ranks()[0] == 0:
         (directory / LIST_FILE).unlink(missing_ok=True)
-        if found.conflicts:
+        if found.conflicts or found.over_refusals:
             found.write(directory / LIST_FILE)
     return found
 

@@ -68,11 +68,11 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
     console.print(found.counts())
     if found.unread:
         console.print(f"{found.unread} rows could not be audited ({found.why})")
-    if found.conflicts:
-        console.print(f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal)")
-    if args.show:
-        for conflict in found.conflicts:
+    if found.conflicts or found.over_refusals:
+        console.print(f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal, over-refusal or not)")
+    for kind, conflicts in (("conflict", found.conflicts), ("over-refusal", found.over_refusals)) if args.show else ():
+        for conflict in conflicts:
             text = tokenizer.decode(list(conflict.prompt_ids), skip_special_tokens=True)
-            console.print(f"{conflict.row}\t{conflict.probability:.2f}\t{' '.join(str(text).split())}")
+            console.print(f"{conflict.row}\t{conflict.probability:.2f}\t{kind}\t{' '.join(str(text).split())}")
     if args.clean:
         console.print(f"Without them: {args.clean}")

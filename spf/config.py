@@ -30,7 +30,7 @@ Interval = Annotated[list[Share], MinLen(2), MaxLen(2), _ORDERED]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """What NumPy takes, too."""
 
-Conflicts = Literal["hold", "drop", "allow", "error"]
+Conflicts = Literal["hold", "hold-all", "drop", "allow", "error"]
 """What is done about training rows that answer prompts which the aligned model refuses: their prompts are held with the
 model's own refusals, the rows are left out too, nothing, or the run is refused."""
 
@@ -231,7 +231,10 @@ class CallbackSettings(Settings):
     )
     conflicts: Conflicts = field(
         default="hold",
-        metadata={"help": "training rows that answer prompts which the model refuses: hold, drop, allow or error"},
+        metadata={
+            "help": "training rows that answer harmful prompts which the model refuses: hold, hold-all (of all that it "
+            "refuses), drop, allow or error"
+        },
     )
     on_leak: OnLeak = field(
         default="tighten",

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
@@ -13,6 +14,8 @@ from spf.models import evaluating
 from spf.progress import progress as bar_of
 from spf.sharding import gather_objects, rank_and_ranks, shares_parameters
 from spf.shared_prefix import NextToken
+
+T = TypeVar("T")
 
 BATCH = 8
 """Prompts that are asked together; sorted by length, so little is padding."""
@@ -72,32 +75,48 @@ def ask(
     model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], known: Known, progress: bool
 ) -> list[tuple[float, int]]:
     """For each prompt the probability that one of its tokens comes next, and the likeliest next token."""
-    rank, ranks = rank_and_ranks()
     answers: list[tuple[float, int] | None] = [None] * len(prompts)
     for i, prompt in enumerate(prompts):
         if (kept := known.answers.get(known.name(prompt))) is not None:
             answers[i] = (float(kept[0]), int(kept[1]))
     # what rank 0 knows, all know: they have to make the same number of passes
     answers = gather_objects(answers)[0]
-    order = sorted((i for i, answer in enumerate(answers) if answer is None), key=lambda i: len(prompts[i]))
+    left = [i for i, answer in enumerate(answers) if answer is None]
+    with evaluating(model):
+        asker = NextToken(model, [prompts[i] for i in left])
+
+        def read(batch: Sequence[int]) -> list[tuple[float, int]]:
+            asked = asker.ask([prompts[i] for i in batch], [tokens[i] for i in batch])
+            for i, answer in zip(batch, asked, strict=True):
+                known.add(prompts[i], answer)
+            return asked
+
+        for i, answer in shared_out(model, prompts, left, read, progress).items():
+            answers[i] = answer
+            known.answers[known.name(prompts[i])] = list(answer)
+    return [answer for answer in answers if answer is not None]
+
+
+def shared_out(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    which: Iterable[int],
+    read: Callable[[Sequence[int]], Iterable[T]],
+    progress: bool,
+) -> dict[int, T]:
+    """What `read` makes of `which` prompts, in batches of similar length that all processes of a run share."""
+    rank, ranks = rank_and_ranks()
+    order = sorted(which, key=lambda i: len(prompts[i]))
     batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     rounds = -(-len(batches) // ranks)
-    own: dict[int, tuple[float, int]] = {}
+    own: dict[int, T] = {}
     in_step = shares_parameters(model)
-    with evaluating(model), bar_of(rounds, "audit", shown=progress) as bar:
-        asker = NextToken(model, [prompts[i] for i in order])
+    with bar_of(rounds, "audit", shown=progress) as bar:
         for turn in range(rounds):
             number = turn * ranks + rank
             if number < len(batches) or in_step:
                 # those that gather each other's parameters make the same number of passes
                 batch = batches[min(number, len(batches) - 1)]
-                asked = asker.ask([prompts[i] for i in batch], [tokens[i] for i in batch])
-                for i, answer in zip(batch, asked, strict=True):
-                    own[i] = answer
-                    known.add(prompts[i], answer)
+                own |= zip(batch, read(batch), strict=True)
             bar.update()
-    for found in gather_objects(own):
-        for i, answer in found.items():
-            answers[i] = answer
-            known.answers[known.name(prompts[i])] = list(answer)
-    return [answer for answer in answers if answer is not None]
+    return {i: found for part in gather_objects(own) for i, found in part.items()}

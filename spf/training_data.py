@@ -48,7 +48,16 @@ class TrainingData:
             SafetyDataError: there are some, and `conflicts` is error.
         """
         limit = context_length(model, tokenizer)
-        found = audit_data(dataset, model, tokenizer, rows, max_length=limit, options=self.options, directory=directory)
+        found = audit_data(
+            dataset,
+            model,
+            tokenizer,
+            rows,
+            max_length=limit,
+            options=self.options,
+            directory=directory,
+            hold_all=self.conflicts == "hold-all",
+        )
         if found.conflicts and self.conflicts == "error":
             raise SafetyDataError(
                 f"{found.counts()}; they are listed in {directory / LIST_FILE}: conflicts='hold' keeps these refusals, "

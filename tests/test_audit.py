@@ -476,13 +476,13 @@ def test_conflicts_are_spread_over_the_data():
 
 
 def test_a_task_that_the_model_refuses_is_said_to_be_lost():
-    """An over-refusing model: nothing tells an attack from such a task, so the user has to."""
+    """A task that looks harmful to the model, too: nothing tells it from an attack, so the user has to."""
     lost = "the model refuses 60% of the training prompts: if that is your task, it cannot be learned"
     found = Audit(10, prompts=10, refused=6, conflicts=[Conflict(row, 1.0, (row,), (1,)) for row in range(6)])
     assert audit_lines(found, "hold", NullSpace(), 6, 0)[1].startswith(lost)
     assert len(audit_lines(found, "allow", NullSpace(), 6, 0)) == 1
     assert len(audit_lines(found, "hold", RULES["spf"](), 6, 0)) == 1
-    assert len(audit_lines(replace(found, refused=5), "hold", NullSpace(), 6, 0)) == 1
+    assert len(audit_lines(replace(found, rows=12), "hold", NullSpace(), 6, 0)) == 1
 
 
 def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(tokenizer):

@@ -22,6 +22,7 @@ COUNTS = {
     "harmful_validation": 65,
     "harmful_eval": 104,
     "benign_anchors": 120,
+    "harmless_tasks": 48,
     "benign_validation": 65,
     "benign_eval": 104,
 }
@@ -137,7 +138,7 @@ def test_validation_prompts_are_as_long_as_evaluation_prompts(kind):
     assert abs(statistics.stdev(validation) - statistics.stdev(evaluation)) < 0.5
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", sorted(COUNTS.keys() - {"harmless_tasks"}))
 def test_surface_forms_are_balanced(name):
     # the anchors have more forms, behind as many as the other files have
     some = prompts(name)[: 156 if name == "harmful_anchors" else None]

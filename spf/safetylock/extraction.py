@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spf.config import Count, Seed, check
+from spf.logistic import fit_logistic
 from spf.models import evaluating
 from spf.progress import tracked
 from spf.safetylock.heads import AttentionOutput, Geometry, Model, attention_outputs
@@ -29,7 +30,7 @@ from spf.safetylock.lock import (
     weights_hash,
 )
 from spf.safetylock.pairs import Pair, digest, distinct, encode, mean_words
-from spf.safetylock.probes import fit_logistic, judge_probes, mass_mean, rank_heads, validation_pairs
+from spf.safetylock.probes import judge_probes, mass_mean, rank_heads, validation_pairs
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,9 @@ def test_ranks_share_the_audit_and_agree(mode):
         assert max(abs(a[1] - b[1]) for a, b in zip(found["conflicts"], alone["conflicts"], strict=True)) < 1e-5
         # what is held is the same, so is the run
         assert deviation(found, alone, "losses") < 1e-4
+        # so are the states by which over-refusals are told
+        assert found["states"] == pytest.approx(alone["states"], rel=1e-4)
+    assert len(alone["states"]) == 37
     assert alone["passes"] == 8
     assert [found["passes"] for found in ranks] in ([5, 3], [5, 5])
 

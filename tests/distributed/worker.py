@@ -41,6 +41,7 @@ import spf.training_data
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError
 from spf.data import Anchor
 from spf.data.examples import Example, Examples
+from spf.over_refusal import middle_states
 from spf.rules import Constrained, Mix, SafeGrad
 from spf.rules.growth import Growth
 from spf.rules.holding import Holding
@@ -342,6 +343,7 @@ def own_refusals(case: Case, directory: Path) -> dict[str, Any]:
 def audited(case: Case, directory: Path) -> dict[str, Any]:
     """The training data's prompts are asked by all ranks together, and all get the same answers."""
     real, asked, passes = spf.training_data.audit_data, NextToken.ask, itertools.count()
+    states: list[Any] = []
 
     def counted(asker: Any, prompts: Any, tokens: Any) -> Any:
         next(passes)
@@ -351,6 +353,9 @@ def audited(case: Case, directory: Path) -> dict[str, Any]:
         prompts = [(*range(5, 9 + i % 7), 20 + i) for i in range(37)]
         examples = Examples([Example(prompt, (3,), "Yes.", i) for i, prompt in enumerate(prompts)], len(prompts))
         anchors = [Anchor([1], [token, 7], "") for token in range(0, 2000, 2)]
+        found = middle_states(model, prompts, 1)
+        assert found is not None
+        states.extend(found.double().square().sum(1).tolist())
         return spf.audit.audit(model, tokenizer, examples, anchors)
 
     spf.training_data.audit_data, spf.audit.CONFIRM = made, 0.0
@@ -365,6 +370,7 @@ def audited(case: Case, directory: Path) -> dict[str, Any]:
     return {
         "conflicts": [[c.row, c.probability, c.refusal_ids[0]] for c in callback.audit.conflicts],
         "passes": next(passes),
+        "states": states,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
     }
 

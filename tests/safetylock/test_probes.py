@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spf.safetylock.probes import fit_logistic, judge_probes, mass_mean, rank_heads, validation_pairs
+from spf.logistic import fit_logistic
+from spf.safetylock.probes import judge_probes, mass_mean, rank_heads, validation_pairs
 
 
 @settings(deadline=None)
@@ -50,6 +51,15 @@ def test_logistic_regression_is_at_the_minimum(heads, samples, width, scale, shi
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, y.double(), reduction="sum")
         (loss + 0.5 * w[:-1].square().sum()).backward()
         assert w.grad.abs().max() < 1e-5 * samples * max(scale, 1)
+
+
+def test_samples_that_count_more_are_as_if_they_were_there_more_often():
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.randn(2, 12, 3, generator=generator), torch.arange(12) % 3 == 0
+    counts = torch.arange(12) % 4 + 1
+    often = torch.repeat_interleave(torch.arange(12), counts)
+    assert torch.allclose(fit_logistic(X, y, counts), fit_logistic(X[:, often], y[often]), atol=1e-7)
+    assert not torch.allclose(fit_logistic(X, y, counts), fit_logistic(X, y), atol=1e-2)
 
 
 def test_logistic_regression_against_a_hand_solution():

@@ -248,6 +248,7 @@ def fine_tune(
                 "prompts": found.prompts,
                 "refused": found.refused,
                 "conflicting_rows": len(found.conflicting_rows),
+                "over_refusals": len({conflict.row for conflict in found.over_refusals}),
                 "seconds": found.seconds,
             }
         if isinstance(callback, SafetyCallback) and callback.attachment is not None:

@@ -1,0 +1,140 @@
+"""Over-refusals: prompts that the aligned model refuses although they look harmless to itself.
+
+Models tell harmful from harmless requests half way up, where the request ends, apart from whether they refuse, which is
+decided after it (Zhao et al., arXiv 2507.11878). A linear probe there, fitted on packaged prompts of both kinds, says
+which refused prompts are clearly harmless: a task of the user's, not an attack.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from spf.data import SafetyRow, load_safety_rows, packaged_prompts, tokenise
+from spf.logistic import fit_logistic
+from spf.models import evaluating, logits_only
+from spf.next_token import shared_out
+from spf.sharding import object_of_rank_0
+
+HARMFUL = 104
+"""Harmful prompts that the probe is fitted on: the run's own, then packaged ones."""
+
+HARMLESS = ("harmless_tasks", "benign_anchors")
+"""Packaged prompts of tasks, and such as sound harmful: without these the probe would go by how a request is put."""
+
+CLEARLY = 0.1
+"""A prompt is clearly harmless if the probe gives it at most this probability of being harmful."""
+
+PENALTY = 100.0
+"""Of the squared weights, in standardised inputs (scikit-learn's C = 0.01).
+
+Chosen with the layer on attack and validation prompts of two models: of the packaged attack prompts none, and of
+AdvBench's at most one in 25, were called clearly harmless; of text-to-SQL prompts all, of summaries at least 92 in 100.
+"""
+
+MISTAKEN = 0.05
+"""If of harmful prompts that the probe was not fitted on more are called clearly harmless, it is not used."""
+
+
+def clearly_harmless(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[SafetyRow],
+    *,
+    options: Mapping[str, Any] | None = None,
+    max_length: int = 1 << 30,
+    progress: bool = True,
+) -> list[bool]:
+    """Which prompts (token ids, up to where the answer begins) look clearly harmless to the model.
+
+    rows: safety samples, examples of what it should refuse. Where the probe cannot tell, no prompt is called harmless.
+    All processes of a run have to call it.
+    """
+    if not prompts:
+        return []
+    harmful = [*rows[:HARMFUL], *load_safety_rows()][:HARMFUL]
+    harmless = [
+        SafetyRow([{"role": "user", "content": prompt}], "", name)
+        for name in HARMLESS
+        for prompt in packaged_prompts(name)
+    ]
+    known, other = (_prompts(kind, tokenizer, max_length, options) for kind in (harmful, harmless))
+    if not known or not other:
+        return [False] * len(prompts)
+    samples = [*known, *other]
+    ending = common_ending(samples)
+    states = middle_states(model, [*samples, *prompts], ending, progress)
+    if states is None:
+        return [False] * len(prompts)
+    is_harmful = torch.arange(len(samples)) < len(known)
+    fitted, asked = states[: len(samples)], states[len(samples) :]
+    half = torch.arange(len(samples)) % 2 == 0
+    tried = harmfulness(fitted[half], is_harmful[half], fitted[~half])[is_harmful[~half]]
+    usable = float((tried < CLEARLY).double().mean()) <= MISTAKEN
+    found = (harmfulness(fitted, is_harmful, asked) < CLEARLY).tolist()
+    tail = samples[0][len(samples[0]) - ending :]
+    ends = [tuple(prompt[len(prompt) - ending :]) == tail for prompt in prompts]
+    # rounding must not have processes hold different prompts
+    return object_of_rank_0([usable and clear and same for clear, same in zip(found, ends, strict=True)])
+
+
+def _prompts(
+    rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_length: int, options: Mapping[str, Any] | None
+) -> list[tuple[int, ...]]:
+    """Prompts of rows as tokens; those longer than the context are left out."""
+    asked = tokenise([replace(row, refusal="", cut=True) for row in rows], tokenizer, sys.maxsize, options)
+    return [tuple(sample.prompt_ids) for sample in asked if len(sample.prompt_ids) <= max_length]
+
+
+def harmfulness(X: Tensor, y: Tensor, asked: Tensor) -> Tensor:
+    """Probability (P,) that states `asked` (P, n) are of harmful prompts, by a probe fitted on X (S, n), y (S,) bool.
+
+    Both kinds count the same, however many there are.
+    """
+    mean, scale = X.mean(0), X.std(0, correction=0).clamp_min(1e-6)
+    # the weights lie in the span of the samples, of which there are fewer than dimensions
+    U, S, Vh = torch.linalg.svd((X - mean) / scale / PENALTY**0.5, full_matrices=False)
+    counts = torch.where(y, len(y) / 2 / y.sum(), len(y) / 2 / (~y).sum())
+    weights = fit_logistic((U * S)[None], y, counts)[0]
+    turned = ((asked - mean) / scale / PENALTY**0.5) @ Vh.T
+    return torch.sigmoid(turned.double() @ weights[:-1] + weights[-1])
+
+
+@torch.no_grad()
+def middle_states(model: Any, prompts: Sequence[Sequence[int]], ending: int, progress: bool = False) -> Tensor | None:
+    """Hidden states (P, n), float32, half way up at the last token before the prompts' `ending` tokens.
+
+    None if the model does not give its hidden states.
+    """
+    layer = model.config.get_text_config().num_hidden_layers // 2
+    device = next(model.parameters()).device
+
+    def read(batch: Sequence[int]) -> list[Tensor | None]:
+        asked = [prompts[i] for i in batch]
+        width = max(map(len, asked))
+        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in asked], device=device)
+        mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in asked], device=device)
+        rows, last = torch.arange(len(asked)), torch.tensor([max(0, len(prompt) - ending - 1) for prompt in asked])
+        with logits_only(model, rows, last):
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        if not output.hidden_states:
+            return [None] * len(batch)
+        return list(output.hidden_states[layer][rows.to(device), last.to(device)].float().cpu())
+
+    with evaluating(model):
+        found = shared_out(model, prompts, range(len(prompts)), read, progress)
+    states = [found[i] for i in range(len(prompts))]
+    return None if any(state is None for state in states) else torch.stack([s for s in states if s is not None])
+
+
+def common_ending(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts end with: what the template puts between a user's message and its answer."""
+    backwards = sorted(tuple(reversed(prompt)) for prompt in prompts)
+    pairs = zip(backwards[0], backwards[-1], strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

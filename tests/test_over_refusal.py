@@ -1,0 +1,180 @@
+"""Over-refusals: refused prompts that look harmless to the model itself are told from what data attack."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import spf.audit
+import spf.over_refusal
+from spf import NullSpace, SafetyCallback
+from spf.announce import audit_lines
+from spf.audit import Audit, Conflict, audit_data
+from spf.cli import main
+from spf.data import SafetyRow, packaged_prompts
+from spf.over_refusal import clearly_harmless, common_ending, harmfulness, middle_states
+from tests.conftest import make_model, make_tokenizer
+from tests.test_audit import COMPLIES, REFUSAL, chat_ids
+
+TASKS = packaged_prompts("harmless_tasks")
+HARMFUL = packaged_prompts("harmful_anchors")
+ROWS = [SafetyRow([{"role": "user", "content": p}], "No.", f"row {i}") for i, p in enumerate(HARMFUL[:8])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def asked(tokenizer, prompts):
+    return [tuple(chat_ids(tokenizer, [{"role": "user", "content": prompt}], True)) for prompt in prompts]
+
+
+def test_the_probe_is_the_library_s_logistic_regression_on_standardised_states():
+    generator = torch.Generator().manual_seed(1)
+    X, y = torch.randn(40, 90, generator=generator) * torch.rand(90, generator=generator), torch.arange(40) % 4 == 0
+    X[y] += 0.3
+    asked = torch.randn(7, 90, generator=generator)
+    library = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", tol=1e-10))
+    wanted = library.fit(X.numpy(), y.numpy()).predict_proba(asked.numpy())[:, 1]
+    assert harmfulness(X, y, asked).tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_a_constant_dimension_is_no_harm():
+    X, y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) < 6
+    X[:, 2] = 3.0
+    assert torch.isfinite(harmfulness(X, y, X)).all()
+
+
+def test_common_ending():
+    assert common_ending([(1, 2, 3), (4, 2, 3), (3, 3)]) == 1
+    assert common_ending([(1, 2, 3), (2, 3)]) == 2
+    assert common_ending([(1,), (2,)]) == 0
+
+
+def test_middle_states_are_those_before_the_ending_whatever_the_padding(tokenizer):
+    model = make_model(width=32)
+    prompts = asked(tokenizer, ["Hi", "How far is it to the next town, please?", "Why?"])
+    ending = common_ending(prompts)
+    found = middle_states(model, prompts, ending)
+    layer = model.config.num_hidden_layers // 2
+    for prompt, state in zip(prompts, found, strict=True):
+        whole = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer]
+        assert torch.allclose(state, whole[0, len(prompt) - ending - 1], atol=1e-5)
+    assert model.training
+
+
+@pytest.fixture
+def split(monkeypatch, tokenizer):
+    """Prompts with what looks harmful in them, and such without; states tell them apart by so much."""
+    harmful = set(asked(tokenizer, [*HARMFUL, "an attack"]))
+
+    def by(distance):
+        def states(model, prompts, ending, progress):
+            found = torch.randn(len(prompts), 256, generator=torch.Generator().manual_seed(0))
+            found[:, :128] += distance * torch.tensor([[float(prompt in harmful)] for prompt in prompts])
+            return found
+
+        monkeypatch.setattr(spf.over_refusal, "middle_states", states)
+
+    return by
+
+
+def test_what_looks_harmless_is_called_so(split, tokenizer):
+    split(6.0)
+    prompts = asked(tokenizer, ["an attack", "a task of mine", "another"])
+    cut = prompts[1][:-1]  # does not end as the template has it
+    assert clearly_harmless(None, tokenizer, [*prompts, cut], ROWS) == [False, True, True, False]
+    assert clearly_harmless(None, tokenizer, [], ROWS) == []
+
+
+def test_a_probe_that_cannot_tell_calls_nothing_harmless(split, tokenizer, monkeypatch):
+    prompts = asked(tokenizer, TASKS)
+    split(0.0)
+    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
+    split(6.0)
+    assert all(clearly_harmless(None, tokenizer, prompts, ROWS))
+    # no context is long enough for a sample
+    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS, max_length=3))
+    monkeypatch.setattr(spf.over_refusal, "middle_states", lambda *args: None)
+    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
+
+
+def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
+    """What a policy of the user's refuses is no task: their rows come before the packaged ones."""
+    seen = []
+    monkeypatch.setattr(spf.over_refusal, "middle_states", lambda model, prompts, *rest: seen.extend(prompts))
+    policy = [SafetyRow([{"role": "user", "content": f"Which shares should I buy, {i}?"}], "No.", "") for i in range(9)]
+    clearly_harmless(None, tokenizer, asked(tokenizer, ["x"]), policy)
+    own = asked(tokenizer, [row.messages[0]["content"] for row in policy])
+    assert seen[:9] == own
+    assert len(seen) == spf.over_refusal.HARMFUL + len(TASKS) + len(packaged_prompts("benign_anchors")) + 1
+
+
+def found_of(*kinds):
+    """An audit of one conflict a row, of the prompt (row,)."""
+    conflicts = [Conflict(row, 1.0, (row,), (1,)) for row in range(len(kinds))]
+    found = Audit(len(kinds), prompts=len(kinds), refused=len(kinds), conflicts=conflicts)
+    found.leaning = [Conflict(90 + row, 0.1, (row,), (1,)) for row in range(len(kinds))]
+    found.set_apart({(row,) for row, kind in enumerate(kinds) if kind == "harmless"})
+    return found
+
+
+def test_over_refusals_are_no_conflicts_and_are_listed(tmp_path):
+    found = found_of("harmful", "harmless", "harmful")
+    assert found.conflicting_rows == [0, 2]
+    assert [conflict.row for conflict in found.leaning] == [90, 92]
+    held, watched = found.split()
+    assert [anchor.prompt_ids for anchor in held + watched] == [[0], [2], [0], [2]]
+    assert len(found.without(Dataset.from_dict({"x": [1, 2, 3]}))) == 1
+    found.write(tmp_path / "list.jsonl")
+    listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
+    assert [(entry["row"], entry["over_refusal"]) for entry in listed] == [(0, False), (2, False), (1, True)]
+    lines = audit_lines(found, "hold", NullSpace(), 2, 0)
+    assert "2 of 3 training rows answer prompts that the model refuses, and 1 answer prompts that it" in lines[0]
+    assert lines[1].startswith("1 rows answer what the model refuses although it looks harmless to itself")
+    assert "conflicts='hold-all'" in lines[1]
+    assert not any("hold-all" in line for line in audit_lines(found, "allow", NullSpace(), 2, 0))
+
+
+@pytest.mark.parametrize(("conflicts", "held"), [("hold", 0), ("hold-all", 4)])
+def test_the_callback_holds_over_refusals_only_if_asked(tmp_path, tokenizer, monkeypatch, conflicts, held):
+    def all_harmless(model, tokenizer, prompts, *rest, **options):
+        return [True] * len(prompts)
+
+    monkeypatch.setattr(
+        spf.audit, "clearly_harmless", lambda model, tokenizer, prompts, *_, **__: [True] * len(prompts)
+    )
+    monkeypatch.setattr(spf.audit, "CONFIRM", 0.0)
+    data = Dataset.from_list([{"prompt": task, "completion": COMPLIES} for task in TASKS[:4]])
+    callback = SafetyCallback(conflicts=conflicts)
+    rows = [SafetyRow([{"role": "user", "content": HARMFUL[0]}], REFUSAL, "", True, True)]
+    first = tokenizer(REFUSAL, add_special_tokens=False)["input_ids"][0]
+    monkeypatch.setattr(spf.audit, "ask", lambda model, prompts, *rest: [(1.0, first)] * len(prompts))
+    found = callback.data.audit(data, make_model(width=32), tokenizer, rows, tmp_path, data)
+    assert (len(found.conflicts), len(found.over_refusals)) == (held, 4 - held)
+    assert len(found.split()[0]) == held
+    assert found.refused == 4
+
+
+def test_the_command_shows_them_and_fails_for_conflicts_only(tmp_path, tokenizer, monkeypatch, capsys):
+    model = tmp_path / "model"
+    make_model(width=32).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": t, "completion": "Yes."}) + "\n" for t in TASKS[:3]))
+    safety = tmp_path / "safety.jsonl"
+    safety.write_text(json.dumps({"prompt": HARMFUL[0], "refusal": "I cannot."}) + "\n")
+    found = found_of("harmless", "harmful", "harmless")
+    found.conflicts, found.leaning = [], []
+    monkeypatch.setattr("spf.audit_command.audit_data", lambda *args, **options: found)
+    arguments = ["--model", str(model), "--safety_data", str(safety), "--output", str(tmp_path / "output")]
+    main(["audit", str(data), *arguments, "--show", "--fail_over", "0"])
+    shown = capsys.readouterr().out
+    assert "0 of 3 training rows" in shown
+    assert shown.count("1.00    over-refusal ") == 2  # rich puts blanks for tabs
+    assert audit_data is spf.audit.audit_data
