@@ -1,5 +1,6 @@
 """Over-refusals: refused prompts that look harmless to the model itself are told from what data attack."""
 
+import itertools
 import json
 
 import pytest
@@ -104,6 +105,27 @@ def test_a_probe_that_cannot_tell_calls_nothing_harmless(split, tokenizer, monke
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
 
 
+def test_a_probe_that_takes_harmful_prompts_for_harmless_calls_nothing_harmless(tokenizer, monkeypatch):
+    """It tells most apart, but one in ten of the harmful ones lies among the harmless: it would let attacks go."""
+    harmful = set(asked(tokenizer, HARMFUL))
+
+    def states(among):
+        def found(model, prompts, ending, progress):
+            numbers = itertools.count()
+            kinds = [float(prompt in harmful and next(numbers) % among > 0) for prompt in prompts]
+            return torch.randn(len(prompts), 256, generator=torch.Generator().manual_seed(0)) + 6 * torch.tensor(
+                kinds
+            ).unsqueeze(1)
+
+        return found
+
+    prompts = asked(tokenizer, TASKS)
+    monkeypatch.setattr(spf.over_refusal, "middle_states", states(101))
+    assert all(clearly_harmless(None, tokenizer, prompts, ROWS))
+    monkeypatch.setattr(spf.over_refusal, "middle_states", states(11))
+    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
+
+
 def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
     """What a policy of the user's refuses is no task: their rows come before the packaged ones."""
     seen = []
@@ -159,6 +181,8 @@ def test_the_callback_holds_over_refusals_only_if_asked(tmp_path, tokenizer, mon
     assert (len(found.conflicts), len(found.over_refusals)) == (held, 4 - held)
     assert len(found.split()[0]) == held
     assert found.refused == 4
+    listed = [json.loads(line) for line in (tmp_path / "spf_conflicts.jsonl").read_text().splitlines()]
+    assert [entry["over_refusal"] for entry in listed] == [conflicts == "hold"] * 4
 
 
 def test_the_command_shows_them_and_fails_for_conflicts_only(tmp_path, tokenizer, monkeypatch, capsys):
