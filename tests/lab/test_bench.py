@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -359,7 +360,21 @@ def test_stages_are_trained_one_after_another(work, monkeypatch):
     result: dict = {}
     fine_tune(Cell("both", "null-space", model="tiny"), workspace, result)
     assert [entry["step"] for entry in result["history"] if "loss" in entry] == [1, 2, 1]
-    assert result["audit"]["rows"] == 8  # the last training's
+    assert result["audit"]["rows"] == 16 + 8
+    assert [len(result["watched"][name]) for name in ("refused", "conflicts_refused")] == [4, 4]
+
+
+@pytest.mark.parametrize("leaks", [(True, False), (False, True), (False, False)])
+def test_a_warning_of_any_training_is_one_of_the_cell(leaks):
+    result: dict = {}
+    for leak in leaks:
+        watched = SimpleNamespace(refused=0.5)
+        monitor = SimpleNamespace(
+            before=watched, now=watched, before_conflicts=watched, now_conflicts=watched, leaks=leak
+        )
+        running = SimpleNamespace(monitor=monitor, subspace=SimpleNamespace(right={}))
+        cells._add_what_it_said(SimpleNamespace(audit=None, attachment=running), result)
+    assert result["watched"]["warned"] == any(leaks)
 
 
 def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsys):

@@ -215,6 +215,35 @@ class _Curve(TrainerCallback):
             self.points.append({"step": step, **self.measure(model)})
 
 
+def _add_what_it_said(callback: SafetyCallback, result: dict[str, Any]) -> None:
+    """Add a training's audit and watched prompts: over several trainings the sums, and shares before and after each."""
+    found, running = callback.audit, callback.attachment
+    if found is not None:
+        counts = {
+            "rows": found.rows,
+            "prompts": found.prompts,
+            "refused": found.refused,
+            "conflicting_rows": len(found.conflicting_rows),
+            "over_refusals": len({conflict.row for conflict in found.over_refusals}),
+            "seconds": found.seconds,
+        }
+        before = result.get("audit", {})
+        result["audit"] = {name: count + before.get(name, 0) for name, count in counts.items()}
+    if running is not None:
+        monitor, earlier = running.monitor, result.get("watched", {})
+        result["watched"] = {
+            "refused": [*earlier.get("refused", []), monitor.before.refused, monitor.now.refused],
+            "conflicts_refused": [
+                *earlier.get("conflicts_refused", []),
+                monitor.before_conflicts.refused,
+                monitor.now_conflicts.refused,
+            ],
+            "warned": earlier.get("warned", False) or monitor.leaks,
+        }
+        widths = [V.shape[1] for V in running.subspace.right.values()]
+        result["directions"] = [min(widths), max(widths)] if widths else []
+
+
 def fine_tune(
     cell: Cell, workspace: Workspace, result: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -240,26 +269,9 @@ def fine_tune(
         trainer.remove_callback(PrinterCallback)  # the history keeps what it would print
         trainer.train()
         logged += trainer.state.log_history
-    for callback in callbacks:
-        if isinstance(callback, SafetyCallback) and callback.audit is not None:
-            found = callback.audit
-            result["audit"] = {
-                "rows": found.rows,
-                "prompts": found.prompts,
-                "refused": found.refused,
-                "conflicting_rows": len(found.conflicting_rows),
-                "over_refusals": len({conflict.row for conflict in found.over_refusals}),
-                "seconds": found.seconds,
-            }
-        if isinstance(callback, SafetyCallback) and callback.attachment is not None:
-            monitor = callback.attachment.monitor
-            result["watched"] = {
-                "refused": [monitor.before.refused, monitor.now.refused],
-                "conflicts_refused": [monitor.before_conflicts.refused, monitor.now_conflicts.refused],
-                "warned": monitor.leaks,
-            }
-            widths = [V.shape[1] for V in callback.attachment.subspace.right.values()]
-            result["directions"] = [min(widths), max(widths)] if widths else []
+        for callback in callbacks:
+            if isinstance(callback, SafetyCallback):
+                _add_what_it_said(callback, result)
     result["curve"] = curve.points
     result["history"] = [
         {key: float(value) for key, value in entry.items() if isinstance(value, int | float)}
