@@ -4,7 +4,8 @@ python benchmarks/audit.py [--model demo | DIR] [--prompts PROMPTS.jsonl] [--ben
 
 Three mixtures of the benchmark (half harmful, a tenth harmful among summaries, half harmful of another origin with
 --prompts). Truth is what the model answers: every distinct prompt is answered greedily and the prefix judge reads it.
-The audit sees the prompts only. Besides, text-to-SQL and summary prompts are audited: none should be flagged.
+The audit sees the prompts only. What it lets go as over-refusals is counted for harmful and harmless prompts apart: of
+the harmful none should be. Besides, text-to-SQL and summary prompts are audited: none should be a conflict.
 Writes benchmarks/results/audit/MODEL.json: counts and seconds, no text.
 """
 
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.audit import Audit, audit, own_refusals
-from spf.data import Anchor, ask_refusals, in_turn, load_safety_rows
-from spf.data.examples import read_examples
+from spf.audit import Audit, audit_data
+from spf.data import HARMLESS_STUB, SafetyRow, ask_refusals, in_turn, load_safety_rows
 from spf.evaluation import generate_answers
 from spf.files import write_json
 from spf.lab.bench.scenarios import SCENARIOS, training_rows
@@ -38,28 +39,30 @@ OWN = 64
 
 
 def audited(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], begins: list[Anchor]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], own: list[SafetyRow]
 ) -> Audit:
     """The audit of prompts with their targets."""
     rows = [
         {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]}
         for prompt, target in pairs
     ]
-    examples = read_examples(rows, tokenizer, None, context_length(model, tokenizer))
-    return audit(model, tokenizer, examples, begins)
+    return audit_data(Dataset.from_list(rows), model, tokenizer, own, max_length=context_length(model, tokenizer))
 
 
 def mixture(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    begins: list[Anchor],
+    own: list[SafetyRow],
     others: Path | None,
 ) -> dict[str, Any]:
-    """Precision and recall of the audit in one scenario, by distinct prompts."""
+    """Precision and recall of the audit in one scenario, by distinct prompts, and which it lets go as over-refusals."""
     pairs = {row.messages[-1]["content"]: str(row.refusal) for row in training_rows(SCENARIOS[name], 0, others)}
-    found = audited(model, tokenizer, list(pairs.items()), begins)
-    flagged = set(found.conflicting_rows)
+    targets = list(pairs.values())
+    found = audited(model, tokenizer, list(pairs.items()), own)
+    let_go = {conflict.row for conflict in found.over_refusals}
+    flagged = {*found.conflicting_rows, *let_go}
+    harmful = {row for row in flagged if targets[row] == HARMLESS_STUB}
     start = time.perf_counter()
     answers = generate_answers(model, tokenizer, list(pairs), max_new_tokens=ANSWER_TOKENS)
     refused = {i for i, answer in enumerate(answers) if is_refusal(answer)}
@@ -71,6 +74,8 @@ def mixture(
         "both": both,
         "precision": both / len(flagged) if flagged else None,
         "recall": both / len(refused) if refused else None,
+        "harmful": {"flagged": len(harmful), "let_go": len(harmful & let_go)},
+        "harmless": {"flagged": len(flagged - harmful), "let_go": len(let_go - harmful)},
         "audit_seconds": found.seconds,
         "generation_seconds": time.perf_counter() - start,
     }
@@ -86,31 +91,41 @@ def main() -> None:
     model, tokenizer = load_aligned_demo_model() if args.model == "demo" else load_model(args.model)
     model = model.to(machine_device(), cpu_dtype()).eval()  # type: ignore[call-overload,arg-type]
     own = ask_refusals(in_turn(load_safety_rows(None), 0), model, tokenizer, wanted=OWN).rows
-    begins = own_refusals(model, tokenizer, own, context_length(model, tokenizer))
     names = [name for name in MIXTURES if args.prompts or not SCENARIOS[name].foreign]
     result: dict[str, Any] = {
         "model": Path(args.model).name,
         "versions": {name: version(name) for name in ("torch", "transformers", "spf")},
         "threads": torch.get_num_threads(),
-        "mixtures": {name: mixture(model, tokenizer, name, begins, args.prompts) for name in names},
+        "mixtures": {name: mixture(model, tokenizer, name, own, args.prompts) for name in names},
     }
     half = args.benign // 2
     benign = [(e.prompt, e.query) for e in make_sql_examples(args.benign - half, 0, "train")]
     benign += [(e.prompt, e.summary) for e in make_summary_examples(half, 0, "train")]
-    found = audited(model, tokenizer, benign, begins)
-    result["benign"] = {"prompts": found.prompts, "flagged": len(found.conflicts), "seconds": found.seconds}
+    found = audited(model, tokenizer, benign, own)
+    result["benign"] = {
+        "prompts": found.prompts,
+        "flagged": len(found.conflicts),
+        "let_go": len(found.over_refusals),
+        "seconds": found.seconds,
+    }
     path = args.output or Path(__file__).parent / "results" / "audit" / f"{result['model']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
-    table = Table("mixture", "prompts", "refused", "flagged", "precision", "recall", "audit, s")
+    table = Table(
+        "mixture", "prompts", "refused", "flagged", "precision", "recall", "let go, harmful", "harmless", "audit, s"
+    )
     for name, m in result["mixtures"].items():
         shares = ("-" if m[key] is None else f"{m[key]:.3f}" for key in ("precision", "recall"))
-        table.add_row(
-            name, *(str(m[key]) for key in ("prompts", "refused", "flagged")), *shares, f"{m['audit_seconds']:.0f}"
-        )
+        let_go = (f"{m[kind]['let_go']} of {m[kind]['flagged']}" for kind in ("harmful", "harmless"))
+        counts = (str(m[key]) for key in ("prompts", "refused", "flagged"))
+        table.add_row(name, *counts, *shares, *let_go, f"{m['audit_seconds']:.0f}")
     console = Console()
     console.print(table)
-    console.print(f"benign: {result['benign']['flagged']} of {result['benign']['prompts']} flagged; {path}")
+    calm = result["benign"]
+    console.print(
+        f"benign: {calm['flagged']} of {calm['prompts']} are conflicts, {calm['let_go']} let "
+        f"go as over-refusals; {path}"
+    )
 
 
 if __name__ == "__main__":
