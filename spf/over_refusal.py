@@ -73,15 +73,25 @@ def clearly_harmless(
     if states is None:
         return [False] * len(prompts)
     is_harmful = torch.arange(len(samples)) < len(known)
-    fitted, asked = states[: len(samples)], states[len(samples) :]
-    half = torch.arange(len(samples)) % 2 == 0
-    tried = harmfulness(fitted[half], is_harmful[half], fitted[~half])[is_harmful[~half]]
-    usable = float((tried < CLEARLY).double().mean()) <= MISTAKEN
-    found = (harmfulness(fitted, is_harmful, asked) < CLEARLY).tolist()
+    clear = _clear(states[: len(samples)], is_harmful, states[len(samples) :])
+    if 2 * int(clear.sum()) > len(prompts):
+        # a task of the user's, so what is like it is no attack, either
+        fitted = torch.cat([states[: len(samples)], states[len(samples) :][clear]])
+        is_harmful = torch.arange(len(fitted)) < len(known)
+        clear |= _clear(fitted, is_harmful, states[len(samples) :])
     tail = samples[0][len(samples[0]) - ending :]
     ends = [tuple(prompt[len(prompt) - ending :]) == tail for prompt in prompts]
     # rounding must not have processes hold different prompts
-    return object_of_rank_0([usable and clear and same for clear, same in zip(found, ends, strict=True)])
+    return object_of_rank_0([harmless and same for harmless, same in zip(clear.tolist(), ends, strict=True)])
+
+
+def _clear(fitted: Tensor, is_harmful: Tensor, asked: Tensor) -> Tensor:
+    """Which of the states `asked` are clearly harmless; none if a probe on half of the samples takes more than
+    `MISTAKEN` of the other half's harmful ones for that."""
+    half = torch.arange(len(fitted)) % 2 == 0
+    tried = harmfulness(fitted[half], is_harmful[half], fitted[~half])[is_harmful[~half]]
+    usable = float((tried < CLEARLY).double().mean()) <= MISTAKEN
+    return (harmfulness(fitted, is_harmful, asked) < CLEARLY) & usable
 
 
 def _prompts(

@@ -126,6 +126,25 @@ def test_a_probe_that_takes_harmful_prompts_for_harmless_calls_nothing_harmless(
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
 
 
+@pytest.mark.parametrize(("tasks", "least", "most"), [(40, 6, 8), (4, 0, 1)])
+def test_what_is_like_a_task_that_was_let_go_is_let_go_too(tokenizer, monkeypatch, tasks, least, most):
+    """Only if most of what is refused is such a task: else a few attacks that fool the probe would bring others."""
+
+    def states(model, prompts, ending, progress):
+        found = torch.randn(len(prompts), 256, generator=torch.Generator().manual_seed(0))
+        found[: spf.over_refusal.HARMFUL, :128] += 1.0
+        # the task has a place of its own, and some of it is not far enough from what is harmful
+        found[-tasks - 8 :, 128:] += 2.0
+        found[-8:, :128] += 0.3
+        return found
+
+    monkeypatch.setattr(spf.over_refusal, "middle_states", states)
+    prompts = asked(tokenizer, [f"{task} {i}" for i in range(3) for task in TASKS])[: tasks + 8]
+    found = clearly_harmless(None, tokenizer, prompts, ROWS)
+    assert sum(found[:tasks]) > 0.9 * tasks
+    assert least <= sum(found[tasks:]) <= most
+
+
 def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
     """What a policy of the user's refuses is no task: their rows come before the packaged ones."""
     seen = []
