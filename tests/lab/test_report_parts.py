@@ -77,11 +77,11 @@ def test_a_plane_holds_every_point_and_its_interval():
 
 def test_heat_has_a_number_for_every_line_and_x_and_a_dash_where_nothing_is_known():
     ax = new_figure(3, 3).subplots()
-    rows = [("", "a", seed, "x", value) for seed, value in enumerate((2.0, 4.0))] + [("", "b", 0, "y", 90.0)]
+    rows = [("", "a", seed, "x", value) for seed, value in enumerate((2.0, 4.0))] + [("", "b", 0, "first", 90.0)]
     draw_heat(ax, rows, lambda name: {})
     said = {tuple(text.get_position()): text.get_text() for text in ax.texts}
     assert said == {(0.5, 0.5): "3", (1.5, 0.5): "–", (0.5, 1.5): "–", (1.5, 1.5): "90"}
-    assert [tick.get_text() for tick in (*ax.get_xticklabels(), *ax.get_yticklabels())] == ["x", "y", "a", "b"]
+    assert [tick.get_text() for tick in (*ax.get_xticklabels(), *ax.get_yticklabels())] == ["x", "first", "a", "b"]
     assert ax.get_ylim() == (2, 0)
 
 
