@@ -81,6 +81,8 @@ def begin(
     before = saved.state if saved else None
     held, watched = data.split(loader, tokenizer, before)
     anchors, reworded, calibration = samples.tokens(tokenizer, limit)
+    tighten = settings.on_leak == "tighten"
+    pool = samples.pool(tokenizer, limit) if rule.holds and tighten else ()
     kept = callback.keep.samples(model, tokenizer, limit, before)
     earlier = None
     if rule.holds and saved is None:
@@ -103,12 +105,13 @@ def begin(
         reworded=[*reworded, *kept],
         conflicts=held,
         watched=watched,
+        pool=pool,
         calibration=calibration if rule.holds else (),
         monitor_steps=settings.monitor_steps,
         cosines=settings.cosines,
         correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         new_tokens=unused_tokens(tokenizer, [*anchors, *reworded, *calibration]),
-        tighten=settings.on_leak == "tighten",
+        tighten=tighten,
     )
     if saved is not None:
         attachment.load_state_dict(saved.state)

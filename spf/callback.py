@@ -81,7 +81,7 @@ class SafetyCallback(TrainerCallback):
                 prompts are held with the model's own refusals, unless they look harmless to the model itself), hold-all
                 (all of them), drop (these rows are left out, too), allow (nothing; for data that lift refusals on
                 purpose), or error (the run is refused).
-            on_leak: when refusals are being lost, tighten (as soon as held prompts flip, null-space holds more
+            on_leak: when refusals are being lost, tighten (as soon as prompts flip, null-space holds more
                 directions), stop (the run is ended after the next step) or warn, as the others do too.
             chat_template_kwargs: variables of the chat template, for the safety samples; `enable_thinking` and
                 `thinking` are False unless they are given.

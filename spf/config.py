@@ -35,7 +35,7 @@ Conflicts = Literal["hold", "hold-all", "drop", "allow", "error"]
 model's own refusals, the rows are left out too, nothing, or the run is refused."""
 
 OnLeak = Literal["tighten", "stop", "warn"]
-"""What is done about refusals that are lost while training: more directions are held as soon as held prompts flip, the
+"""What is done about refusals that are lost while training: more directions are held as soon as prompts flip, the
 run is ended, or nothing but a warning, which comes with the others too."""
 
 _WANTED = {

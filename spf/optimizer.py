@@ -36,6 +36,7 @@ class Attachment:
         reworded: Sequence[Anchor] = (),
         conflicts: Sequence[Anchor] = (),
         watched: Sequence[Anchor] = (),
+        pool: Sequence[Anchor] = (),
         calibration: Sequence[Anchor] = (),
         monitor_steps: Whole = 0,
         cosines: bool = False,
@@ -61,7 +62,7 @@ class Attachment:
         holders = {id(part.holder) for part in self.sharding.parts.values()}
         unknown = {id(p): name for name, p in probe.model.named_parameters() if id(p) not in holders}
         self.monitor = Monitor(self.run, watched)
-        given = Given(subspace, resumed, reworded, conflicts, calibration, correction_dtype, new_tokens, tighten)
+        given = Given(subspace, resumed, reworded, conflicts, pool, calibration, correction_dtype, new_tokens, tighten)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
         self.stepping = Stepping(self.sharding, unknown, self._before, self.correction.after_step, self._finish_step)
@@ -228,13 +229,13 @@ def attach(
     Call `refresh()` of what is returned before every `optimizer.step()`, `verify()` after it and `finish()` after the
     last. Options: `subspace` (bases estimated before), `resumed` (they come with weights that answer to them already),
     `reworded` and `conflicts` (further samples to hold, of the null space only), `watched` (samples of what the data
-    attack, watched beside the others), `calibration` (harmless samples; a fresh lora_A keeps its
-    response to them in size when it is projected, and without adapters the learning rate is higher during the step),
-    `monitor_steps` (ask the watched prompts every so many steps, 0 for never), `cosines` (then measure safety
-    gradients, too), `tighten` (where held prompts flip all the same, hold more directions), `new_tokens` (ids added to
-    the vocabulary, whose embeddings may learn) and `correction_dtype` (of
-    the product with V^T that takes the violation out of a full matrix; bfloat16, for training in bfloat16, leaves some
-    thousandths of one step's violation, which the next step takes out).
+    attack, watched beside the others), `pool` (further refused samples, not held), `tighten` (where those or held ones
+    flip, hold more directions), `calibration` (harmless samples; a fresh lora_A keeps its response to them in size when
+    it is projected, and without adapters the learning rate is higher during the step), `monitor_steps` (ask the watched
+    prompts every so many steps, 0 for never), `cosines` (then measure safety gradients, too), `new_tokens` (ids added
+    to the vocabulary, whose embeddings may learn) and `correction_dtype` (of the product with V^T that takes the
+    violation out of a full matrix; bfloat16, for training in bfloat16, leaves some thousandths of one step's violation,
+    which the next step takes out).
 
     Raises:
         UnsupportedSetupError, UnsupportedModelError, CorrectionError: the rule could not act here.

@@ -1,6 +1,9 @@
 """A run's safety samples: which rows are used, with whose refusals, and as tokens."""
 
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ from spf.data import (
 )
 from spf.rules import Rule
 from spf.sharding import object_of_rank_0
+
+POOL = 256
+"""As many rows that are not used are asked, in turn, whether they are still refused."""
 
 
 class SafetySamples:
@@ -46,13 +52,14 @@ class SafetySamples:
         check_source("safety_data", data)
         self.data, self.rule, self.count, self.seed, self.options = data, rule, count, seed, options
         self.rows: list[SafetyRow] = []
+        self.all: list[SafetyRow] = []
         self.at_hand = self.answered = 0
 
     def load(self) -> list[SafetyRow]:
         """All rows of the data."""
-        rows = load_safety_rows(self.data)
-        self.at_hand = len(rows)
-        return rows
+        self.all = load_safety_rows(self.data)
+        self.at_hand = len(self.all)
+        return self.all
 
     def choose(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take as many rows as the rule wants, with the model's own refusals where they have none."""
@@ -71,3 +78,17 @@ class SafetySamples:
         rows = self.rows[: self.rule.reworded_samples(len(self.rows))]
         reworded = reworded_anchors(rows, tokenizer, limit, self.options)
         return anchors, reworded, tokenise(benign_rows(), tokenizer, limit, self.options)
+
+    def pool(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Anchor]:
+        """Rows that are not used, to ask whether they are still refused; none if only so many rows were to be used.
+
+        Those without a refusal get the most common one of those that are used: how it begins is all that counts.
+        """
+        if self.count is not None:
+            return []
+        used = {row.where for row in self.rows}
+        common = Counter(row.refusal for row in self.rows).most_common(1)[0][0]
+        rest = [row for row in in_turn(self.all, self.seed) if row.where not in used][:POOL]
+        rows = [row if row.refusal is not None else replace(row, refusal=common) for row in rest]
+        anchors = tokenise(rows, tokenizer, sys.maxsize, self.options)
+        return [anchor for anchor in anchors if len(anchor.prompt_ids) + len(anchor.refusal_ids) <= limit]

@@ -10,10 +10,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from spf import NullSpace, SafetyCallback, SafetyProbe, attach
+from spf.data import packaged_prompts, tokenise
 from spf.rules.growth import AT_ONCE, EVERY, Growth
+from spf.safety_samples import POOL
 from spf.subspace import SafetySubspace
-from tests.conftest import make_model
-from tests.test_audit import BENIGN, COMPLIES, HARMFUL, anchors, refusing, rows, rows_of, samples, tokenizer  # noqa: F401
+from tests.conftest import make_model, make_tokenizer
+from tests.test_audit import BENIGN, COMPLIES, HARMFUL, REFUSAL, anchors, refusing, rows, rows_of, samples, tokenizer  # noqa: F401
 from tests.test_callback import assert_holds, make_trainer, safety_data
 
 
@@ -130,6 +132,22 @@ def test_the_pool_is_what_the_model_refuses_and_is_asked_in_turn(anchors, refusi
     assert AT_ONCE == 32
 
 
+def test_further_prompts_are_asked_in_turn_with_those_that_are_held(anchors, refusing):  # noqa: F811
+    optimizer = torch.optim.SGD(refusing.parameters(), lr=0.0)
+    more = tokenise(samples((p, REFUSAL) for p in HARMFUL[12:18]), make_tokenizer(), 256)
+    harmless = tokenise(samples((p, REFUSAL) for p in BENIGN[:3]), make_tokenizer(), 256)
+    probe = SafetyProbe(refusing, anchors, pad_token_id=1)
+    attachment = attach(probe, optimizer, NullSpace(rank=4, reserve=12), pool=[*harmless, *more])
+    growth, held = attachment.correction.growth, {tuple(a.prompt_ids) for a in attachment.run.basis}
+    asked = [tuple(a.prompt_ids) in held for a in growth.pool]
+    # what the model answers is no sign of anything
+    assert asked.count(False) == 6
+    assert asked.count(True) == len(held)
+    assert False in asked[:8]
+    assert True in asked[:8]
+    assert len({V.shape[1] for V in attachment.subspace.right.values()}) == 1  # asked, not held
+
+
 def test_flips_that_nothing_is_at_hand_for_are_not_kept_quiet(anchors, refusing):  # noqa: F811
     """A bug once: without a round of growth the last line said that none had flipped."""
     optimizer = torch.optim.SGD(refusing.parameters(), lr=0.0)
@@ -153,6 +171,29 @@ def test_growth_weighs_tokens_as_the_rule_does(anchors, refusing, monkeypatch): 
     monkeypatch.setattr(SafetyProbe, "input_moments", lambda *given: seen.append(given[-1]) or real(*given))
     attachment.correction.growth._grow(attachment.correction.growth.pool[:1])
     assert seen == [3.0]
+
+
+def test_the_callback_asks_rows_that_it_does_not_use(tmp_path, tokenizer, refusing, rows):  # noqa: F811
+    """Nothing that is watched, and nothing if the user wants so many samples only."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    for options, extra in (({}, 4), ({"anchors": 8}, 0), ({"on_leak": "warn"}, 0)):
+        callback = SafetyCallback(safety_data(rows), NullSpace(rank=8, reserve=8, prompts=7), **options)
+        trainer = make_trainer(tmp_path, tokenizer, callback, model=copy.deepcopy(refusing), max_steps=1, **saving)
+        trainer.train()
+        running = callback.attachment
+        known = {tuple(a.prompt_ids) for a in [*running.run.basis, *running.run.watched]}
+        growth = running.correction.growth
+        pool = [] if growth is None else [tuple(a.prompt_ids) for a in growth.pool]
+        assert sum(prompt not in known for prompt in pool) == extra
+        assert not {tuple(a.prompt_ids) for a in running.run.watched} & set(pool)
+        if growth is not None:
+            first = callback.attachment.correction.growth.pool
+            options |= {"monitor_steps": 0}
+            again = SafetyCallback(safety_data(rows), NullSpace(rank=8, reserve=8, prompts=7), **options)
+            trainer = make_trainer(tmp_path, tokenizer, again, model=copy.deepcopy(refusing), max_steps=2, **saving)
+            trainer.train(resume_from_checkpoint=True)
+            assert again.attachment.correction.growth.pool == first
+    assert len(packaged_prompts("harmful_anchors")) - NullSpace().wanted_samples() > 256 == POOL
 
 
 class Flip(TrainerCallback):
@@ -179,10 +220,7 @@ def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer
     trainer.train()
     assert {V.shape[1] for V in callback.attachment.subspace.right.values()} == {16}
     assert_holds(callback.attachment)
-    assert (
-        "held prompts flipped in 2 rounds, so up to 16 directions are held by now, all there were at hand"
-        in caplog.text
-    )
+    assert "prompts flipped in 2 rounds, so up to 16 directions are held by now, all there were at hand" in caplog.text
     files = sorted(tmp_path.glob("spf_subspace-*.safetensors"))
     assert len(files) == 2  # of the checkpoints at step 4 and at step 8
     widths = {next(iter(SafetySubspace.load(file).right.values())).shape[1] for file in files}
@@ -220,7 +258,7 @@ def test_a_run_that_goes_on_asks_the_same_prompts_by_the_same_refusals(
     assert rates == [0, 0]  # at step 5, before the resume, and at step 10
     assert {V.shape[1] for V in again.attachment.subspace.right.values()} == {8}
     assert again.attachment.correction.growth.state() == whole.attachment.correction.growth.state()
-    assert caplog.text.count("held prompts that were asked had flipped") == 2
+    assert caplog.text.count("prompts that were asked had flipped") == 2
     refusing.load_state_dict(start.state_dict())
 
 

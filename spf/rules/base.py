@@ -26,15 +26,16 @@ class Given:
     """What a rule may be given besides its settings when a run begins.
 
     subspace: bases estimated before; resumed: they come from a checkpoint, whose weights answer to them already.
-    reworded, conflicts: further samples to hold. calibration: harmless samples. correction_dtype: of the product that
-    takes a violation out of a full matrix. new_tokens: ids that were added to the vocabulary and occur in no safety
-    sample. tighten: hold more where held prompts flip all the same.
+    reworded, conflicts: further samples to hold. pool: such as are not held, but asked whether they flip. calibration:
+    harmless samples. correction_dtype: of the product that takes a violation out of a full matrix. new_tokens: ids that
+    were added to the vocabulary and occur in no safety sample. tighten: hold more where prompts flip all the same.
     """
 
     subspace: SafetySubspace | None = None
     resumed: bool = False
     reworded: "Sequence[Anchor]" = ()
     conflicts: "Sequence[Anchor]" = ()
+    pool: "Sequence[Anchor]" = ()
     calibration: "Sequence[Anchor]" = ()
     correction_dtype: torch.dtype = torch.float32
     new_tokens: Sequence[int] = ()

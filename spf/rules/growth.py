@@ -1,6 +1,7 @@
-"""Constraint generation: held prompts that flip all the same are held in more directions, where there is pressure."""
+"""Constraint generation: where prompts flip all the same, the null space holds more directions."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ PER_ROUND = 16
 class Growth:
     """Asks the pool, some of it at a time, and holds more of what flipped.
 
-    The pool are prompts that are held and that the aligned model refuses. V has fewer directions than their inputs, so
-    under pressure some flip. The subspace has a reserve of further directions, with what the aligned weights make of
-    them; those that the flipped prompts use most become part of V, and the next step's correction brings the weights
-    there, too, to what they were. (Constraint generation: Dantzig, Fulkerson and Johnson 1954.)
+    The pool are prompts that the aligned model refuses: such as are held, and further ones. V has fewer directions than
+    their inputs, so under pressure some flip. The subspace has a reserve of further directions, with what the aligned
+    weights make of them; those that the flipped prompts use most become part of V, and the next step's correction
+    brings the weights there, too, to what they were. (Constraint generation: Dantzig, Fulkerson and Johnson 1954.)
     """
 
     def __init__(self, run: Run, constraint: Constraint, pool: Sequence[Anchor], decision_weight: float, resumed: bool):
@@ -74,16 +75,16 @@ class Growth:
     def told(self) -> str:
         """What happened, in words."""
         if not self.pool:
-            return "; none of the held prompts were refused before training, so none were asked whether they flip"
+            return "; none of the prompts asked were refused before training, so none were asked whether they flip"
         if not self.place and not self.rounds:
             return ""
         if not self.flips:
-            return f"; none of {min(self.place, len(self.pool))} held prompts that were asked had flipped"
+            return f"; none of {min(self.place, len(self.pool))} prompts that were asked had flipped"
         if not self.rounds:
-            return f"; held prompts were seen to have flipped {self.flips} times, and no more directions were at hand"
+            return f"; prompts were seen to have flipped {self.flips} times, and no more directions were at hand"
         widest = max(V.shape[1] for V in self.constraint.subspace.right.values())
         end = "" if self.constraint.room else ", all there were at hand"
-        return f"; held prompts flipped in {self.rounds} rounds, so up to {widest} directions are held by now{end}"
+        return f"; prompts flipped in {self.rounds} rounds, so up to {widest} directions are held by now{end}"
 
     def state(self) -> dict[str, Any]:
         """As JSON: the pool by hashes of its prompts, and where it is."""
@@ -100,3 +101,8 @@ class Growth:
         self.pool = [self._known[name] for name in state["pool"] if name in self._known]
         self.rounds, self.place = state["rounds"], state["place"]
         self.flips, self.pressed = state["flips"], state["pressed"]
+
+
+def in_turns(*pools: Sequence[Anchor]) -> list[Anchor]:
+    """One of each, in turn, until all are there."""
+    return [anchor for turn in zip_longest(*pools) for anchor in turn if anchor is not None]

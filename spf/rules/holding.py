@@ -15,7 +15,7 @@ from spf.rules.adapters import refuse_started
 from spf.rules.base import Correction, Given
 from spf.rules.constraint import Constraint, null_space_violation
 from spf.rules.fixed import Fixed
-from spf.rules.growth import Growth
+from spf.rules.growth import Growth, in_turns
 from spf.run import Run
 from spf.subspace import SafetySubspace
 
@@ -57,7 +57,7 @@ class Holding(Correction):
         self._meet(given)
         self.growth: Growth | None = None
         if given.tighten and self.subspace.reserve:
-            pool = [*run.basis, *given.conflicts]
+            pool = in_turns(given.pool, given.conflicts, run.basis)
             self.growth = Growth(run, self.constraint, pool, rule.decision_weight, given.resumed)
 
     def _meet(self, given: Given) -> None:

@@ -59,7 +59,7 @@ class NullSpace(Rule):
     )
     reserve: Whole = field(
         default=128,
-        metadata={"help": "so many more directions are kept at hand, to be held as soon as held prompts flip"},
+        metadata={"help": "so many more directions are kept at hand, to be held as soon as prompts flip"},
     )
     prompts: Count = field(default=128, metadata={"help": "safety samples the input directions are taken from"})
     reworded: Whole = field(
