@@ -19,7 +19,7 @@ from spf.errors import SafetyDataError
 from spf.files import replace_file
 from spf.next_token import Known, ask
 from spf.over_refusal import clearly_harmless
-from spf.sharding import rank_and_ranks
+from spf.sharding import is_first
 from spf.text.refusal import is_refusal
 
 CONFIRM = 0.2
@@ -303,7 +303,7 @@ def audit_data(
         found.seconds += time.perf_counter() - start
     found.stream, found.why = stream, why or found.why
     found.refuses = bool(begins)
-    if directory and rank_and_ranks()[0] == 0:
+    if directory and is_first():
         (directory / LIST_FILE).unlink(missing_ok=True)
         if found.conflicts or found.over_refusals:
             found.write(directory / LIST_FILE)

@@ -26,7 +26,7 @@ from spf.keep import Keep
 from spf.optimizer import Attachment
 from spf.rules import Rule, rule_of
 from spf.safety_samples import SafetySamples
-from spf.sharding import innermost_optimizer
+from spf.sharding import innermost_optimizer, is_first
 from spf.trainers import around, calling_trainer, run_directory, stand_before_reports, tokenizer_of
 from spf.training_data import TrainingData, refuse_to_drop
 
@@ -126,7 +126,7 @@ class SafetyCallback(TrainerCallback):
         trainer = calling_trainer()
         if trainer is not None:
             self.card.follow(trainer)
-            first = args.process_index == 0
+            first = is_first()
             around(trainer, self._begin, self._detach, lambda place: leave_subspace(self.attachment, place, first))
 
     def on_train_begin(
@@ -144,7 +144,7 @@ class SafetyCallback(TrainerCallback):
         self._saved = read_checkpoint(resumed_from(args, state, self._resume)) if goes_on else None
         begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
         self._warned, self._proven_at = False, -1
-        if state.is_world_process_zero:
+        if is_first():
             self.card.begin(begun.lines)
             for line in [*begun.places, *begun.lines]:
                 logger.warning(f"spf: {line}")
@@ -156,7 +156,7 @@ class SafetyCallback(TrainerCallback):
         if self._running.monitor.leaks and not self._warned:
             self._warned, stop = True, self.settings.on_leak == "stop"
             control.should_training_stop |= stop
-            self._tell(state, f"after step {state.global_step} ", "; the run is ended (on_leak)" * stop)
+            self._tell(f"after step {state.global_step} ", "; the run is ended (on_leak)" * stop)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
@@ -178,7 +178,7 @@ class SafetyCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._prove(state, final=True)
         subspace = self._running.whole_subspace()
-        if not state.is_world_process_zero:
+        if not is_first():
             return
         state_dict = self._running.state_dict() | self.data.entries() | {"kept": self.keep.entry}
         directory = checkpoint_directory(run_directory(args, calling_trainer()), state)
@@ -190,8 +190,8 @@ class SafetyCallback(TrainerCallback):
         running = self._running
         proven = running.finish()
         running.monitor.look()
-        line = self._tell(state, f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
-        self.card.finish(args, state, self.rule, line)
+        line = self._tell(f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
+        self.card.finish(args, self.rule, line)
         remember(running.probe.model, running.subspace)
         self._detach()
 
@@ -214,9 +214,9 @@ class SafetyCallback(TrainerCallback):
         if final:
             self._proven_at = state.global_step
 
-    def _tell(self, state: TrainerState, what: str, end: str = "") -> str:
+    def _tell(self, what: str, end: str = "") -> str:
         line = watched_line(self._running, what, end)
-        if state.is_world_process_zero:
+        if is_first():
             logger.warning(f"spf: {line}")
         return line
 

@@ -6,9 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from spf.files import replace_file
+from spf.sharding import is_first
 
 BEGIN, END = "<!-- spf: begin -->", "<!-- spf: end -->"
 
@@ -31,7 +32,7 @@ class ModelCard:
         @functools.wraps(create)
         def created(*args: Any, **kwargs: Any) -> None:
             create(*args, **kwargs)
-            if trainer.is_world_process_zero():
+            if is_first():
                 self._add(Path(str(trainer.args.output_dir)))
 
         trainer.create_model_card = created  # type: ignore[method-assign]
@@ -40,9 +41,9 @@ class ModelCard:
         """A run begins, of which nothing can be said yet."""
         self.begun, self._section = list(lines), ""
 
-    def finish(self, args: TrainingArguments, state: TrainerState, rule: object, line: str) -> None:
+    def finish(self, args: TrainingArguments, rule: object, line: str) -> None:
         """Write the section, on the first process. line: what the run says of itself at its end."""
-        if not state.is_world_process_zero:
+        if not is_first():
             return
         said = "\n".join(f"- {line}" for line in [*self.begun, line])
         self._section = (

@@ -12,7 +12,7 @@ from torch import nn
 from spf.files import write_json
 from spf.models import evaluating
 from spf.progress import progress as bar_of
-from spf.sharding import gather_objects, rank_and_ranks, shares_parameters
+from spf.sharding import gather_objects, is_first, rank_and_ranks, shares_parameters
 from spf.shared_prefix import NextToken
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Known:
             self.save()
 
     def save(self) -> None:
-        if self.path is not None and self.answers and rank_and_ranks()[0] == 0:
+        if self.path is not None and self.answers and is_first():
             write_json(self.path, {"key": self.key, "answers": self.answers})
             self.saved = time.monotonic()
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 from transformers.utils.logging import is_progress_bar_enabled
 
-from spf.sharding import rank_and_ranks
+from spf.sharding import is_first
 
 DELAY = 2.0
 """Seconds before anything is shown: what is over sooner says nothing."""
@@ -26,7 +26,7 @@ def progress(total: int | None, description: str, *, shown: bool = True, **optio
 
     None is shown on other processes than the first, or where transformers' are turned off. options: tqdm's.
     """
-    shown = shown and rank_and_ranks()[0] == 0 and is_progress_bar_enabled()
+    shown = shown and is_first() and is_progress_bar_enabled()
     if total is None:
         options["bar_format"] = "{desc}: {elapsed}{postfix}"
     # miniters: every update looks at the clock, however many went fast before

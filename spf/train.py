@@ -37,7 +37,7 @@ from spf.errors import keeping, working
 from spf.files import directory_lock
 from spf.models import load_model
 from spf.named import make_callback
-from spf.sharding import rank_and_ranks
+from spf.sharding import is_first
 from spf.words import expanded, spelled
 
 Beta = Annotated[float, Ge(0), Lt(1)]
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> None:
     if str(training.resume_from_checkpoint).lower() in ("true", "false"):  # a flag is text, and true no directory
         training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
     output = Path(str(training.output_dir))
-    first = rank_and_ranks()[0] == 0
+    first = is_first()
     with directory_lock(output) if first else nullcontext():
         last = "trainer_state.json" if callback is None else STATE_FILE
         before = _checkpoints(output, last)

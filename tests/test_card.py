@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from spf import SafetyCallback
+from spf import NullSpace, SafetyCallback
 from spf.card import BEGIN
 from tests.conftest import make_model
 from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
@@ -76,3 +76,19 @@ def test_a_run_that_breaks_off_writes_no_section(tmp_path, tokenizer, rows, monk
     with pytest.raises(RuntimeError, match="broken"):
         trainer.train()
     assert not (tmp_path / "README.md").exists()
+
+
+def test_only_the_first_process_writes_and_speaks(tmp_path, tokenizer, rows, monkeypatch, caplog):
+    """Each process of FSDP 2 on CPUs is the first one by the Trainer's own account."""
+    for module in ("callback", "card", "audit", "next_token", "progress"):
+        monkeypatch.setattr(f"spf.{module}.is_first", lambda: False)
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    for trainer in (make_trainer(tmp_path, tokenizer, callback, **saving), sft(tmp_path, tokenizer, rows, **saving)):
+        trainer.train()
+        trainer.save_model()
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert {"trainer_state.json", "adapter_model.safetensors"} <= names
+    assert not [name for name in names if name.startswith("spf")]
+    assert "spf: " not in caplog.text
+    assert BEGIN not in (tmp_path / "README.md").read_text("utf-8")

@@ -2,7 +2,14 @@
 
 from spf.sharding.blocks import Block, Part
 from spf.sharding.layout import Sharding, innermost_optimizer, refuse_sharded, reshard, shares_parameters
-from spf.sharding.ranks import gather_objects, object_of_rank_0, rank_and_ranks, same_on_all_ranks, spread_over_ranks
+from spf.sharding.ranks import (
+    gather_objects,
+    is_first,
+    object_of_rank_0,
+    rank_and_ranks,
+    same_on_all_ranks,
+    spread_over_ranks,
+)
 from spf.sharding.zero import full_shape
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "full_shape",
     "gather_objects",
     "innermost_optimizer",
+    "is_first",
     "object_of_rank_0",
     "rank_and_ranks",
     "refuse_sharded",

@@ -51,6 +51,11 @@ def rank_and_ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def is_first() -> bool:
+    """Whether this process writes and speaks for all; under FSDP 2 on CPUs transformers says so to each."""
+    return rank_and_ranks()[0] == 0
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every process's value, by rank; JSON-like objects only. All of them have to call it."""
     ranks = rank_and_ranks()[1]
