@@ -75,7 +75,7 @@ def test_one_long_step_shows_life(soon, capsys, total, shown):
 @pytest.mark.parametrize("reason", ["another rank", "turned off", "not asked for"])
 def test_it_is_silent_where_it_should_be(soon, capsys, monkeypatch, reason):
     if reason == "another rank":
-        monkeypatch.setattr(module, "rank_and_ranks", lambda: (1, 2))
+        monkeypatch.setattr(module, "is_first", lambda: False)
     elif reason == "turned off":
         monkeypatch.setattr(module, "is_progress_bar_enabled", lambda: False)
     with progress(2, "slow", shown=reason != "not asked for") as bar:
