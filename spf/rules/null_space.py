@@ -58,8 +58,8 @@ class NullSpace(Rule):
         metadata={"help": "share of the activations' energy to hold; fewer directions if reached earlier"},
     )
     reserve: Whole = field(
-        default=128,
-        metadata={"help": "so many more directions are kept at hand, to be held as soon as prompts flip"},
+        default=512,
+        metadata={"help": "at most so many more directions are kept at hand, to be held as soon as prompts flip"},
     )
     prompts: Count = field(default=128, metadata={"help": "safety samples the input directions are taken from"})
     reworded: Whole = field(
@@ -105,8 +105,8 @@ class NullSpace(Rule):
         return self.rank or (inputs if inputs < FEW else min(inputs // 3, LARGEST_DEFAULT_RANK))
 
     def at_hand(self, inputs: int) -> int:
-        """The most directions of a matrix with so many inputs that are kept at hand: half of all are left to learn."""
-        return min(self.more, max(0, inputs // 2 - self.limit(inputs)))
+        """The most directions of a matrix with so many inputs that are kept at hand: an eighth is left to learn."""
+        return min(self.more, max(0, inputs * 7 // 8 - self.limit(inputs)))
 
     @property
     def more(self) -> int:
