@@ -53,10 +53,8 @@ class Attachment:
         options |= {"tighten": tighten, "correction_dtype": correction_dtype}
         check(Attachment.__init__, options, "attach: {}")
         start = time.perf_counter()
-        self.probe = probe
-        self.rule = rule
-        self.monitor_steps = monitor_steps
-        self.cosines = cosines
+        self.probe, self.rule = probe, rule
+        self.monitor_steps, self.cosines = monitor_steps, cosines
         self.run = Run(probe, optimizer, rule)
         self.sharding, self.optimizer, self.matrices = self.run.sharding, self.run.optimizer, self.run.matrices
         holders = {id(part.holder) for part in self.sharding.parts.values()}

@@ -211,6 +211,7 @@ def test_demo_runs_every_arm_and_is_resumable(tmp_path, tokenizer, monkeypatch, 
     """The demo's own code from end to end; only the model is tiny, and told to have refused."""
     from spf.lab.demo import run
 
+    monkeypatch.setenv("COLUMNS", "160")  # tables break words on a narrow terminal
     monkeypatch.setattr(run, "load_aligned_demo_model", lambda: (make_model(), tokenizer))
     monkeypatch.setattr(run, "cpu_dtype", lambda: torch.float32)
     monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: [REFUSAL] * len(prompts))

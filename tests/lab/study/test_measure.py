@@ -226,7 +226,8 @@ def command(place, *more, tuned="b", safe="safe.jsonl"):
     return main(["study", "measure", *models, *files, "--output", str(place / "out"), *more])
 
 
-def test_command_writes_figures_a_page_and_a_table(checkpoints, capsys):
+def test_command_writes_figures_a_page_and_a_table(checkpoints, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # tables break words on a narrow terminal
     options = [
         "--transforms",
         "past-tense",
