@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from spf.audit import LIST_FILE, Audit
+from spf.audit import LIST_FILE, Audit, rows_of
 from spf.config import Conflicts
 from spf.data import SafetyRow
 from spf.matrices import NAMED, describe_fixed
@@ -64,7 +64,7 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watch
     """
     counts = found.counts()
     if found.conflicts or found.leaning:
-        more = len({conflict.row for conflict in found.leaning})
+        more = len(rows_of(found.leaning))
         leaning = f", {more} more rows that it might refuse counted in," if more else ""
         done = {
             "hold": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead), "
@@ -80,7 +80,7 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watch
     lines = [counts]
     if found.over_refusals and conflicts != "allow" and rule.holds:
         lines.append(
-            f"{len({conflict.row for conflict in found.over_refusals})} rows answer what the model refuses although it "
+            f"{len(found.over_refused_rows)} rows answer what the model refuses although it "
             "looks harmless to itself, as ordinary tasks do: these refusals are not held, so they will be lost; say "
             "conflicts='hold-all' to keep them, too"
         )

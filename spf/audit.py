@@ -107,7 +107,12 @@ class Audit:
     @property
     def conflicting_rows(self) -> list[int]:
         """Rows of the data set with a conflict, in order, each once."""
-        return sorted({conflict.row for conflict in self.conflicts})
+        return rows_of(self.conflicts)
+
+    @property
+    def over_refused_rows(self) -> list[int]:
+        """Rows of the data set with an over-refusal, in order, each once."""
+        return rows_of(self.over_refusals)
 
     def without(self, dataset: Dataset) -> Dataset:
         """The data set that was audited, less the rows with a conflict."""
@@ -123,7 +128,7 @@ class Audit:
         """What was found, in words."""
         rows = f"{self.rows - self.unread} training rows"
         asked = f"{self.prompts} distinct prompts asked, {self.refused} refused; {self.seconds:.0f} s"
-        over = len({conflict.row for conflict in self.over_refusals})
+        over = len(self.over_refused_rows)
         more = f", and {over} answer prompts that it refuses although they look harmless to it" if over else ""
         return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"
 
@@ -135,6 +140,11 @@ class Audit:
             for c in found
         ]
         replace_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def rows_of(conflicts: Sequence[Conflict]) -> list[int]:
+    """The rows of conflicts, in order, each once."""
+    return sorted({conflict.row for conflict in conflicts})
 
 
 def spread(conflicts: Sequence[Conflict], most: int) -> list[Anchor]:

@@ -8,7 +8,6 @@ which refused prompts are clearly harmless: a task of the user's, not an attack.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from spf.logistic import fit_logistic
 from spf.models import evaluating, logits_only
 from spf.next_token import shared_out
 from spf.sharding import object_of_rank_0
+from spf.shared_prefix import common
 
 HARMFUL = 104
 """Harmful prompts that the probe is fitted on: the run's own, then packaged ones."""
@@ -70,15 +70,15 @@ def clearly_harmless(
     samples = [*known, *other]
     ending = common_ending(samples)
     states = middle_states(model, [*samples, *prompts], ending, progress)
-    if states is None:
+    if states is None or not bool(states.isfinite().all()):
         return [False] * len(prompts)
+    fitted, asked = states[: len(samples)], states[len(samples) :]
     is_harmful = torch.arange(len(samples)) < len(known)
-    clear = _clear(states[: len(samples)], is_harmful, states[len(samples) :])
+    clear = _clear(fitted, is_harmful, asked)
     if 2 * int(clear.sum()) > len(prompts):
         # a task of the user's, so what is like it is no attack, either
-        fitted = torch.cat([states[: len(samples)], states[len(samples) :][clear]])
-        is_harmful = torch.arange(len(fitted)) < len(known)
-        clear |= _clear(fitted, is_harmful, states[len(samples) :])
+        fitted = torch.cat([fitted, asked[clear]])
+        clear |= _clear(fitted, torch.arange(len(fitted)) < len(known), asked)
     tail = samples[0][len(samples[0]) - ending :]
     ends = [tuple(prompt[len(prompt) - ending :]) == tail for prompt in prompts]
     # rounding must not have processes hold different prompts
@@ -145,6 +145,4 @@ def middle_states(model: Any, prompts: Sequence[Sequence[int]], ending: int, pro
 
 def common_ending(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts end with: what the template puts between a user's message and its answer."""
-    backwards = sorted(tuple(reversed(prompt)) for prompt in prompts)
-    pairs = zip(backwards[0], backwards[-1], strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return common([prompt[::-1] for prompt in prompts])

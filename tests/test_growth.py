@@ -151,7 +151,7 @@ def test_further_prompts_are_asked_in_turn_with_those_that_are_held(anchors, ref
 def test_flips_that_nothing_is_at_hand_for_are_not_kept_quiet(anchors, refusing):  # noqa: F811
     """A bug once: without a round of growth the last line said that none had flipped."""
     optimizer = torch.optim.SGD(refusing.parameters(), lr=0.0)
-    rule = NullSpace(rank=32, reserve=8)  # half of the inputs of most matrices: there is no reserve
+    rule = NullSpace(rank=32, reserve=8)
     attachment = attach(SafetyProbe(refusing, anchors, pad_token_id=1), optimizer, rule)
     growth = attachment.correction.growth
     for name in attachment.subspace.reserve:

@@ -101,6 +101,10 @@ def test_a_probe_that_cannot_tell_calls_nothing_harmless(split, tokenizer, monke
     assert all(clearly_harmless(None, tokenizer, prompts, ROWS))
     # no context is long enough for a sample
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS, max_length=3))
+    monkeypatch.setattr(
+        spf.over_refusal, "middle_states", lambda model, asked, *_: torch.full((len(asked), 9), torch.nan)
+    )
+    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
     monkeypatch.setattr(spf.over_refusal, "middle_states", lambda *args: None)
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
 

@@ -224,7 +224,7 @@ def _add_what_it_said(callback: SafetyCallback, result: dict[str, Any]) -> None:
             "prompts": found.prompts,
             "refused": found.refused,
             "conflicting_rows": len(found.conflicting_rows),
-            "over_refusals": len({conflict.row for conflict in found.over_refusals}),
+            "over_refusals": len(found.over_refused_rows),
             "seconds": found.seconds,
         }
         before = result.get("audit", {})
