@@ -279,12 +279,12 @@ def audit_data(
     options: Mapping[str, Any] | None = None,
     directory: Path | None = None,
     progress: bool = True,
-    hold_all: bool = False,
+    tell_apart: bool = True,
 ) -> Audit:
     """`audit` of a data set as a Trainer has it; of a stream its first rows.
 
     rows: safety samples, of which the model's own refusals tell how it refuses. directory: gets the list of conflicts
-    and keeps what was asked. hold_all: over-refusals are conflicts, too.
+    and keeps what was asked. tell_apart: over-refusals are no conflicts.
     """
     stream = isinstance(dataset, IterableDataset)
     if isinstance(dataset, Dataset | IterableDataset):
@@ -303,7 +303,7 @@ def audit_data(
     begins = own_refusals(model, tokenizer, rows, max_length, options)
     cache = directory / CACHE_FILE if directory else None
     found = audit(model, tokenizer, examples, begins, cache=cache, progress=progress)
-    if not hold_all:
+    if tell_apart:
         start = time.perf_counter()
         refused = list(dict.fromkeys(conflict.prompt_ids for conflict in [*found.conflicts, *found.leaning]))
         cleared = clearly_harmless(

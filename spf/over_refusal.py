@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from spf.data import SafetyRow, load_safety_rows, packaged_prompts, tokenise
 from spf.logistic import fit_logistic
-from spf.models import evaluating, logits_only
+from spf.models import evaluating
 from spf.next_token import shared_out
 from spf.sharding import object_of_rank_0
-from spf.shared_prefix import common
+from spf.shared_prefix import MiddleStates, common
 
 HARMFUL = 104
 """Harmful prompts that the probe is fitted on: the run's own, then packaged ones."""
@@ -116,28 +116,18 @@ def harmfulness(X: Tensor, y: Tensor, asked: Tensor) -> Tensor:
     return torch.sigmoid(turned.double() @ weights[:-1] + weights[-1])
 
 
-@torch.no_grad()
 def middle_states(model: Any, prompts: Sequence[Sequence[int]], ending: int, progress: bool = False) -> Tensor | None:
     """Hidden states (P, n), float32, half way up at the last token before the prompts' `ending` tokens.
 
     None if the model does not give its hidden states.
     """
-    layer = model.config.get_text_config().num_hidden_layers // 2
-    device = next(model.parameters()).device
 
     def read(batch: Sequence[int]) -> list[Tensor | None]:
-        asked = [prompts[i] for i in batch]
-        width = max(map(len, asked))
-        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in asked], device=device)
-        mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in asked], device=device)
-        rows, last = torch.arange(len(asked)), torch.tensor([max(0, len(prompt) - ending - 1) for prompt in asked])
-        with logits_only(model, rows, last):
-            output = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        if not output.hidden_states:
-            return [None] * len(batch)
-        return list(output.hidden_states[layer][rows.to(device), last.to(device)].float().cpu())
+        found = reader.states([prompts[i] for i in batch])
+        return [None] * len(batch) if found is None else list(found)
 
     with evaluating(model):
+        reader = MiddleStates(model, prompts, ending)
         found = shared_out(model, prompts, range(len(prompts)), read, progress)
     states = [found[i] for i in range(len(prompts))]
     return None if any(state is None for state in states) else torch.stack([s for s in states if s is not None])

@@ -1,4 +1,4 @@
-"""Prompts asked for the next token in batches; what they all begin with, as a chat template's do, is read once."""
+"""Prompts asked for the next token, or for states half way up; what all begin with, as templates do, is read once."""
 
 import copy
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spf.models import logits_only
-from spf.sharding import object_of_rank_0
+from spf.sharding import object_of_rank_0, shares_parameters
 
 SHORTEST = 8
 """Fewer shared tokens are not worth the trouble."""
@@ -29,13 +29,12 @@ class NextToken:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]]):
-        """prompts: all that will be asked, token ids."""
-        self.model = model
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], own: int = 1):
+        """prompts: all that will be asked, token ids. own: so many tokens at the end of each are never shared."""
+        self.model: Any = model
         self.shared = 0
         self.cache: Any = None
-        # one token of its own is left of every prompt
-        shared = min(common(prompts), min(map(len, prompts)) - 1) if len(prompts) > TRIED else 0
+        shared = min(common(prompts), min(map(len, prompts)) - own) if len(prompts) > TRIED else 0
         if shared < SHORTEST:
             return
         some = sorted(prompts, key=len)[:: len(prompts) // TRIED][:TRIED]
@@ -58,26 +57,91 @@ class NextToken:
     @torch.no_grad()
     def shares(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The next token's probabilities (B, V), float32, on the CPU."""
+        last = torch.tensor([len(prompt) - self.shared - 1 for prompt in prompts])
+        with logits_only(self.model, torch.arange(len(prompts)), last):
+            output = self.model(**self._given(prompts))
+        shares: Tensor = output.logits.float().cpu().softmax(-1)
+        return shares
+
+    def _given(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What the model is called with: the tokens (B, L) that are not shared, padded at the end, and the cache."""
         rest = [prompt[self.shared :] for prompt in prompts]
         device = next(self.model.parameters()).device
         width = max(map(len, rest))
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in rest], device=device)
         mask = torch.tensor([[1] * (self.shared + len(p)) + [0] * (width - len(p)) for p in rest], device=device)
-        last = torch.tensor([len(prompt) - 1 for prompt in rest])
-        with logits_only(self.model, torch.arange(len(rest)), last):
-            if self.cache is None:
-                output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            else:
-                cache = copy.deepcopy(self.cache)
-                cache.batch_repeat_interleave(len(rest))
-                output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        shares: Tensor = output.logits.float().cpu().softmax(-1)
-        return shares
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": self.cache is not None}
+        if self.cache is not None:
+            given["past_key_values"] = copy.deepcopy(self.cache)
+            given["past_key_values"].batch_repeat_interleave(len(rest))
+        return given
 
     def _read(self, prefix: Sequence[int]) -> Any:
         ids = torch.tensor([list(prefix)], device=next(self.model.parameters()).device)
         with logits_only(self.model, torch.tensor([0]), torch.tensor([len(prefix) - 1])):
             return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+
+
+class MiddleStates(NextToken):
+    """Reads hidden states half way up, and goes no further where the model lets itself be stopped there.
+
+    Stopping is tried on the first batch and must give the same; a model whose parameters are gathered by layer, whose
+    processes have to make whole passes, is not stopped.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], ending: int):
+        """ending: states are read at the last token before so many at the end of each prompt."""
+        super().__init__(model, prompts, own=ending + 1)
+        self.ending = ending
+        layers: int = self.model.config.get_text_config().num_hidden_layers
+        self.layer = layers // 2
+        stacks = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+        self.next = stacks[0][self.layer] if stacks and not shares_parameters(model) else None
+        self.tried = False
+
+    @torch.no_grad()
+    def states(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """Hidden states (B, n), float32, on the CPU; None if the model does not give any."""
+        rows = torch.arange(len(prompts))
+        places = torch.tensor([max(0, len(prompt) - self.shared - self.ending - 1) for prompt in prompts])
+        if self.next is not None and self.tried:
+            return self._stopped(prompts, rows, places)
+        with logits_only(self.model, rows, places):
+            hidden = self.model(**self._given(prompts), output_hidden_states=True).hidden_states
+        if not hidden:
+            return None
+        states: Tensor = hidden[self.layer][rows, places].float().cpu()
+        if self.next is not None:
+            short = self._stopped(prompts, rows, places)
+            self.tried = True
+            if short is None or short.shape != states.shape or not torch.allclose(short, states, rtol=0.02, atol=0.02):
+                self.next = None
+        return states
+
+    def _stopped(self, prompts: Sequence[Sequence[int]], rows: Tensor, places: Tensor) -> Tensor | None:
+        """What the layer after is given, without running it; None if it is given nothing of that kind."""
+
+        def stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            raise _StoppedError(inputs)
+
+        assert self.next is not None
+        handle = self.next.register_forward_pre_hook(stop)
+        try:
+            self.model(**self._given(prompts))
+        except _StoppedError as stopped:
+            hidden = next(iter(stopped.inputs), None)
+            return hidden[rows, places].float().cpu() if isinstance(hidden, Tensor) and hidden.dim() == 3 else None
+        finally:
+            handle.remove()
+        return None
+
+
+class _StoppedError(Exception):
+    """Ends a pass through a model half way; inputs: of the layer that was not run."""
+
+    def __init__(self, inputs: tuple[Any, ...]):
+        super().__init__()
+        self.inputs = inputs
 
 
 def common(prompts: Sequence[Sequence[int]]) -> int:

@@ -56,7 +56,7 @@ class TrainingData:
             max_length=limit,
             options=self.options,
             directory=directory,
-            hold_all=self.conflicts == "hold-all",
+            tell_apart=self.conflicts in ("drop", "error") or (self.holds and self.conflicts == "hold"),
         )
         if found.conflicts and self.conflicts == "error":
             raise SafetyDataError(

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 import spf.audit
 import spf.over_refusal
-from spf import NullSpace, SafetyCallback
+from spf import SPF, NullSpace, SafetyCallback
 from spf.announce import audit_lines
 from spf.audit import Audit, Conflict, audit_data
 from spf.cli import main
@@ -67,6 +67,72 @@ def test_middle_states_are_those_before_the_ending_whatever_the_padding(tokenize
         whole = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer]
         assert torch.allclose(state, whole[0, len(prompt) - ending - 1], atol=1e-5)
     assert model.training
+
+
+def read_one_by_one(model, prompts):
+    layer = model.config.num_hidden_layers // 2
+    whole = [model(torch.tensor([p]), output_hidden_states=True).hidden_states[layer][0] for p in prompts]
+    return torch.stack([w[len(p) - ENDING - 1] for w, p in zip(whole, prompts, strict=True)]).detach()
+
+
+ENDING = 3
+
+
+def of_tokens(beginning):
+    """Twenty prompts of several lengths, whose first tokens are the same, and whose last `ENDING`."""
+    ids = torch.randint(5, 900, (20, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    return [(*range(5, 5 + beginning), *row[: 4 + i % 7], 7, 8, 9) for i, row in enumerate(ids)]
+
+
+def last_layer_calls(model, calls):
+    def seen(*args):
+        calls.append(1)
+
+    model.model.layers[-1].register_forward_hook(seen)
+
+
+def test_middle_states_stop_half_way_and_read_what_is_shared_once():
+    """The first batch is read both ways; of the others the model's upper half is left out."""
+    model, prompts = make_model(width=32), of_tokens(beginning=12)
+    wanted = read_one_by_one(model, prompts)
+    calls, widths = [], []
+    last_layer_calls(model, calls)
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
+    assert torch.allclose(middle_states(model, prompts, ENDING), wanted, atol=1e-5)
+    # asking whether the shared beginning may be read apart, that beginning, and the first batch
+    assert len(calls) == 4
+    assert len(widths) == 3 + 1 + 3
+    assert max(widths[3:]) < min(map(len, prompts))
+
+
+def test_middle_states_of_prompts_that_share_all_but_a_little():
+    model, prompts = make_model(width=32), of_tokens(beginning=12)[:1] * 4
+    assert torch.allclose(middle_states(model, prompts, ENDING), read_one_by_one(model, prompts), atol=1e-5)
+
+
+def test_layers_that_are_not_the_decoder_s_are_not_stopped_at():
+    """A tower with as many layers stands before them; it is not called for text."""
+    model = make_model(width=32)
+    tower = torch.nn.ModuleList(torch.nn.Identity() for _ in range(model.config.num_hidden_layers))
+    model._modules = {"tower": tower, **model._modules}
+    prompts = of_tokens(beginning=2)
+    wanted = read_one_by_one(model, prompts)
+    calls = []
+    last_layer_calls(model, calls)
+    assert torch.allclose(middle_states(model, prompts, ENDING), wanted, atol=1e-5)
+    assert len(calls) >= 3
+
+
+def test_another_layer_s_states_are_not_taken(monkeypatch):
+    """Stopping gives something of the right shape that is not what the model says of that layer."""
+    model = make_model(width=32)
+    prompts = of_tokens(beginning=2)
+    wanted = read_one_by_one(model, prompts)
+    monkeypatch.setattr(
+        "spf.shared_prefix.MiddleStates._stopped",
+        lambda self, prompts, rows, places: torch.ones(len(prompts), model.config.hidden_size),
+    )
+    assert torch.allclose(middle_states(model, prompts, ENDING), wanted, atol=1e-5)
 
 
 @pytest.fixture
@@ -186,17 +252,25 @@ def test_over_refusals_are_no_conflicts_and_are_listed(tmp_path):
     assert not any("hold-all" in line for line in audit_lines(found, "allow", NullSpace(), 2, 0))
 
 
-@pytest.mark.parametrize(("conflicts", "held"), [("hold", 0), ("hold-all", 4)])
-def test_the_callback_holds_over_refusals_only_if_asked(tmp_path, tokenizer, monkeypatch, conflicts, held):
-    def all_harmless(model, tokenizer, prompts, *rest, **options):
-        return [True] * len(prompts)
-
+@pytest.mark.parametrize(
+    ("conflicts", "rule", "held"),
+    [
+        ("hold", NullSpace(), 0),
+        ("drop", NullSpace(), 0),
+        ("hold-all", NullSpace(), 4),
+        # nothing depends on it there, so the probe's passes are saved
+        ("allow", NullSpace(), 4),
+        ("hold", SPF(), 4),
+        ("drop", SPF(), 0),
+    ],
+)
+def test_the_callback_holds_over_refusals_only_if_asked(tmp_path, tokenizer, monkeypatch, conflicts, rule, held):
     monkeypatch.setattr(
         spf.audit, "clearly_harmless", lambda model, tokenizer, prompts, *_, **__: [True] * len(prompts)
     )
     monkeypatch.setattr(spf.audit, "CONFIRM", 0.0)
     data = Dataset.from_list([{"prompt": task, "completion": COMPLIES} for task in TASKS[:4]])
-    callback = SafetyCallback(conflicts=conflicts)
+    callback = SafetyCallback(conflicts=conflicts, rule=rule)
     rows = [SafetyRow([{"role": "user", "content": HARMFUL[0]}], REFUSAL, "", True, True)]
     first = tokenizer(REFUSAL, add_special_tokens=False)["input_ids"][0]
     monkeypatch.setattr(spf.audit, "ask", lambda model, prompts, *rest: [(1.0, first)] * len(prompts))
@@ -205,7 +279,7 @@ def test_the_callback_holds_over_refusals_only_if_asked(tmp_path, tokenizer, mon
     assert len(found.split()[0]) == held
     assert found.refused == 4
     listed = [json.loads(line) for line in (tmp_path / "spf_conflicts.jsonl").read_text().splitlines()]
-    assert [entry["over_refusal"] for entry in listed] == [conflicts == "hold"] * 4
+    assert [entry["over_refusal"] for entry in listed] == [held == 0] * 4
 
 
 def test_the_command_shows_them_and_fails_for_conflicts_only(tmp_path, tokenizer, monkeypatch, capsys):
