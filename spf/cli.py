@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from yaml import YAMLError
 
 from spf import arguments as given
 from spf import words
-from spf.errors import INPUT_ERRORS, CorrectionError, RunFailedError, keeping
+from spf.errors import INPUT_ERRORS, CorrectionError, RunFailedError, UnsupportedSetupError, keeping
 from spf.waiting import waiting
 
 USAGE = """spf keeps an aligned language model's refusals while you fine-tune it.
@@ -170,8 +171,24 @@ def _run(name: str, arguments: list[str]) -> None:
     module, function = command.run.split(":")
     # the first import of torch takes seconds, of TRL on a slow machine half a minute
     with keeping(lambda: "nothing was written"), waiting("loading torch, transformers and TRL"):
-        run: Callable[[Any], None] = getattr(import_module(module), function)
+        run: Callable[[Any], None] = getattr(_loaded(module, name), function)
     run(parsed)
+
+
+def _loaded(module: str, name: str) -> ModuleType:
+    """
+    Raises:
+        UnsupportedSetupError: TRL is one that this command cannot use, as frameworks pin that spf's callback works in.
+    """
+    try:
+        return import_module(module)
+    except (ImportError, RuntimeError) as error:  # of its trainers TRL turns the one into the other
+        if "trl" not in str(error):
+            raise
+        raise UnsupportedSetupError(
+            f"spf {name} cannot use the installed TRL {version('trl')} ({str(error).splitlines()[-1]}): pip install -U "
+            "trl, or use SafetyCallback, which needs no TRL, in your own script"
+        ) from error
 
 
 def _completion(arguments: list[str]) -> str:

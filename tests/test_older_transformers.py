@@ -1,15 +1,17 @@
-"""spf imports beside a transformers without the names that only its demo and its locks need (5.6, say)."""
+"""spf beside older libraries that frameworks pin: it imports, or its commands say which one they cannot use."""
 
 import ast
 import importlib.util
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import transformers
 
 from spf import models
+from spf.cli import main
 from tests.conftest import make_model
 from tests.test_house import FILES, ROOT
 
@@ -52,3 +54,31 @@ def test_no_file_of_the_core_imports_them_at_once(path):
     outside = ast.parse(path.read_text("utf-8")).body
     taken = {alias.name for node in outside if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert not taken & NEWER
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("cannot import name 'KTOTrainer' from 'trl'"),
+        RuntimeError("Failed to import trl.trainer.dpo_trainer because of the following error:\nNo module named 'x'"),
+    ],
+)
+def test_a_command_says_that_it_cannot_use_an_older_trl(monkeypatch, capsys, error):
+    def broken(module):
+        raise error
+
+    monkeypatch.setattr("spf.cli.import_module", broken)
+    assert main(["train", "--model", "m", "--data", "d"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"spf: spf train cannot use the installed TRL {version('trl')} (")
+    assert said.count("\n") == 1
+    assert "pip install -U trl, or use SafetyCallback" in said
+
+
+def test_another_library_that_is_missing_is_not_taken_for_trl(monkeypatch, capsys):
+    def broken(module):
+        raise ModuleNotFoundError("No module named 'rouge_score'")
+
+    monkeypatch.setattr("spf.cli.import_module", broken)
+    assert main(["train", "--model", "m", "--data", "d"]) != 0
+    assert "TRL" not in capsys.readouterr().err
