@@ -112,6 +112,11 @@ def watched_line(running: Attachment, what: str, end: str = "") -> str:
             f"; of {len(monitor.conflicts)} prompts that the data attack, not held either, "
             f"{monitor.before_conflicts.refused:.0%} before, now {monitor.now_conflicts.refused:.0%}"
         )
+    if monitor.still_refused is not None:
+        line += (
+            f"; of {len(monitor.further)} further harmful prompts, asked because of that, 100% before, now "
+            f"{monitor.still_refused / len(monitor.further):.0%}"
+        )
     line += end
     if monitor.leaks:
         remedies = ", fewer steps or a higher rank" if running.rule.holds else " or fewer steps"

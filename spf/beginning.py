@@ -105,6 +105,7 @@ def begin(
         reworded=[*reworded, *kept],
         conflicts=held,
         watched=watched,
+        further=samples.further(tokenizer, limit),
         pool=pool,
         calibration=calibration if rule.holds else (),
         monitor_steps=settings.monitor_steps,

@@ -30,6 +30,7 @@ class _Monitor(File):
     loss: NotNegative
     refused: Share
     conflicts_refused: Share
+    further: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]] = Field(default_factory=list)
 
 
 class _Growth(File):

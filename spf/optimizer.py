@@ -36,6 +36,7 @@ class Attachment:
         reworded: Sequence[Anchor] = (),
         conflicts: Sequence[Anchor] = (),
         watched: Sequence[Anchor] = (),
+        further: Sequence[Sequence[int]] = (),
         pool: Sequence[Anchor] = (),
         calibration: Sequence[Anchor] = (),
         monitor_steps: Whole = 0,
@@ -59,7 +60,7 @@ class Attachment:
         self.sharding, self.optimizer, self.matrices = self.run.sharding, self.run.optimizer, self.run.matrices
         holders = {id(part.holder) for part in self.sharding.parts.values()}
         unknown = {id(p): name for name, p in probe.model.named_parameters() if id(p) not in holders}
-        self.monitor = Monitor(self.run, watched)
+        self.monitor = Monitor(self.run, watched, further, resumed)
         given = Given(subspace, resumed, reworded, conflicts, pool, calibration, correction_dtype, new_tokens, tighten)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
@@ -227,9 +228,10 @@ def attach(
     Call `refresh()` of what is returned before every `optimizer.step()`, `verify()` after it and `finish()` after the
     last. Options: `subspace` (bases estimated before), `resumed` (they come with weights that answer to them already),
     `reworded` and `conflicts` (further samples to hold, of the null space only), `watched` (samples of what the data
-    attack, watched beside the others), `pool` (further refused samples, not held), `tighten` (where those or held ones
-    flip, hold more directions), `calibration` (harmless samples; a fresh lora_A keeps its response to them in size when
-    it is projected, and without adapters the learning rate is higher during the step), `monitor_steps` (ask the watched
+    attack, watched beside the others), `further` (harmful prompts, token ids, that are asked before a run is said to
+    lose refusals), `pool` (further refused samples, not held), `tighten` (where those or held ones flip, hold more
+    directions), `calibration` (harmless samples; a fresh lora_A keeps its response to them in size when it is
+    projected, and without adapters the learning rate is higher during the step), `monitor_steps` (ask the watched
     prompts every so many steps, 0 for never), `cosines` (then measure safety gradients, too), `new_tokens` (ids added
     to the vocabulary, whose embeddings may learn) and `correction_dtype` (of the product with V^T that takes the
     violation out of a full matrix; bfloat16, for training in bfloat16, leaves some thousandths of one step's violation,

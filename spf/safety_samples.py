@@ -19,6 +19,7 @@ from spf.data import (
     check_source,
     in_turn,
     load_safety_rows,
+    packaged_prompts,
     reworded_anchors,
     tokenise,
 )
@@ -27,6 +28,9 @@ from spf.sharding import object_of_rank_0
 
 POOL = 256
 """As many rows that are not used are asked, in turn, whether they are still refused."""
+
+
+FURTHER = "harmful_validation"
 
 
 class SafetySamples:
@@ -78,6 +82,15 @@ class SafetySamples:
         rows = self.rows[: self.rule.reworded_samples(len(self.rows))]
         reworded = reworded_anchors(rows, tokenizer, limit, self.options)
         return anchors, reworded, tokenise(benign_rows(), tokenizer, limit, self.options)
+
+    def further(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[list[int]]:
+        """Packaged prompts (token ids) of no other use to a run: asked before it is said to lose refusals."""
+        rows = [
+            SafetyRow([{"role": "user", "content": prompt}], "", FURTHER, cut=True)
+            for prompt in packaged_prompts(FURTHER)
+        ]
+        prompts = [sample.prompt_ids for sample in tokenise(rows, tokenizer, sys.maxsize, self.options)]
+        return [prompt for prompt in prompts if len(prompt) < limit]
 
     def pool(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Anchor]:
         """Rows that are not used, to ask whether they are still refused; none if only so many rows were to be used.
