@@ -36,7 +36,7 @@ class Monitor:
     refusals.
 
     further: harmful prompts (token ids) of no other use; those that the aligned model refuses are asked before the run
-    is said to lose refusals. still_refused: how many of them are now, None until then.
+    is said to lose refusals. still_refused: how many of them are now, None if they were not asked.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Monitor:
             self.now_conflicts = self._ask(self.conflicts)
             self.run.note("conflict_refusal_rate", self.now_conflicts.refused)
         # asking may gather parameters, which all processes do or none
-        if self.further and object_of_rank_0(self._flipped > LOST):
-            self.still_refused = len(self._refused(self.further))
+        suspicious = bool(self.further) and object_of_rank_0(self._flipped > LOST)
+        self.still_refused = len(self._refused(self.further)) if suspicious else None
         return self.now
 
     def _refused(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:

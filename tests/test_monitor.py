@@ -65,6 +65,9 @@ def test_further_prompts_tell_chance_from_a_leak(flipped, leaks):
     line = watched_line(SimpleNamespace(monitor=monitor, rule=SimpleNamespace(holds=True)), "")
     assert ("of 40 further harmful prompts, asked because of that, 100% before, now" in line) == suspicious
     assert ("Refusals are being lost" in line) == leaks
+    model.flip()
+    monitor.look()
+    assert (monitor.still_refused, monitor.leaks) == (None, False)
 
 
 @pytest.mark.parametrize(("conflicts", "flipped", "leaks"), [(11, 2, False), (10, 2, True), (16, 3, False)])
