@@ -111,7 +111,8 @@ class SafetyCallback(TrainerCallback):
         self.card = ModelCard()
         self.data = TrainingData(conflicts, self.rule.holds, chat_template_kwargs)
         self.attachment: Attachment | None = None
-        self._warned = False
+        self.warned = False
+        """Whether the run has said, at any of its steps, that refusals are being lost."""
         self._proven_at = -1
         self._resume: str | bool | None = None
         self._saved: Saved | None = None
@@ -143,7 +144,7 @@ class SafetyCallback(TrainerCallback):
         refuse_unfit(self.rule, args, goes_on)
         self._saved = read_checkpoint(resumed_from(args, state, self._resume)) if goes_on else None
         begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
-        self._warned, self._proven_at = False, -1
+        self.warned, self._proven_at = False, -1
         if is_first():
             self.card.begin(begun.lines)
             for line in [*begun.places, *begun.lines]:
@@ -153,8 +154,8 @@ class SafetyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._running.refresh()
-        if self._running.monitor.leaks and not self._warned:
-            self._warned, stop = True, self.settings.on_leak == "stop"
+        if self._running.monitor.leaks and not self.warned:
+            self.warned, stop = True, self.settings.on_leak == "stop"
             control.should_training_stop |= stop
             self._tell(f"after step {state.global_step} ", "; the run is ended (on_leak)" * stop)
 
@@ -191,6 +192,7 @@ class SafetyCallback(TrainerCallback):
         proven = running.finish()
         running.monitor.look()
         line = self._tell(f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
+        self.warned |= running.monitor.leaks
         self.card.finish(args, self.rule, line)
         remember(running.probe.model, running.subspace)
         self._detach()

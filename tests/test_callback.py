@@ -359,6 +359,7 @@ def test_a_rising_safety_loss_is_told_once_and_at_the_end(tmp_path, tokenizer, r
     make_trainer(tmp_path, tokenizer, callback, model, max_steps=6, learning_rate=learning_rate).train()
     told = [r.getMessage() for r in caplog.records if "before training, now" in r.getMessage()]
     assert [("Refusals are being lost" in line) for line in told] == ([True, True] if lost else [False])
+    assert callback.warned == lost
     assert "6 of 6 updates corrected" in told[-1]
     # of the finished model, not of the last time the monitor looked
     probe = callback.attachment.probe

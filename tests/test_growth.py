@@ -276,5 +276,6 @@ def test_a_leak_ends_the_run_only_if_that_was_asked_for(tmp_path, tokenizer, ref
     trainer.train()
     assert trainer.state.global_step == steps
     assert "Refusals are being lost" in caplog.text
+    assert callback.warned
     assert ("the run is ended" in caplog.text) == (on_leak == "stop")
     assert (callback.attachment.correction.growth is not None) == (on_leak == "tighten")

@@ -366,14 +366,15 @@ def test_stages_are_trained_one_after_another(work, monkeypatch):
 
 @pytest.mark.parametrize("leaks", [(True, False), (False, True), (False, False)])
 def test_a_warning_of_any_training_is_one_of_the_cell(leaks):
+    """At any of its steps: at the end refusals may be there again."""
     result: dict = {}
     for leak in leaks:
         watched = SimpleNamespace(refused=0.5)
         monitor = SimpleNamespace(
-            before=watched, now=watched, before_conflicts=watched, now_conflicts=watched, leaks=leak
+            before=watched, now=watched, before_conflicts=watched, now_conflicts=watched, leaks=False
         )
         running = SimpleNamespace(monitor=monitor, subspace=SimpleNamespace(right={}))
-        cells._add_what_it_said(SimpleNamespace(audit=None, attachment=running), result)
+        cells._add_what_it_said(SimpleNamespace(audit=None, attachment=running, warned=leak), result)
     assert result["watched"]["warned"] == any(leaks)
 
 

@@ -238,7 +238,7 @@ def _add_what_it_said(callback: SafetyCallback, result: dict[str, Any]) -> None:
                 monitor.before_conflicts.refused,
                 monitor.now_conflicts.refused,
             ],
-            "warned": earlier.get("warned", False) or monitor.leaks,
+            "warned": earlier.get("warned", False) or callback.warned,
         }
         widths = [V.shape[1] for V in running.subspace.right.values()]
         result["directions"] = [min(widths), max(widths)] if widths else []
