@@ -262,6 +262,25 @@ def test_a_run_that_goes_on_asks_the_same_prompts_by_the_same_refusals(
     refusing.load_state_dict(start.state_dict())
 
 
+def test_a_warning_is_remembered_when_prompts_are_refused_again(tmp_path, tokenizer, refusing, rows, caplog):  # noqa: F811
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=1)
+    trainer = make_trainer(tmp_path, tokenizer, callback, model=refusing, max_steps=6, learning_rate=1e-4)
+
+    class Dip(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            monitor = callback.attachment.monitor
+            if state.global_step == 2:
+                self.begins, monitor._begins = monitor._begins, set()
+            if state.global_step == 4:
+                monitor._begins = self.begins
+
+    trainer.add_callback(Dip())
+    trainer.train()
+    assert callback.warned
+    assert not callback.attachment.monitor.leaks
+    assert caplog.text.count("Refusals are being lost") == 1
+
+
 @pytest.mark.parametrize(("on_leak", "steps"), [("stop", 3), ("warn", 6), ("tighten", 6)])
 def test_a_leak_ends_the_run_only_if_that_was_asked_for(tmp_path, tokenizer, refusing, rows, on_leak, steps, caplog):  # noqa: F811
     callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=1, on_leak=on_leak)
