@@ -69,7 +69,7 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watch
         done = {
             "hold": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead), "
             "so they stay refused; if they are harmless requests of your task (`spf audit --show` shows them), say "
-            "conflicts='allow'; 'drop' leaves the rows out",
+            "conflicts='allow'; 'drop' leaves the rows out, too: they cannot be learned and press against what is held",
             "hold-all": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead)",
             "drop": "these rows are left out, and their refusals held",
             "allow": "allowed, so these refusals will be lost",
