@@ -155,7 +155,7 @@ class SafetyCallback(TrainerCallback):
     ) -> None:
         self._running.refresh()
         if self._running.monitor.leaks and not self.warned:
-            self.warned, stop = True, self.settings.on_leak == "stop"
+            stop = self.settings.on_leak == "stop"
             control.should_training_stop |= stop
             self._tell(f"after step {state.global_step} ", "; the run is ended (on_leak)" * stop)
 
@@ -192,7 +192,6 @@ class SafetyCallback(TrainerCallback):
         proven = running.finish()
         running.monitor.look()
         line = self._tell(f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
-        self.warned |= running.monitor.leaks
         self.card.finish(args, self.rule, line)
         remember(running.probe.model, running.subspace)
         self._detach()
@@ -218,6 +217,7 @@ class SafetyCallback(TrainerCallback):
 
     def _tell(self, what: str, end: str = "") -> str:
         line = watched_line(self._running, what, end)
+        self.warned |= self._running.monitor.leaks
         if is_first():
             logger.warning(f"spf: {line}")
         return line

@@ -26,15 +26,19 @@ FORMAT = 3
 EARLIER = "go on from an earlier checkpoint"
 
 
+PromptHash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+"""`Known.name` of a prompt."""
+
+
 class _Monitor(File):
     loss: NotNegative
     refused: Share
     conflicts_refused: Share
-    further: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]] = Field(default_factory=list)
+    further: list[PromptHash] = Field(default_factory=list)
 
 
 class _Growth(File):
-    pool: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
+    pool: list[PromptHash]
     rounds: Whole
     place: Whole
     flips: Whole
@@ -57,7 +61,7 @@ class _Conflict(File):
     """A conflict of the training data that is held or watched."""
 
     row: Whole
-    prompt: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    prompt: PromptHash
     refusal: Annotated[list[Whole], MinLen(1)]
 
 

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 from spf.data import Anchor
 from spf.next_token import Known
-from spf.probe import Watched
+from spf.probe import Watched, refused
 from spf.run import Run
 from spf.sharding import object_of_rank_0
 
@@ -72,9 +73,8 @@ class Monitor:
         return self.now
 
     def _refused(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """Which of the prompts are refused, by rank 0's reckoning."""
-        tokens = object_of_rank_0(self.run.probe.first_answer_tokens(prompts)) if prompts else []
-        return [prompt for prompt, token in zip(prompts, tokens, strict=True) if token in self._begins]
+        """Which of the prompts are refused."""
+        return list(compress(prompts, refused(self.run.probe, prompts, self._begins)))
 
     @property
     def _flipped(self) -> float:

@@ -5,16 +5,14 @@ decided after it (Zhao et al., arXiv 2507.11878). A linear probe there, fitted o
 which refused prompts are clearly harmless: a task of the user's, not an attack.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from spf.data import SafetyRow, load_safety_rows, packaged_prompts, tokenise
+from spf.data import SafetyRow, load_safety_rows, packaged_rows, prompt_tokens
 from spf.logistic import fit_logistic
 from spf.models import evaluating
 from spf.next_token import shared_out
@@ -59,12 +57,8 @@ def clearly_harmless(
     if not prompts:
         return []
     harmful = [*rows[:HARMFUL], *load_safety_rows()][:HARMFUL]
-    harmless = [
-        SafetyRow([{"role": "user", "content": prompt}], "", name)
-        for name in HARMLESS
-        for prompt in packaged_prompts(name)
-    ]
-    known, other = (_prompts(kind, tokenizer, max_length, options) for kind in (harmful, harmless))
+    harmless = [row for name in HARMLESS for row in packaged_rows(name)]
+    known, other = (prompt_tokens(kind, tokenizer, max_length, options) for kind in (harmful, harmless))
     if not known or not other:
         return [False] * len(prompts)
     samples = [*known, *other]
@@ -92,14 +86,6 @@ def _clear(fitted: Tensor, is_harmful: Tensor, asked: Tensor) -> Tensor:
     tried = harmfulness(fitted[half], is_harmful[half], fitted[~half])[is_harmful[~half]]
     usable = float((tried < CLEARLY).double().mean()) <= MISTAKEN
     return (harmfulness(fitted, is_harmful, asked) < CLEARLY) & usable
-
-
-def _prompts(
-    rows: Sequence[SafetyRow], tokenizer: PreTrainedTokenizerBase, max_length: int, options: Mapping[str, Any] | None
-) -> list[tuple[int, ...]]:
-    """Prompts of rows as tokens; those longer than the context are left out."""
-    asked = tokenise([replace(row, refusal="", cut=True) for row in rows], tokenizer, sys.maxsize, options)
-    return [tuple(sample.prompt_ids) for sample in asked if len(sample.prompt_ids) <= max_length]
 
 
 def harmfulness(X: Tensor, y: Tensor, asked: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from spf.fused import FUSED
 from spf.inputs import Inputs
 from spf.matrices import used_tokens
 from spf.progress import tracked
+from spf.sharding import object_of_rank_0
 from spf.shared_prefix import NextToken
 from spf.subspace import Factors
 
@@ -50,6 +51,12 @@ class Watched:
     loss: float
     first: tuple[int, ...]
     refused: float
+
+
+def refused(probe: "SafetyProbe", prompts: Sequence[Sequence[int]], begins: Collection[int]) -> list[bool]:
+    """Whether each prompt's likeliest first token is one of `begins`; rank 0's verdicts, as rounding differs."""
+    tokens = probe.first_answer_tokens(prompts) if prompts else []
+    return object_of_rank_0([token in begins for token in tokens])
 
 
 class SafetyProbe(Inputs):

@@ -19,7 +19,8 @@ from spf.data import (
     check_source,
     in_turn,
     load_safety_rows,
-    packaged_prompts,
+    packaged_rows,
+    prompt_tokens,
     reworded_anchors,
     tokenise,
 )
@@ -31,6 +32,7 @@ POOL = 256
 
 
 FURTHER = "harmful_validation"
+"""Packaged prompts that are asked before a run is said to lose refusals."""
 
 
 class SafetySamples:
@@ -83,14 +85,9 @@ class SafetySamples:
         reworded = reworded_anchors(rows, tokenizer, limit, self.options)
         return anchors, reworded, tokenise(benign_rows(), tokenizer, limit, self.options)
 
-    def further(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[list[int]]:
+    def further(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[tuple[int, ...]]:
         """Packaged prompts (token ids) of no other use to a run: asked before it is said to lose refusals."""
-        rows = [
-            SafetyRow([{"role": "user", "content": prompt}], "", FURTHER, cut=True)
-            for prompt in packaged_prompts(FURTHER)
-        ]
-        prompts = [sample.prompt_ids for sample in tokenise(rows, tokenizer, sys.maxsize, self.options)]
-        return [prompt for prompt in prompts if len(prompt) < limit]
+        return prompt_tokens(packaged_rows(FURTHER), tokenizer, limit - 1, self.options)
 
     def pool(self, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Anchor]:
         """Rows that are not used, to ask whether they are still refused; none if only so many rows were to be used.

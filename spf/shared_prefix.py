@@ -108,10 +108,8 @@ class MiddleStates(NextToken):
             return self._stopped(prompts, rows, places)
         with logits_only(self.model, rows, places):
             hidden = self.model(**self._given(prompts), output_hidden_states=True).hidden_states
-        if not hidden:
-            return None
-        states: Tensor = hidden[self.layer][rows, places].float().cpu()
-        if self.next is not None:
+        states = _at(hidden[self.layer], rows, places) if hidden else None
+        if states is not None and self.next is not None:
             short = self._stopped(prompts, rows, places)
             self.tried = True
             if short is None or short.shape != states.shape or not torch.allclose(short, states, rtol=0.02, atol=0.02):
@@ -129,11 +127,15 @@ class MiddleStates(NextToken):
         try:
             self.model(**self._given(prompts))
         except _StoppedError as stopped:
-            hidden = next(iter(stopped.inputs), None)
-            return hidden[rows, places].float().cpu() if isinstance(hidden, Tensor) and hidden.dim() == 3 else None
+            return _at(next(iter(stopped.inputs), None), rows, places)
         finally:
             handle.remove()
         return None
+
+
+def _at(hidden: Any, rows: Tensor, places: Tensor) -> Tensor | None:
+    """States (B, n) at these tokens, of hidden states (B, L, n); None of others, as Gemma 3n's of several streams."""
+    return hidden[rows, places].float().cpu() if isinstance(hidden, Tensor) and hidden.dim() == 3 else None
 
 
 class _StoppedError(Exception):

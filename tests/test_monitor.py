@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import spf.monitor
 from spf.announce import watched_line
 from spf.data import Anchor
 from spf.monitor import FEWEST, Monitor
@@ -110,3 +111,14 @@ def test_a_run_that_goes_on_asks_those_that_the_aligned_model_refused():
     monitor.look()
     assert monitor.still_refused == 10
     assert monitor.leaks
+
+
+def test_all_processes_ask_further_prompts_or_none(monkeypatch):
+    """Rank 0 saw two flipped prompts, this one none: asking may gather parameters, so it asks, too."""
+    model = Model()
+    monitor = made(model)
+    real = spf.monitor.object_of_rank_0
+    monkeypatch.setattr("spf.monitor.object_of_rank_0", lambda value: value is False or real(value))
+    monitor.look()
+    assert (model.asked, monitor.still_refused) == (2, 40)
+    assert not monitor.leaks

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import subprocess
 import sys
 import types
 from importlib.metadata import version
@@ -82,3 +83,10 @@ def test_another_library_that_is_missing_is_not_taken_for_trl(monkeypatch, capsy
     monkeypatch.setattr("spf.cli.import_module", broken)
     assert main(["train", "--model", "m", "--data", "d"]) != 0
     assert "TRL" not in capsys.readouterr().err
+
+
+def test_the_callback_needs_no_trl():
+    """What the sentence above says; a process of its own, as this one has imported TRL."""
+    code = "import sys; sys.modules['trl'] = None; import spf; print(spf.SafetyCallback.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "SafetyCallback", done.stderr

@@ -19,6 +19,7 @@ from spf.cli import main
 from spf.data import SafetyRow, packaged_prompts
 from spf.over_refusal import clearly_harmless, common_ending, harmfulness, middle_states
 from tests.conftest import make_model, make_tokenizer
+from tests.support_matrix import FAMILIES
 from tests.test_audit import COMPLIES, REFUSAL, chat_ids
 
 TASKS = packaged_prompts("harmless_tasks")
@@ -133,6 +134,22 @@ def test_another_layer_s_states_are_not_taken(monkeypatch):
         lambda self, prompts, rows, places: torch.ones(len(prompts), model.config.hidden_size),
     )
     assert torch.allclose(middle_states(model, prompts, ENDING), wanted, atol=1e-5)
+
+
+def test_a_model_whose_parameters_are_gathered_is_not_stopped(monkeypatch):
+    """Its other processes make whole passes, and wait for this one."""
+    model, prompts = make_model(width=32), of_tokens(beginning=2)
+    monkeypatch.setattr("spf.shared_prefix.shares_parameters", lambda model: True)
+    calls = []
+    last_layer_calls(model, calls)
+    assert torch.allclose(middle_states(model, prompts, ENDING), read_one_by_one(model, prompts), atol=1e-5)
+    assert len(calls) == 3 + len(prompts)
+
+
+def test_states_of_several_streams_say_nothing():
+    """Gemma 3n's are (streams, B, L, n): they were indexed as (B, L, n), which ended the audit."""
+    model = FAMILIES[[family.kind for family in FAMILIES].index("gemma3n_text")].model()
+    assert middle_states(model, of_tokens(beginning=2), ENDING) is None
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from spf.data.anchors import (
     AnchorBatch,
     AnchorRotation,
     collate,
+    prompt_tokens,
     reword,
     reworded_anchors,
     tokenise,
@@ -22,6 +23,7 @@ from spf.data.rows import (
     in_turn,
     load_safety_rows,
     packaged_prompts,
+    packaged_rows,
     read_jsonl,
 )
 from spf.errors import SafetyDataError
@@ -46,6 +48,8 @@ __all__ = [
     "in_turn",
     "load_safety_rows",
     "packaged_prompts",
+    "packaged_rows",
+    "prompt_tokens",
     "read_jsonl",
     "render",
     "reword",

@@ -112,6 +112,17 @@ def tokenise(
     return anchors
 
 
+def prompt_tokens(
+    rows: Sequence[SafetyRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    options: Mapping[str, Any] | None = None,
+) -> list[tuple[int, ...]]:
+    """Prompts of rows as tokens, whatever their refusals are; those longer than `max_length` are left out."""
+    asked = tokenise([replace(row, refusal="", cut=True) for row in rows], tokenizer, sys.maxsize, options)
+    return [tuple(sample.prompt_ids) for sample in asked if len(sample.prompt_ids) <= max_length]
+
+
 def reworded_anchors(
     rows: Sequence[SafetyRow],
     tokenizer: PreTrainedTokenizerBase,

@@ -54,10 +54,15 @@ def _packaged(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def packaged_rows(name: str, refusal: str | None = None) -> list[SafetyRow]:
+    """The prompts of a packaged file as rows, all with the same refusal or none."""
+    prompts = enumerate(packaged_prompts(name), 1)
+    return [SafetyRow([{"role": "user", "content": p}], refusal, f"{name}:{i}") for i, p in prompts]
+
+
 def benign_rows() -> list[SafetyRow]:
     """Packaged benign prompts, without an answer."""
-    prompts = packaged_prompts("benign_anchors")[:CALIBRATION_PROMPTS]
-    return [SafetyRow([{"role": "user", "content": p}], "", f"benign_anchors:{i}") for i, p in enumerate(prompts, 1)]
+    return packaged_rows("benign_anchors", "")[:CALIBRATION_PROMPTS]
 
 
 def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyRow]:

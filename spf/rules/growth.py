@@ -8,9 +8,10 @@ import torch
 
 from spf.data import Anchor
 from spf.next_token import Known
+from spf.probe import refused
 from spf.rules.constraint import Constraint
 from spf.run import Run
-from spf.sharding import object_of_rank_0, same_on_all_ranks
+from spf.sharding import same_on_all_ranks
 
 EVERY = 5
 """Steps from one look at the pool to the next; under pressure every step."""
@@ -61,9 +62,9 @@ class Growth:
         return True
 
     def _flipped(self, anchors: Sequence[Anchor]) -> list[bool]:
-        """Which prompts' likeliest first token begins no refusal; rank 0's verdicts, as rounding differs."""
-        tokens = self.run.probe.first_answer_tokens([anchor.prompt_ids for anchor in anchors]) if anchors else []
-        return object_of_rank_0([token not in self._begins for token in tokens])
+        """Which prompts' likeliest first token begins no refusal."""
+        prompts = [anchor.prompt_ids for anchor in anchors]
+        return [not kept for kept in refused(self.run.probe, prompts, self._begins)]
 
     def _grow(self, lost: Sequence[Anchor]) -> None:
         moments = self.run.probe.input_moments(lost, self.constraint.reserves(), self.decision_weight)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.arguments import MeasureArguments
 from spf.config import File, NotNegative, read_json
-from spf.data import Anchor, SafetyRow, load_safety_rows, render, tokenise
+from spf.data import Anchor, SafetyRow, load_safety_rows, packaged_rows, render, tokenise
 from spf.errors import keeping, working
 from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
 from spf.files import directory_lock, write_json
@@ -599,13 +599,8 @@ def _anchors(
 
 
 def _load(path: str | None, packaged: str) -> list[SafetyRow]:
-    from spf.data import packaged_prompts
-
     if path is None:
-        return [
-            SafetyRow([{"role": "user", "content": p}], None, f"{packaged}:{i}")
-            for i, p in enumerate(packaged_prompts(packaged), 1)
-        ]
+        return packaged_rows(packaged)
     rows = load_safety_rows(path)
     if len(rows) < 4:
         raise ValueError(f"{path}: {len(rows)} prompts; at least 4 are needed, half of them for the means")
