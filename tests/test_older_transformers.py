@@ -88,5 +88,5 @@ def test_another_library_that_is_missing_is_not_taken_for_trl(monkeypatch, capsy
 def test_the_callback_needs_no_trl():
     """What the sentence above says; a process of its own, as this one has imported TRL."""
     code = "import sys; sys.modules['trl'] = None; import spf; print(spf.SafetyCallback.__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "SafetyCallback", done.stderr
