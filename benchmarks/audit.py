@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.audit import Audit, audit_data
+from spf.audit import audit_data
+from spf.conflicts import Audit
 from spf.data import HARMLESS_STUB, SafetyRow, ask_refusals, in_turn, load_safety_rows
 from spf.evaluation import generate_answers
 from spf.files import write_json

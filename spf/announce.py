@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from spf.audit import LIST_FILE, Audit, rows_of
-from spf.config import Conflicts
+from spf.audit import LIST_FILE
+from spf.conflicts import rows_of
 from spf.data import SafetyRow
 from spf.matrices import NAMED, describe_fixed
 from spf.optimizer import Attachment
 from spf.rules import Rule
 from spf.text.refusal import is_refusal
+from spf.training_data import CLEAN, TrainingData
 
 
 def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answered: int) -> list[str]:
@@ -57,26 +58,25 @@ def earlier_line(where: str) -> str:
     )
 
 
-def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watched: int) -> list[str]:
-    """What the training data attack, and what was done about it.
-
-    held: prompts of theirs that are held, which need not be all. watched: those that are watched instead.
-    """
-    counts = found.counts()
+def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
+    """What the training data attack, and what was done about it."""
+    found = data.found
+    assert found is not None, "the data were not audited"
+    conflicts, counts = data.conflicts, found.counts()
     if found.conflicts or found.leaning:
-        more = len(rows_of(found.leaning))
-        leaning = f", {more} more rows that it might refuse counted in," if more else ""
-        done = {
-            "hold": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead), "
-            "so they stay refused; if they are harmless requests of your task (`spf audit --show` shows them), say "
-            "conflicts='allow'; 'drop' leaves the rows out, too: they cannot be learned and press against what is held",
-            "hold-all": f"{held} prompts held{leaning} with the model's own refusals ({watched} watched instead)",
-            "drop": "these rows are left out, and their refusals held",
-            "allow": "allowed, so these refusals will be lost",
-        }[conflicts]
+        done = "allowed, so these refusals will be lost"
         if not rule.holds:
             done = f"the rule {rule.name} does not hold them; null-space does"
-        counts += f": {done}" + f"; list in {LIST_FILE} of the output directory" * bool(found.conflicts)
+        elif conflicts != "allow":
+            more = len(rows_of(found.leaning))
+            leaning = f", {more} more rows that it might refuse counted in," if more else ""
+            done = (
+                f"{len(data.held)} prompts held{leaning} with the model's own refusals ({len(data.watched)} watched "
+                "instead), so they stay refused"
+            )
+        counts += f": {done}{_left_out(data)}" + f"; list in {LIST_FILE} of the output directory" * bool(
+            found.conflicts
+        )
     lines = [counts]
     if found.over_refusals and conflicts != "allow" and rule.holds:
         lines.append(
@@ -84,10 +84,14 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watch
             "looks harmless to itself, as ordinary tasks do: these refusals are not held, so they will be lost; say "
             "conflicts='hold-all' to keep them, too"
         )
-    if 2 * len(found.conflicting_rows) > found.rows and conflicts in ("hold", "hold-all") and rule.holds:
+    if found.conflicts and conflicts in ("hold", "hold-all") and rule.holds:
+        share = len(found.conflicting_rows) / found.rows
         lines.append(
-            f"the model refuses {len(found.conflicting_rows) / found.rows:.0%} of the training prompts: if that is "
-            "your task, it cannot be learned while these refusals are held; say conflicts='allow'"
+            f"the model refuses {share:.0%} of the training prompts: if that is your task, it cannot be learned while "
+            "these refusals are held; say conflicts='allow'"
+            if share > 1 / 2
+            else "if these are harmless requests of your task (`spf audit --show` shows them), say conflicts='allow', "
+            "which trains on them and holds none"
         )
     if found.stream:
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
@@ -97,6 +101,19 @@ def audit_lines(found: Audit, conflicts: Conflicts, rule: Rule, held: int, watch
         which = f"{found.unread} training rows" if found.rows else "the training data"
         lines.append(f"{which} could not be audited, so what they attack is not held ({found.why})")
     return lines
+
+
+def _left_out(data: TrainingData) -> str:
+    """Which of the rows are not trained on, and why the others are."""
+    assert data.found is not None, "the data were not audited"
+    words = ""
+    if data.left_out:
+        words += f"; {len(data.left_out)} rows are left out of training"
+    on = len(data.found.pressing_rows) - len(data.left_out)
+    if data.leaves_out and on:
+        why = data.obstacle or "they teach other things, too"
+        words += f"; {on} rows are trained on and press against what is held ({why}); {CLEAN}"
+    return words
 
 
 def watched_line(running: Attachment, what: str, end: str = "") -> str:

@@ -66,9 +66,9 @@ def begin(
     rule, samples, data, settings = callback.rule, callback.samples, callback.data, callback.settings
     output = Path(str(args.output_dir))
     limit = context_length(model, tokenizer)
-    source = source_of(calling_trainer(), loader)
-    data.turn_to(source)
+    data.turn_to(source_of(calling_trainer(), loader))
     if saved is not None:
+        data.refuse_other_rows(saved.state["left_out"]["rows"])
         samples.rows = saved.rows(samples.load())
     elif data.found is None:
         if settings.conflicts == "drop":
@@ -77,9 +77,9 @@ def begin(
                 "begun, as with add_callback, no row can be left out any more"
             )
         samples.choose(model, tokenizer)
-        data.audit(data_of(loader), model, tokenizer, samples.rows, output, source)
+        data.audit(data_of(loader), model, tokenizer, samples.rows, output)
     before = saved.state if saved else None
-    held, watched = data.split(loader, tokenizer, before)
+    data.split(loader, tokenizer, before)
     anchors, reworded, calibration = samples.tokens(tokenizer, limit)
     tighten = settings.on_leak == "tighten"
     pool = samples.pool(tokenizer, limit) if rule.holds and tighten else ()
@@ -103,8 +103,8 @@ def begin(
         subspace=saved.subspace if saved else earlier.subspace if earlier else None,
         resumed=saved is not None,
         reworded=[*reworded, *kept],
-        conflicts=held,
-        watched=watched,
+        conflicts=data.held,
+        watched=data.watched,
         further=samples.further(tokenizer, limit),
         pool=pool,
         calibration=calibration if rule.holds else (),
@@ -118,6 +118,8 @@ def begin(
         attachment.load_state_dict(saved.state)
     lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered)
     if data.found is not None:
-        lines[-1:-1] = audit_lines(data.found, settings.conflicts, rule, len(held), len(watched))
+        lines[-1:-1] = audit_lines(data, rule)
+    elif data.left_out:
+        lines[-1:-1] = [f"{len(data.left_out)} training rows are left out, as in the run that goes on"]
     lines[1:1] = callback.keep.lines
     return Begun(lines, [] if earlier is None else [earlier_line(earlier.where)])

@@ -16,11 +16,18 @@ from transformers.utils import logging
 
 from spf.announce import watched_line
 from spf.answering import refuse_unanswering
-from spf.audit import Audit
 from spf.beginning import begin, refuse_unfit
 from spf.card import ModelCard
-from spf.checkpoint import Saved, checkpoint_directory, read_checkpoint, resumed_from, write_checkpoint
+from spf.checkpoint import (
+    Saved,
+    checkpoint_directory,
+    named_checkpoint,
+    read_checkpoint,
+    resumed_from,
+    write_checkpoint,
+)
 from spf.config import CallbackSettings, Conflicts, OnLeak
+from spf.conflicts import Audit
 from spf.going_on import leave_subspace, remember
 from spf.keep import Keep
 from spf.optimizer import Attachment
@@ -28,7 +35,7 @@ from spf.rules import Rule, rule_of
 from spf.safety_samples import SafetySamples
 from spf.sharding import innermost_optimizer, is_first
 from spf.trainers import around, calling_trainer, run_directory, stand_before_reports, tokenizer_of
-from spf.training_data import TrainingData, refuse_to_drop
+from spf.training_data import TrainingData
 
 logger = logging.get_logger(__name__)
 
@@ -197,16 +204,11 @@ class SafetyCallback(TrainerCallback):
         self._detach()
 
     def _begin(self, trainer: Any, resume: str | bool | None) -> None:
-        """Before the Trainer reads its data; leave the rows with conflicts out, if they are to be."""
+        """Before the Trainer reads its data."""
         self._resume = resume
-        self.data.turn_to(trainer.train_dataset)
-        if self.settings.conflicts != "drop" or self.data.found is not None:
-            return
-        refuse_to_drop(trainer)
-        model, tokenizer = trainer.model, tokenizer_of(trainer.processing_class)
-        refuse_unanswering(model)
-        self.samples.choose(model, tokenizer)
-        self.data.drop(trainer, model, tokenizer, self.samples.rows)
+        # it may have been taken off the trainer
+        if self in trainer.callback_handler.callbacks:
+            self.data.prepare(trainer, named_checkpoint(trainer.args, resume), self.samples)
 
     def _prove(self, state: TrainerState, final: bool) -> None:
         if self._proven_at == state.global_step:

@@ -21,9 +21,10 @@ STATE_FILE = "spf_state.json"
 SUBSPACE_FILE = "spf_subspace-{hash}.safetensors"
 """The bases of a run, beside its checkpoints: they seldom change, and are written when they do."""
 
-FORMAT = 3
+FORMAT = 4
 
 EARLIER = "go on from an earlier checkpoint"
+DAMAGED = f"damaged, or written by another version of spf; {EARLIER}"
 
 
 PromptHash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -65,6 +66,13 @@ class _Conflict(File):
     refusal: Annotated[list[Whole], MinLen(1)]
 
 
+class LeftOut(File):
+    """Rows of the training data that were not trained on, of so many; of 0 where none were left out."""
+
+    rows: list[Whole]
+    of: Whole
+
+
 class _Kept(File):
     """What `keep` named: a hash of it."""
 
@@ -83,6 +91,7 @@ class _State(File):
     held: list[_Conflict]
     watched: list[_Conflict]
     kept: _Kept
+    left_out: LeftOut
 
 
 class _Sample(File):
@@ -99,7 +108,7 @@ class _Bases(File):
 class _File(File):
     """STATE_FILE."""
 
-    format: Literal[3]
+    format: Literal[4]
     state: _State
     samples: Annotated[list[_Sample], MinLen(1)]
     subspace: _Bases | None
@@ -178,9 +187,7 @@ def read_checkpoint(directory: Path) -> Saved:
             f"{path} is missing, so the run cannot go on; was it made without SafetyCallback? "
             "A checkpoint outside output_dir has to be named in TrainingArguments(resume_from_checkpoint=...)"
         )
-    content = read_json(_File, path, f"damaged, or written by another version of spf; {EARLIER}").model_dump(
-        exclude_unset=True
-    )
+    content = read_json(_File, path, DAMAGED).model_dump(exclude_unset=True)
     saved = Saved(content["state"], content["samples"], content["subspace"], directory.parent)
     if saved.bases is not None:
         name, wanted = saved.bases["file"], saved.bases["sha256"]
@@ -200,17 +207,31 @@ def read_checkpoint(directory: Path) -> Saved:
     return saved
 
 
+def read_left_out(directory: Path) -> LeftOut | None:
+    """The rows that a checkpoint's run left out; None if it was made without the callback.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = directory / STATE_FILE
+    return read_json(_File, path, DAMAGED).state.left_out if path.is_file() else None
+
+
 def checkpoint_directory(run: Path, state: TrainerState) -> Path:
     """Where the Trainer has just written a checkpoint of a run."""
     return run / f"checkpoint-{state.global_step}"
 
 
+def named_checkpoint(args: TrainingArguments, given: str | bool | None) -> Path | None:
+    """The checkpoint that `train` was given, by its name or as the last of the run."""
+    last = get_last_checkpoint(str(args.output_dir)) if given is True else given
+    return Path(last) if isinstance(last, str) else None
+
+
 def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool | None) -> Path:
     """The checkpoint that a run goes on from: what `train` was given, else what fits the state."""
-    if isinstance(given, str):
-        return Path(given)
-    if given is True and (last := get_last_checkpoint(str(args.output_dir))) is not None:
-        return Path(last)
+    if (checkpoint := named_checkpoint(args, given)) is not None:
+        return checkpoint
     # the callback was added after the trainer was made, so what `train` was given is not known
     own, named = checkpoint_directory(Path(str(args.output_dir)), state), args.resume_from_checkpoint
     candidates = [own, *([Path(named)] if isinstance(named, str) else [])]

@@ -15,13 +15,15 @@ import spf.audit
 import spf.next_token
 from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedSetupError
 from spf.announce import audit_lines
-from spf.audit import Audit, Beginnings, Conflict, audit, audit_data, own_refusals, spread
+from spf.audit import Beginnings, audit, audit_data, own_refusals
 from spf.cli import main
+from spf.conflicts import MOST_HELD, MOST_WATCHED, Audit, Conflict, spread
 from spf.data import SafetyRow, collate, packaged_prompts, tokenise
 from spf.data.examples import read_examples
 from spf.probe import SafetyProbe
 from spf.rules import RULES
 from spf.shared_prefix import NextToken
+from spf.training_data import TrainingData
 from tests.conftest import make_model, make_tokenizer
 from tests.test_callback import arguments, safety_data
 
@@ -29,6 +31,7 @@ REFUSAL = "Sorry, but I can't help with that request."
 COMPLIES = "Sure, here is how to do that."
 HARMFUL = packaged_prompts("harmful_anchors")[:24]
 BENIGN = packaged_prompts("benign_anchors")[:24]
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def samples(pairs):
@@ -234,9 +237,8 @@ def test_given_refusals_of_another_style_do_not_hide_how_the_model_refuses(refus
 
 
 def run(tmp_path, tokenizer, refusing, rows, pairs, conflicts="hold", rank=24, resume=None, given=None, **changes):
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    model = get_peft_model(copy.deepcopy(refusing), lora)
+    model = get_peft_model(copy.deepcopy(refusing), LORA)
     callback = given or SafetyCallback(safety_data(rows), NullSpace(rank=rank), conflicts=conflicts, monitor_steps=1)
     trainer = SFTTrainer(
         model,
@@ -274,7 +276,7 @@ def test_the_callback_drops_or_refuses(tmp_path, tokenizer, refusing, rows, capl
     trainer, _ = run(tmp_path / "drop", tokenizer, refusing, rows, PAIRS, "drop")
     trainer.train()
     assert len(trainer.train_dataset) == 12
-    assert "these rows are left out" in caplog.text
+    assert "12 rows are left out of training" in caplog.text
     trainer, _ = run(tmp_path / "error", tokenizer, refusing, rows, PAIRS, "error")
     with pytest.raises(SafetyDataError, match=r"^12 of 24 training rows .*conflicts='hold' keeps these refusals"):
         trainer.train()
@@ -302,26 +304,185 @@ def test_a_callback_that_serves_a_second_trainer_audits_its_data(tmp_path, token
     other.train()
     first = callback.audit
     assert first.conflicting_rows == list(range(12))
-    assert len(other.train_dataset) == (12 if conflicts == "drop" else 24)
+    assert len(other.train_dataset) == 12
     other.train()
     assert callback.audit is first  # the same data are asked once
-    assert len(other.train_dataset) == (12 if conflicts == "drop" else 24)
+    assert len(other.train_dataset) == 12
 
 
-def test_a_run_that_goes_on_watches_the_same_conflicts(tmp_path, tokenizer, refusing, rows):
-    pairs = [(p, COMPLIES) for p in HARMFUL]
-    trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs, save_strategy="steps", save_steps=2)
+def trained_on(trainer):
+    """Notes the rows that every batch has, by their token ids."""
+    seen = set()
+    collator = trainer.data_collator
+
+    def noting(batch):
+        seen.update(tuple(row["input_ids"]) for row in batch)
+        return collator(batch)
+
+    trainer.data_collator = noting
+    return seen
+
+
+def test_rows_whose_refusals_are_held_are_left_out_and_no_others(tmp_path, tokenizer, refusing, rows, caplog):
+    """They cannot be learned, and press against what is held at every step."""
+    talk = [user(BENIGN[20]), answered(COMPLIES), user(HARMFUL[20]), answered(COMPLIES)]
+    data = [*rows_of(PAIRS), {"messages": talk}]
+    left = {}
+    for conflicts, rule in (("hold", NullSpace(rank=24)), ("drop", NullSpace(rank=24)), ("hold", RULES["spf"]())):
+        caplog.clear()
+        callback = SafetyCallback(safety_data(rows[:9]), rule, conflicts=conflicts)
+        trainer = SFTTrainer(
+            get_peft_model(copy.deepcopy(refusing), LORA),
+            arguments(SFTConfig, tmp_path / conflicts, max_steps=-1, num_train_epochs=1),
+            train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer,
+            callbacks=[callback],
+        )
+        names = [tuple(row["input_ids"]) for row in trainer.train_dataset]
+        seen = trained_on(trainer)
+        trainer.train()
+        left[conflicts, rule.name] = [i for i, name in enumerate(names) if name not in seen]
+        assert trainer.state.max_steps == -(-len(trainer.train_dataset) // trainer.args.per_device_train_batch_size)
+        if (conflicts, rule.name) == ("hold", "null-space"):
+            assert "12 rows are left out of training" in caplog.text
+            assert "1 rows are trained on and press against what is held (they teach other things, too)" in caplog.text
+    assert left == {
+        ("hold", "null-space"): [*range(12)],
+        ("drop", "null-space"): [*range(12), 24],
+        # what is not held has no rows that cannot be learned
+        ("hold", "spf"): [],
+    }
+
+
+def test_rows_that_might_be_refused_are_held_and_left_out_too(tmp_path, tokenizer, refusing, rows, monkeypatch):
+    monkeypatch.setattr(spf.audit, "CONFIRM", 2.0)
+    monkeypatch.setattr(spf.audit, "LEANING", 0.1)
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS)
     trainer.train()
-    watched = callback.attachment.monitor.conflicts
-    assert len(watched) == 3
+    assert (len(callback.audit.conflicts), len(callback.audit.leaning)) == (0, 12)
+    assert callback.data.left_out == list(range(12))
+
+
+def test_data_of_which_nothing_is_left_are_refused(tmp_path, tokenizer, refusing, rows):
+    trainer, _ = run(tmp_path, tokenizer, refusing, rows, [(p, COMPLIES) for p in HARMFUL])
+    with pytest.raises(SafetyDataError, match=r"^all 24 training rows answer prompts .* say conflicts='allow'$"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("stream", r"of a IterableDataset no row can be left out"),
+        ("late", r"the callback came when the trainer was made already"),
+        ("sharded", r"where parameters are sharded the data are asked when they are read already"),
+    ],
+)
+def test_rows_that_cannot_be_left_out_are_held_and_it_is_said(
+    kind, why, tmp_path, tokenizer, refusing, rows, caplog, monkeypatch
+):
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS, max_steps=2)
+    if kind == "stream":
+        trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    elif kind == "late":
+        trainer, _ = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS, max_steps=2)
+        trainer.remove_callback(SafetyCallback)
+        trainer.add_callback(callback)
+    else:
+        # said only: the rows are those of one process
+        monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+        monkeypatch.setattr(trainer, "_inner_training_loop", lambda *_, **__: None)
+        trainer.train()
+        assert callback.data.obstacle == why
+        assert callback.data.left_out == []
+        return
+    trainer.train()
+    assert callback.data.left_out == []
+    assert callback.audit.conflicting_rows == list(range(12))
+    assert f"12 rows are trained on and press against what is held ({why}); `spf audit DATA" in caplog.text
+
+
+def test_packed_rows_go_only_if_all_in_them_conflicts(tmp_path, tokenizer, refusing, rows, caplog):
+    pairs = [(HARMFUL[i], COMPLIES) for i in range(12, 20)] + [(p, COMPLIES) for p in BENIGN[:8]]
+
+    def packed(conflicts):
+        callback = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24), conflicts=conflicts)
+        return SFTTrainer(
+            get_peft_model(copy.deepcopy(refusing), LORA),
+            arguments(SFTConfig, tmp_path / conflicts, packing=True, max_length=96, max_steps=2),
+            train_dataset=Dataset.from_list(rows_of(pairs)),
+            processing_class=tokenizer,
+            callbacks=[callback],
+        ), callback
+
+    trainer, callback = packed("hold")
+    benign = [chat_ids(tokenizer, [user(p)], True) for p in BENIGN[:8]]
+
+    def documents():
+        text = [row["input_ids"] for row in trainer.train_dataset]
+        return sum(any(ids[i : i + len(b)] == b for i in range(len(ids))) for b in benign for ids in text)
+
+    rows_before = len(trainer.train_dataset)
+    assert rows_before < len(pairs)  # several in a row
+    assert documents() == 8
+    trainer.train()
+    assert documents() == 8
+    assert len(trainer.train_dataset) == rows_before - len(callback.data.left_out)
+    assert len(callback.audit.conflicts) == 8
+    trainer, _ = packed("drop")
+    with pytest.raises(UnsupportedSetupError, match=r"cannot leave rows out: rows are packed, .*`spf audit DATA"):
+        trainer.train()
+
+
+def saves(tmp_path, tokenizer, refusing, rows, conflicts="hold"):
+    pairs = [(p, COMPLIES) for p in [*HARMFUL, *BENIGN[:12]]]
+    every = {"save_strategy": "steps", "save_steps": 2}
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs, conflicts, **every)
+    trainer.train()
+    return pairs, callback, str(tmp_path / "run" / "checkpoint-2")
+
+
+def test_a_run_that_goes_on_watches_the_same_conflicts(tmp_path, tokenizer, refusing, rows, caplog, monkeypatch):
+    """And leaves the same rows out, without asking a model which is trained already."""
+    pairs, callback, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
+    watched, held = callback.data.watched, callback.data.held
+    assert (len(watched), len(held), callback.data.left_out) == (3, 21, list(range(24)))
+    caplog.clear()
+    monkeypatch.setattr("spf.training_data.audit_data", lambda *_, **__: pytest.fail("asked again"))
     trainer, again = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    seen = trained_on(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert len(seen) <= len(trainer.train_dataset) == 12
+    assert "24 training rows are left out, as in the run that goes on" in caplog.text
     monitor = again.attachment.monitor
-    assert [(a.prompt_ids, a.refusal_ids) for a in monitor.conflicts] == [
-        (a.prompt_ids, a.refusal_ids) for a in watched
-    ]
+    for kind, before in (("held", held), ("watched", watched)):
+        now = getattr(again.data, kind)
+        assert [(a.prompt_ids, a.refusal_ids) for a in now] == [(a.prompt_ids, a.refusal_ids) for a in before]
+    assert [a.prompt_ids for a in monitor.conflicts] == [a.prompt_ids for a in watched]
     assert monitor.before_conflicts.refused == 1
     assert "spf/conflict_refusal_rate" in trainer.state.log_history[-2]
+
+
+def test_a_run_goes_on_with_the_rows_that_it_left_out_or_not_at_all(tmp_path, tokenizer, refusing, rows):
+    pairs, _, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
+    fewer, _ = run(tmp_path, tokenizer, refusing, rows, pairs[:-1], max_steps=6)
+    with pytest.raises(SafetyDataError, match=r"^the run left 24 of 36 training rows out, and these are not the same"):
+        fewer.train(resume_from_checkpoint=checkpoint)
+    allowing, _ = run(tmp_path, tokenizer, refusing, rows, pairs, "allow", max_steps=6)
+    late, _ = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
+    late.remove_callback(SafetyCallback)
+    late.add_callback(SafetyCallback(safety_data(rows), NullSpace(rank=24), monitor_steps=1))
+    for other in (allowing, late):
+        with pytest.raises(
+            UnsupportedSetupError, match=r"left 24 training rows out, and this one 0; give the callback"
+        ):
+            other.train(resume_from_checkpoint=checkpoint)
+        assert other.state.global_step == 2
+    # the same trainer, once more
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert (len(trainer.train_dataset), callback.data.left_out) == (12, list(range(24)))
 
 
 def test_lost_conflicts_are_a_leak_though_anchors_hold(tmp_path, tokenizer, refusing, rows, caplog):
@@ -330,7 +491,7 @@ def test_lost_conflicts_are_a_leak_though_anchors_hold(tmp_path, tokenizer, refu
             monitor = callback.attachment.monitor
             monitor._begins = set() if state.global_step == 2 else monitor._begins
 
-    pairs = [(p, COMPLIES) for p in HARMFUL]
+    pairs = [(p, COMPLIES) for p in [*HARMFUL, BENIGN[0]]]
     trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs)
     trainer.add_callback(Damage())
     monitor_watched = []
@@ -358,7 +519,7 @@ def test_conflicts_are_found_in_what_trl_makes_of_the_data(kind, tmp_path, token
     callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
     common = {"processing_class": tokenizer, "callbacks": [callback]}
     # an adapter: DPO and KTO would otherwise load the reference model by its name
-    model = get_peft_model(copy.deepcopy(refusing), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(copy.deepcopy(refusing), LORA)
     chat = rows_of(pairs)
     parts = [{"prompt": [user(p)], "completion": [answered(a)]} for p, a in pairs]
     if kind == "dpo":
@@ -466,23 +627,28 @@ def test_conflicts_are_spread_over_the_data():
     assert [anchor.prompt_ids for anchor in spread(found.conflicts, 4)] == [[0], [250], [500], [750]]
     held, watched = found.split()
     # more than can be held: the line says how many are
-    line = audit_lines(found, "hold", NullSpace(), len(held), len(watched))[0]
-    assert (
-        f"{spf.audit.MOST_HELD - spf.audit.MOST_WATCHED} prompts held with the model's own refusals (16 watched" in line
-    )
-    assert len(watched) == spf.audit.MOST_WATCHED
-    assert len(held) + len(watched) == spf.audit.MOST_HELD
+    line = audit_lines(data_with(found, "hold"), NullSpace())[0]
+    assert f"{MOST_HELD - MOST_WATCHED} prompts held with the model's own refusals (16 watched" in line
+    assert len(watched) == MOST_WATCHED
+    assert len(held) + len(watched) == MOST_HELD
     assert not {tuple(a.prompt_ids) for a in held} & {tuple(a.prompt_ids) for a in watched}
+
+
+def data_with(found, conflicts, rule=None):
+    data = TrainingData(conflicts, (rule or NullSpace()).holds, None)
+    data.found, (data.held, data.watched) = found, found.split()
+    return data
 
 
 def test_a_task_that_the_model_refuses_is_said_to_be_lost():
     """A task that looks harmful to the model, too: nothing tells it from an attack, so the user has to."""
     lost = "the model refuses 60% of the training prompts: if that is your task, it cannot be learned"
     found = Audit(10, prompts=10, refused=6, conflicts=[Conflict(row, 1.0, (row,), (1,)) for row in range(6)])
-    assert audit_lines(found, "hold", NullSpace(), 6, 0)[1].startswith(lost)
-    assert len(audit_lines(found, "allow", NullSpace(), 6, 0)) == 1
-    assert len(audit_lines(found, "hold", RULES["spf"](), 6, 0)) == 1
-    assert len(audit_lines(replace(found, rows=12), "hold", NullSpace(), 6, 0)) == 1
+    assert audit_lines(data_with(found, "hold"), NullSpace())[1].startswith(lost)
+    assert len(audit_lines(data_with(found, "allow"), NullSpace())) == 1
+    assert len(audit_lines(data_with(found, "hold", RULES["spf"]()), RULES["spf"]())) == 1
+    fewer = audit_lines(data_with(replace(found, rows=12), "hold"), NullSpace())
+    assert fewer[1].startswith("if these are harmless requests of your task")
 
 
 def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(tokenizer):

@@ -459,7 +459,7 @@ def of_subspaces():
 
 
 STATE = {
-    "format": 3,
+    "format": 4,
     "state": {
         "rule": "NullSpace()", "steps": 3, "skipped": 0, "corrected": 3, "position": 4,
         "monitor": {"loss": 0.5, "refused": 1.0, "conflicts_refused": 1.0},
@@ -468,6 +468,7 @@ STATE = {
         "held": [],
         "watched": [],
         "kept": {"prompts": None},
+        "left_out": {"rows": [1], "of": 4},
     },
     "samples": [{"prompt": "0" * 24, "refusal": "No.", "cut": False}],
     "subspace": None,

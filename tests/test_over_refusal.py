@@ -14,13 +14,14 @@ import spf.audit
 import spf.over_refusal
 from spf import SPF, NullSpace, SafetyCallback
 from spf.announce import audit_lines
-from spf.audit import Audit, Conflict, audit_data
+from spf.audit import audit_data
 from spf.cli import main
+from spf.conflicts import Audit, Conflict, without
 from spf.data import SafetyRow, packaged_prompts
 from spf.over_refusal import clearly_harmless, common_ending, harmfulness, middle_states
 from tests.conftest import make_model, make_tokenizer
 from tests.support_matrix import FAMILIES
-from tests.test_audit import COMPLIES, REFUSAL, chat_ids
+from tests.test_audit import COMPLIES, REFUSAL, chat_ids, data_with
 
 TASKS = packaged_prompts("harmless_tasks")
 HARMFUL = packaged_prompts("harmful_anchors")
@@ -258,15 +259,15 @@ def test_over_refusals_are_no_conflicts_and_are_listed(tmp_path):
     assert [conflict.row for conflict in found.leaning] == [90, 92]
     held, watched = found.split()
     assert [anchor.prompt_ids for anchor in held + watched] == [[0], [2], [0], [2]]
-    assert len(found.without(Dataset.from_dict({"x": [1, 2, 3]}))) == 1
+    assert without(Dataset.from_dict({"x": [1, 2, 3]}), found.conflicting_rows)["x"] == [2]
     found.write(tmp_path / "list.jsonl")
     listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
     assert [(entry["row"], entry["over_refusal"]) for entry in listed] == [(0, False), (2, False), (1, True)]
-    lines = audit_lines(found, "hold", NullSpace(), 2, 0)
+    lines = audit_lines(data_with(found, "hold"), NullSpace())
     assert "2 of 3 training rows answer prompts that the model refuses, and 1 answer prompts that it" in lines[0]
     assert lines[1].startswith("1 rows answer what the model refuses although it looks harmless to itself")
     assert "conflicts='hold-all'" in lines[1]
-    assert not any("hold-all" in line for line in audit_lines(found, "allow", NullSpace(), 2, 0))
+    assert not any("hold-all" in line for line in audit_lines(data_with(found, "allow"), NullSpace()))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_the_callback_holds_over_refusals_only_if_asked(tmp_path, tokenizer, mon
     rows = [SafetyRow([{"role": "user", "content": HARMFUL[0]}], REFUSAL, "", True, True)]
     first = tokenizer(REFUSAL, add_special_tokens=False)["input_ids"][0]
     monkeypatch.setattr(spf.audit, "ask", lambda model, prompts, *rest: [(1.0, first)] * len(prompts))
-    found = callback.data.audit(data, make_model(width=32), tokenizer, rows, tmp_path, data)
+    found = callback.data.audit(data, make_model(width=32), tokenizer, rows, tmp_path)
     assert (len(found.conflicts), len(found.over_refusals)) == (held, 4 - held)
     assert len(found.split()[0]) == held
     assert found.refused == 4

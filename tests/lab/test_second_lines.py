@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from spf.audit import Audit, Conflict
+from spf.conflicts import Audit, Conflict
 from spf.data import AnchorRotation, SafetyRow, load_safety_rows, packaged_prompts, tokenise
 from spf.data.examples import read_examples
 from spf.errors import SafetyDataError

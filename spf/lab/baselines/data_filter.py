@@ -18,5 +18,5 @@ def without_conflicts(
     """The training rows without those that the audit finds; `refusals` tell how the model refuses."""
     data = [{"prompt": row.messages, "completion": row.refusal} for row in train]
     limit = context_length(model, tokenizer)
-    left_out = set(audit_data(data, model, tokenizer, refusals, max_length=limit).conflicting_rows)
+    left_out = set(audit_data(data, model, tokenizer, refusals, max_length=limit).pressing_rows)
     return [row for i, row in enumerate(train) if i not in left_out]

@@ -225,6 +225,7 @@ def _add_what_it_said(callback: SafetyCallback, result: dict[str, Any]) -> None:
             "refused": found.refused,
             "conflicting_rows": len(found.conflicting_rows),
             "over_refusals": len(found.over_refused_rows),
+            "left_out": len(callback.data.left_out),
             "seconds": found.seconds,
         }
         before = result.get("audit", {})

@@ -1,0 +1,173 @@
+"""Conflicts that an audit found: their rows, and which of them are held, watched or left out."""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from spf.data import Anchor
+from spf.data.examples import read_examples
+from spf.files import replace_file
+from spf.next_token import Known
+
+STREAM_ROWS = 1000
+"""As many rows of a stream are read ahead of training."""
+
+MOST_HELD = 256
+"""Conflicts that are held, spread over the data, if there are more: the directions are fewer than that."""
+
+APART = 9
+"""Of the conflicts, one of so many is watched, not held; at most `MOST_WATCHED`."""
+
+MOST_WATCHED = 16
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """An example whose prompt the aligned model refuses and whose target does not.
+
+    row: of the data set. probability: that the answer begins as a refusal. refusal_ids: the refusal of the model's own
+    that begins so. prompt_ids: the prompt as tokens.
+    """
+
+    row: int
+    probability: float
+    prompt_ids: tuple[int, ...]
+    refusal_ids: tuple[int, ...]
+
+    def anchor(self) -> Anchor:
+        """As a safety sample."""
+        return Anchor(list(self.prompt_ids), list(self.refusal_ids), f"training row {self.row}")
+
+
+@dataclass
+class Audit:
+    """What training data attack.
+
+    rows, unread, why: as in `Examples`. prompts: distinct ones that were asked. refused: of these, by the aligned
+    model. conflicts: one an example, in the order of the rows. leaning: the same of prompts that the model does not
+    refuse, though it might (`LEANING`). seconds: that it took. stream: the data go on after
+    these rows. refuses: the model refuses at least one of the safety prompts; else nothing can be found.
+    answers: how many answers each row teaches, of those that could be read.
+    """
+
+    rows: int = 0
+    unread: int = 0
+    why: str = ""
+    prompts: int = 0
+    refused: int = 0
+    conflicts: list[Conflict] = field(default_factory=list)
+    leaning: list[Conflict] = field(default_factory=list)
+    over_refusals: list[Conflict] = field(default_factory=list)
+    seconds: float = 0.0
+    stream: bool = False
+    refuses: bool = True
+    answers: Counter[int] = field(default_factory=Counter, repr=False)
+
+    def split(self) -> tuple[list[Anchor], list[Anchor]]:
+        """Those to hold, and those to watch instead, as safety samples."""
+        anchors = spread(self.conflicts, MOST_HELD)
+        watched = anchors[::APART][:MOST_WATCHED] if len(anchors) >= 2 * APART else []
+        names = {id(anchor) for anchor in watched}
+        held = [anchor for anchor in anchors if id(anchor) not in names]
+        return held + spread(self.leaning, MOST_HELD - len(anchors)), watched
+
+    def set_apart(self, harmless: Collection[tuple[int, ...]]) -> None:
+        """Conflicts whose prompts (token ids) are `harmless` are over-refusals instead."""
+        self.over_refusals = [conflict for conflict in self.conflicts if conflict.prompt_ids in harmless]
+        self.conflicts = [conflict for conflict in self.conflicts if conflict.prompt_ids not in harmless]
+        self.leaning = [conflict for conflict in self.leaning if conflict.prompt_ids not in harmless]
+
+    @property
+    def conflicting_rows(self) -> list[int]:
+        """Rows of the data set with a conflict, in order, each once."""
+        return rows_of(self.conflicts)
+
+    @property
+    def over_refused_rows(self) -> list[int]:
+        """Rows of the data set with an over-refusal, in order, each once."""
+        return rows_of(self.over_refusals)
+
+    @property
+    def pressing_rows(self) -> list[int]:
+        """Rows whose prompts the model refuses or might, and that do not refuse, in order, each once."""
+        return rows_of([*self.conflicts, *self.leaning])
+
+    @property
+    def futile_rows(self) -> list[int]:
+        """Of these, the rows that teach nothing else: where their prompts are held, nothing is learned from them."""
+        pressing = Counter(conflict.row for conflict in [*self.conflicts, *self.leaning])
+        return sorted(row for row, count in pressing.items() if count == self.answers[row])
+
+    @property
+    def share(self) -> float:
+        """Rows with a conflict, of those that could be read."""
+        return len(self.conflicting_rows) / max(1, self.rows - self.unread)
+
+    def counts(self) -> str:
+        """What was found, in words."""
+        rows = f"{self.rows - self.unread} training rows"
+        asked = f"{self.prompts} distinct prompts asked, {self.refused} refused; {self.seconds:.0f} s"
+        over = len(self.over_refused_rows)
+        more = f", and {over} answer prompts that it refuses although they look harmless to it" if over else ""
+        return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"
+
+    def write(self, path: Path) -> None:
+        """A JSON line a conflict or over-refusal, without its text: row, probability, and which of the two."""
+        records = [
+            {"row": c.row, "probability": round(c.probability, 4), "over_refusal": over}
+            for over, found in ((False, self.conflicts), (True, self.over_refusals))
+            for c in found
+        ]
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def rows_of(conflicts: Sequence[Conflict]) -> list[int]:
+    """The rows of conflicts, in order, each once."""
+    return sorted({conflict.row for conflict in conflicts})
+
+
+def without(dataset: Dataset, rows: Collection[int]) -> Dataset:
+    """The data set less these rows."""
+    left_out = set(rows)
+    return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+
+
+def spread(conflicts: Sequence[Conflict], most: int) -> list[Anchor]:
+    """Conflicts as safety samples, each prompt once, at most so many, spread over the data."""
+    distinct = list({conflict.prompt_ids: conflict for conflict in conflicts}.values())
+    step = max(1.0, len(distinct) / max(1, most))
+    return [distinct[int(i * step)].anchor() for i in range(min(most, len(distinct)))]
+
+
+def anchor_entries(conflicts: Sequence[Anchor]) -> list[dict[str, Any]]:
+    """Conflicts for a checkpoint: row, hash of the prompt and refusal, not the prompt."""
+    return [
+        {"row": int(a.where.split()[-1]), "prompt": Known.name(a.prompt_ids), "refusal": a.refusal_ids}
+        for a in conflicts
+    ]
+
+
+def anchors_again(
+    entries: Sequence[Mapping[str, Any]],
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any] | None = None,
+) -> list[Anchor]:
+    """The conflicts of a checkpoint, from the training data; those that are not there any more are left out."""
+    if isinstance(dataset, IterableDataset):
+        rows = list(islice(dataset, STREAM_ROWS))
+    else:
+        rows = [dataset[i] for i in sorted({e["row"] for e in entries}) if i < len(dataset)]
+    prompts = {Known.name(e.prompt_ids): e.prompt_ids for e in read_examples(rows, tokenizer, options).examples}
+    return [
+        Anchor(list(prompts[entry["prompt"]]), list(entry["refusal"]), f"training row {entry['row']}")
+        for entry in entries
+        if entry["prompt"] in prompts
+    ]
