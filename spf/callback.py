@@ -85,9 +85,10 @@ class SafetyCallback(TrainerCallback):
             cosines: with the null-space rule, measure the cosine of utility and safety gradient then, too, which takes
                 a backward pass (gradient rules measure it at every step).
             conflicts: what to do about training rows that answer prompts which the aligned model refuses: hold (their
-                prompts are held with the model's own refusals, unless they look harmless to the model itself), hold-all
-                (all of them), drop (these rows are left out, too), allow (nothing; for data that lift refusals on
-                purpose), or error (the run is refused).
+                prompts are held with the model's own refusals, and the rows left out of training where they can be,
+                unless they look harmless to the model itself), hold-all (all of them), drop (a run where they cannot
+                be left out is refused), allow (nothing; for data that lift refusals on purpose), or error (the run is
+                refused).
             on_leak: when refusals are being lost, tighten (as soon as prompts flip, null-space holds more
                 directions), stop (the run is ended after the next step) or warn, as the others do too.
             chat_template_kwargs: variables of the chat template, for the safety samples; `enable_thinking` and

@@ -32,7 +32,7 @@ Seed = Annotated[int, Ge(0), Lt(2**32)]
 
 Conflicts = Literal["hold", "hold-all", "drop", "allow", "error"]
 """What is done about training rows that answer prompts which the aligned model refuses: their prompts are held with the
-model's own refusals, the rows are left out too, nothing, or the run is refused."""
+model's own refusals and the rows are left out where they can be, or have to be, nothing, or the run is refused."""
 
 OnLeak = Literal["tighten", "stop", "warn"]
 """What is done about refusals that are lost while training: more directions are held as soon as prompts flip, the
@@ -232,8 +232,8 @@ class CallbackSettings(Settings):
     conflicts: Conflicts = field(
         default="hold",
         metadata={
-            "help": "training rows that answer harmful prompts which the model refuses: hold, hold-all (of all that it "
-            "refuses), drop, allow or error"
+            "help": "training rows that answer harmful prompts which the model refuses: hold (and leave them out where "
+            "they can be), hold-all (of all that it refuses), drop (leave them out, or stop), allow or error"
         },
     )
     on_leak: OnLeak = field(

@@ -156,6 +156,22 @@ def test_ranks_share_the_audit_and_agree(mode):
     assert [found["passes"] for found in ranks] in ([5, 3], [5, 5])
 
 
+@every_mode
+def test_ranks_leave_the_same_rows_out_or_say_why_not(mode):
+    alone, ranks = trained("single")[0]["left-out"], [ranks["left-out"] for ranks in trained(mode)]
+    rows = alone["left_out"]
+    assert set(rows) >= {row for row, *_ in alone["conflicts"] if row < 16}
+    assert alone["rows"] == 64 - len(rows) < 64
+    for found in ranks:
+        if mode == "ddp":
+            assert (found["left_out"], found["rows"]) == (rows, alone["rows"])
+            assert deviation(found, alone, "losses") < 1e-4
+        else:
+            assert (found["left_out"], found["rows"]) == ([], 64)
+            assert "parameters are sharded" in found["obstacle"]
+            assert deviation(found, trained("single")[0]["audit"], "losses") < 1e-4
+
+
 @pytest.mark.parametrize(("mode", "name"), [in_mode(mode, name) for mode in MODES for name in ("grown", "grown-lora")])
 def test_ranks_hold_the_same_directions_more(mode, name):
     alone = trained("single")[0][name]

@@ -21,6 +21,7 @@ import json
 import signal
 import socket
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,8 +341,11 @@ def own_refusals(case: Case, directory: Path) -> dict[str, Any]:
     return {"rows": [[row.messages[0]["content"], row.refusal] for row in callback.samples.rows]}
 
 
-def audited(case: Case, directory: Path) -> dict[str, Any]:
-    """The training data's prompts are asked by all ranks together, and all get the same answers."""
+def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
+    """The training data's prompts are asked by all ranks together, and all get the same answers.
+
+    alone: the first rows with conflicts teach nothing else, so that they can be left out.
+    """
     real, asked, passes = spf.training_data.audit_data, NextToken.ask, itertools.count()
     states: list[Any] = []
 
@@ -356,7 +360,9 @@ def audited(case: Case, directory: Path) -> dict[str, Any]:
         found = middle_states(model, prompts, 1)
         assert found is not None
         states.extend(found.double().square().sum(1).tolist())
-        return spf.audit.audit(model, tokenizer, examples, anchors)
+        audit = spf.audit.audit(model, tokenizer, examples, anchors)
+        audit.answers = Counter({row: 1 if alone and row < 16 else 2 for row in range(37)})
+        return audit
 
     spf.training_data.audit_data, spf.audit.CONFIRM = made, 0.0
     NextToken.ask = counted  # type: ignore[method-assign]
@@ -370,6 +376,9 @@ def audited(case: Case, directory: Path) -> dict[str, Any]:
     return {
         "conflicts": [[c.row, c.probability, c.refusal_ids[0]] for c in callback.audit.conflicts],
         "passes": next(passes),
+        "rows": len(trainer.train_dataset),  # type: ignore[arg-type]
+        "left_out": callback.data.left_out,
+        "obstacle": callback.data.obstacle,
         "states": states,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
     }
@@ -416,6 +425,7 @@ SPECIAL = {
     "grown-lora": (grown, "null-space-lora-adamw"),
     "grown-resume": (functools.partial(grown, again=True), "null-space-full"),
     "audit": (audited, "null-space-full"),
+    "left-out": (functools.partial(audited, alone=True), "null-space-full"),
     "resume": (resume, "null-space-full"),
     "resume-lora": (resume, "null-space-lora-adamw"),
     "own-refusals": (own_refusals, "null-space-full"),
