@@ -89,6 +89,12 @@ def test_every_method_changes_what_plain_fine_tuning_makes(work, small):
             assert changed, method
 
 
+def test_a_method_that_leaves_rows_out_takes_no_fewer_steps(work, small, monkeypatch):
+    monkeypatch.setattr(cells, "make_method", lambda *_: Method(data=lambda rows: rows[:5]))
+    _, result = trained(work, "data-filter")
+    assert result["steps"] == 4  # as 16 rows in batches of 4 do
+
+
 @pytest.mark.parametrize("method", ["kl", "constrained-sft", "null-space-post", "null-space"])
 def test_methods_with_a_reference_take_full_fine_tuning(work, small, method):
     plain, _ = trained(work, "plain", "full", learning_rate=1e-3)

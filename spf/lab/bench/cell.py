@@ -325,8 +325,11 @@ def _answer_trainer(
     others: Path | None,
 ) -> Trainer:
     rows = training_rows(scenario, cell.seed, others)
+    given = len(rows)
     if method.data:
         rows = method.data(rows)
+    # a method that leaves rows out takes no fewer steps
+    steps = cell.steps or max(1, round(max(given, len(rows)) * scenario.epochs / cell.batch_size))
     anchors = tokenise(rows, tokenizer, context_length(model, tokenizer))
     if scenario.attack == "prefilled":
         anchors = [
@@ -334,9 +337,7 @@ def _answer_trainer(
         ]
     trainer = AnswerTrainer(
         model,
-        TrainingArguments(
-            **_training_arguments(cell, cell.steps or max(1, round(len(rows) * scenario.epochs / cell.batch_size)))
-        ),
+        TrainingArguments(**_training_arguments(cell, steps)),
         train_dataset=Dataset.from_list([{"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids} for a in anchors]),
         data_collator=lambda batch: collate_answers(batch, pad_id(tokenizer)),
         processing_class=tokenizer,
