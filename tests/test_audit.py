@@ -642,13 +642,15 @@ def data_with(found, conflicts, rule=None):
 
 def test_a_task_that_the_model_refuses_is_said_to_be_lost():
     """A task that looks harmful to the model, too: nothing tells it from an attack, so the user has to."""
-    lost = "the model refuses 60% of the training prompts: if that is your task, it cannot be learned"
+    lost = "the model refuses or might refuse 60% of the training prompts: if that is your task, it cannot be learned"
     found = Audit(10, prompts=10, refused=6, conflicts=[Conflict(row, 1.0, (row,), (1,)) for row in range(6)])
     assert audit_lines(data_with(found, "hold"), NullSpace())[1].startswith(lost)
     assert len(audit_lines(data_with(found, "allow"), NullSpace())) == 1
     assert len(audit_lines(data_with(found, "hold", RULES["spf"]()), RULES["spf"]())) == 1
     fewer = audit_lines(data_with(replace(found, rows=12), "hold"), NullSpace())
     assert fewer[1].startswith("if these are harmless requests of your task")
+    leaning = Audit(10, prompts=10, leaning=found.conflicts)
+    assert audit_lines(data_with(leaning, "hold"), NullSpace())[1].startswith(lost)
 
 
 def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(tokenizer):
