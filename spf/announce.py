@@ -87,8 +87,8 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
     if found.pressing_rows and conflicts in ("hold", "hold-all") and rule.holds:
         share = len(found.pressing_rows) / found.rows
         lines.append(
-            f"the model refuses or might refuse {share:.0%} of the training prompts: if that is your task, it cannot be learned while "
-            "these refusals are held; say conflicts='allow'"
+            f"the model refuses or might refuse {share:.0%} of the training prompts: if that is your task, it "
+            "cannot be learned while these refusals are held; say conflicts='allow'"
             if share > 1 / 2
             else "if these are harmless requests of your task (`spf audit --show` shows them), say conflicts='allow', "
             "which trains on them and holds none"
