@@ -342,19 +342,26 @@ def test_a_cell_from_before_a_setting_existed_has_its_default(tmp_path):
 
 
 @pytest.mark.parametrize("scenario", ["benign", "dpo"])
-def test_adams_first_beta_reaches_the_optimizer(work, monkeypatch, scenario):
+def test_adams_first_beta_and_the_rank_reach_the_optimizer(work, monkeypatch, scenario):
     asked = []
 
     def stop(trainer):
-        asked.append(trainer.args.adam_beta1)
+        layers = [m for m in trainer.model.modules() if hasattr(m, "lora_A")]
+        asked.append(
+            (
+                trainer.args.adam_beta1,
+                {m.lora_A["default"].out_features for m in layers},
+                {m.scaling["default"] for m in layers},
+            )
+        )
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "train", stop)
     place = work / "tiny"
     workspace = Workspace(place / "aligned", place / "unaligned", place / "refusals.jsonl")
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(Cell(scenario, "plain", model="tiny", adam_beta1=0.5), workspace, {})
-    assert asked == [0.5]
+        fine_tune(Cell(scenario, "plain", model="tiny", adam_beta1=0.5, lora_rank=3), workspace, {})
+    assert asked == [(0.5, {3}, {2.0})]
 
 
 def test_stages_are_trained_one_after_another(work, monkeypatch):

@@ -77,7 +77,7 @@ def of_grids():
         yield grid(f"unknown {name}", GRID | {name: 1}, name)
         yield grid(f"variant with {name}", GRID | {"variants": {"a": {name: 1}}}, name)
     for name, hint in hints(Cell).items():
-        if name in ("learning_rate", "batch_size", "adam_beta1", "rule", "curve_steps", "split"):
+        if name in ("learning_rate", "batch_size", "adam_beta1", "lora_rank", "rule", "curve_steps", "split"):
             for value in [*bad_values(hint), *out_of_range(Cell, name)]:
                 yield grid(f"{name} {short(value)}", GRID | {name: value}, name)
     yield grid("dpo of one", GRID | {"scenarios": ["dpo"], "batch_size": 1}, "batch_size")

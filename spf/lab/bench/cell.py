@@ -79,6 +79,7 @@ class Cell(Settings):
     learning_rate: Positive = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
     batch_size: Count = 8
     adam_beta1: Annotated[float, Ge(0), Lt(1)] = field(default=0.9, metadata={"help": "AdamW's first beta"})
+    lora_rank: Count = field(default=8, metadata={"help": "rank of the adapter; its alpha is twice that"})
     rule: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method's rule"})
     curve_steps: Whole = field(default=0, metadata={"help": "measure ASR and utility every so many steps; 0: never"})
     steps: Whole = field(default=0, metadata={"help": "optimizer steps; 0: as many as the scenario has"})
@@ -255,7 +256,7 @@ def fine_tune(
     dtype = cpu_dtype() if cell.tuning == "lora" else torch.float32
     base = _load_aligned(workspace.aligned, dtype)
     tokenizer = load_tokenizer(workspace.aligned)
-    model = add_adapter(cell.method, base, cell.rule) if cell.tuning == "lora" else base
+    model = add_adapter(cell.method, base, cell.rule, cell.lora_rank) if cell.tuning == "lora" else base
     method = make_method(cell.method, cell.rule, cell.seed, workspace, model, tokenizer)
     clock = _Clock()
     # the clock first: what a rule does when a step begins is part of the step

@@ -129,11 +129,12 @@ class Method:
     finish_merged: Callable[[Any], object] | None = None
 
 
-def add_adapter(name: str, model: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
-    """The adapter that the method trains: LoRA's of rank 8 on every linear layer, or the method's own."""
+def add_adapter(name: str, model: PreTrainedModel, settings: dict[str, Any], rank: int = 8) -> PeftModel:
+    """The adapter that the method trains: LoRA's on every linear layer, or the method's own."""
     if name == "osf":
         return osf.add_osf(model, **settings)
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
+    return get_peft_model(model, lora)
 
 
 def make_method(
