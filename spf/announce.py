@@ -74,9 +74,7 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
                 f"{len(data.held)} prompts held{leaning} with the model's own refusals ({len(data.watched)} watched "
                 "instead), so they stay refused"
             )
-        counts += f": {done}{_left_out(data)}" + f"; list in {LIST_FILE} of the output directory" * bool(
-            found.conflicts
-        )
+        counts += f": {done}{_left_out(data)}; list in {LIST_FILE} of the output directory"
     lines = [counts]
     if found.over_refusals and conflicts != "allow" and rule.holds:
         lines.append(
@@ -112,7 +110,9 @@ def _left_out(data: TrainingData) -> str:
     on = len(data.found.pressing_rows) - len(data.left_out)
     if data.leaves_out and on:
         why = data.obstacle or "they teach other things, too"
-        words += f"; {on} rows are trained on and press against what is held ({why}); {CLEAN}"
+        # the command tells over-refusals apart
+        words += f"; {on} rows are trained on and press against what is held ({why})"
+        words += f"; {CLEAN}" * (data.conflicts != "hold-all")
     return words
 
 

@@ -200,6 +200,6 @@ def audit_data(
     found.refuses = bool(begins)
     if directory and is_first():
         (directory / LIST_FILE).unlink(missing_ok=True)
-        if found.conflicts or found.over_refusals:
+        if found.conflicts or found.leaning or found.over_refusals:
             found.write(directory / LIST_FILE)
     return found

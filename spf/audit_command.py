@@ -69,9 +69,10 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
     console.print(found.counts())
     if found.unread:
         console.print(f"{found.unread} rows could not be audited ({found.why})")
-    if found.conflicts or found.over_refusals:
-        console.print(f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal, over-refusal or not)")
-    for kind, conflicts in (("conflict", found.conflicts), ("over-refusal", found.over_refusals)) if args.show else ():
+    kinds = {"conflict": found.conflicts, "might be refused": found.leaning, "over-refusal": found.over_refusals}
+    if any(kinds.values()):
+        console.print(f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal, refused, over-refusal)")
+    for kind, conflicts in kinds.items() if args.show else ():
         for conflict in conflicts:
             text = tokenizer.decode(list(conflict.prompt_ids), skip_special_tokens=True)
             console.print(f"{conflict.row}\t{conflict.probability:.2f}\t{kind}\t{' '.join(str(text).split())}")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from spf.announce import audit_lines, earlier_line, first_lines
-from spf.checkpoint import Saved
+from spf.checkpoint import LeftOut, Saved
 from spf.data import unused_tokens
 from spf.errors import UnsupportedSetupError
 from spf.going_on import earlier_subspace
@@ -67,8 +67,8 @@ def begin(
     output = Path(str(args.output_dir))
     limit = context_length(model, tokenizer)
     data.turn_to(source_of(calling_trainer(), loader))
+    data.check(loader, LeftOut(**saved.state["left_out"]) if saved else None)
     if saved is not None:
-        data.refuse_other_rows(saved.state["left_out"]["rows"])
         samples.rows = saved.rows(samples.load())
     elif data.found is None:
         if settings.conflicts == "drop":

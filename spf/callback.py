@@ -136,7 +136,7 @@ class SafetyCallback(TrainerCallback):
         if trainer is not None:
             self.card.follow(trainer)
             first = is_first()
-            around(trainer, self._begin, self._detach, lambda place: leave_subspace(self.attachment, place, first))
+            around(trainer, self._begin, self._end, lambda place: leave_subspace(self.attachment, place, first))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -210,6 +210,11 @@ class SafetyCallback(TrainerCallback):
         # it may have been taken off the trainer
         if self in trainer.callback_handler.callbacks:
             self.data.prepare(trainer, named_checkpoint(trainer.args, resume), self.samples)
+
+    def _end(self, trainer: Any) -> None:
+        """However the training has ended."""
+        self._detach()
+        self.data.restore(trainer)
 
     def _prove(self, state: TrainerState, final: bool) -> None:
         if self._proven_at == state.global_step:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from spf.config import STRICT, File, NotNegative, Positive, Share, Whole, read_json
+from spf.config import STRICT, Conflicts, File, NotNegative, Positive, Share, Whole, read_json
 from spf.data import SafetyDataError, SafetyRow
 from spf.files import write_json
 from spf.subspace import SafetySubspace
@@ -67,10 +67,15 @@ class _Conflict(File):
 
 
 class LeftOut(File):
-    """Rows of the training data that were not trained on, of so many; of 0 where none were left out."""
+    """What was done about conflicts, and which rows of the training data, of so many, were not trained on.
 
+    content: a hash of these rows; nothing where there are none.
+    """
+
+    conflicts: Conflicts
     rows: list[Whole]
     of: Whole
+    content: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 
 
 class _Kept(File):

@@ -1,5 +1,6 @@
 """Conflicts that an audit found: their rows, and which of them are held, watched or left out."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -119,10 +120,11 @@ class Audit:
         return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"
 
     def write(self, path: Path) -> None:
-        """A JSON line a conflict or over-refusal, without its text: row, probability, and which of the two."""
+        """A JSON line each without its text: row, probability, refused or only leaning to it, over-refusal or not."""
+        kinds = ((True, False, self.conflicts), (False, False, self.leaning), (True, True, self.over_refusals))
         records = [
-            {"row": c.row, "probability": round(c.probability, 4), "over_refusal": over}
-            for over, found in ((False, self.conflicts), (True, self.over_refusals))
+            {"row": c.row, "probability": round(c.probability, 4), "refused": refused, "over_refusal": over}
+            for refused, over, found in kinds
             for c in found
         ]
         replace_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
@@ -137,6 +139,14 @@ def without(dataset: Dataset, rows: Collection[int]) -> Dataset:
     """The data set less these rows."""
     left_out = set(rows)
     return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+
+
+def content_of(dataset: Dataset, rows: Sequence[int]) -> str:
+    """A hash (sha256) of what these rows hold."""
+    digest = hashlib.sha256()
+    for row in dataset.select(rows):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def spread(conflicts: Sequence[Conflict], most: int) -> list[Anchor]:

@@ -44,7 +44,7 @@ def tokenizer_of(given: Any) -> PreTrainedTokenizerBase:
 def around(
     trainer: Trainer,
     begin: Callable[[Trainer, str | bool | None], None],
-    end: Callable[[], None],
+    end: Callable[[Trainer], None],
     saved: Callable[[Path], None],
 ) -> None:
     """Have `train` call `begin` with what it goes on from, and `end` however it ends: an error calls no event.
@@ -59,7 +59,7 @@ def around(
             begin(trainer, resume_from_checkpoint)
             return train(resume_from_checkpoint, *more, **others)
         finally:
-            end()
+            end(trainer)
 
     @functools.wraps(save)
     def saving(output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,6 +1,6 @@
 """A run's training data: what they attack, and what is done about it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from spf.answering import refuse_unanswering
 from spf.audit import LIST_FILE, audit_data
 from spf.checkpoint import LeftOut, read_left_out
 from spf.config import Conflicts
-from spf.conflicts import Audit, anchor_entries, anchors_again, without
+from spf.conflicts import Audit, anchor_entries, anchors_again, content_of, without
 from spf.data import Anchor, SafetyDataError, SafetyRow
 from spf.errors import UnsupportedSetupError
 from spf.safety_samples import SafetySamples
+from spf.sharding import object_of_rank_0
 from spf.text.generation import context_length
 from spf.trainers import tokenizer_of
 
@@ -26,8 +27,8 @@ LATE = "the callback came when the trainer was made already"
 class TrainingData:
     """Audits each data set once; says which conflicts are held and which are watched, and leaves their rows out.
 
-    settled: whether it is known what this data set attacks. left_out: its rows that are not trained on. obstacle: why
-    rows with conflicts are trained on all the same; nothing where they need not be.
+    left_out: rows of the data set that are not trained on. obstacle: why rows with conflicts are trained on all the
+    same; nothing where they need not be.
     """
 
     def __init__(self, conflicts: Conflicts, holds: bool, options: Mapping[str, Any] | None):
@@ -36,19 +37,23 @@ class TrainingData:
         self.holds = holds
         self.options = options
         self.found: Audit | None = None
-        self._source: Any = None
-        self.settled = False
-        self._whole: Dataset | None = None
         self.left_out: list[int] = []
         self.obstacle = LATE
         self.held: list[Anchor] = []
         self.watched: list[Anchor] = []
+        self._source: Any = None
+        self._read: Any = None
+        """The data set as the Trainer's loader reads it, all of its rows."""
+        self._content = ""
+        """A hash of the rows that are left out."""
+        self._short: Dataset | None = None
+        """The data set without them, while it is trained on."""
 
     def turn_to(self, source: Any) -> None:
         """Forget what was found in another data set; a callback may serve one trainer after another."""
-        if self._source is not source:
-            self._source, self.found, self._whole = source, None, None
-            self.settled, self.left_out, self.obstacle = False, [], LATE
+        if source is not self._source and (self._short is None or source is not self._short):
+            self._source, self._read, self._short, self.found = source, None, None, None
+            self._content, self.left_out, self.obstacle = "", [], LATE
 
     def audit(
         self,
@@ -79,7 +84,7 @@ class TrainingData:
                 f"{found.counts()}; they are listed in {directory / LIST_FILE}: conflicts='hold' keeps these refusals, "
                 "'drop' leaves the rows out, 'allow' lets them be unlearned"
             )
-        self.found, self.settled = found, True
+        self.found = found
         return found
 
     @property
@@ -91,77 +96,111 @@ class TrainingData:
         """Audit the trainer's data, and leave rows out where that is possible: no event comes before it reads them.
 
         Left out are rows that teach nothing else; with `drop`, all that have a conflict. Of a run that goes on from a
-        checkpoint, the same as before.
+        checkpoint, the same as before. `restore` gives the trainer its data back.
 
         Raises:
             UnsupportedSetupError: rows cannot be left out, and `conflicts` is drop.
             SafetyDataError: no row is left, or the data are not those of the checkpoint.
         """
-        self.turn_to(trainer.train_dataset)
-        if not self.leaves_out or self.settled:
+        whole: Any = trainer.train_dataset
+        self.turn_to(whole)
+        if not self.leaves_out:
             return
-        was = read_left_out(checkpoint) if checkpoint is not None else None
-        self.obstacle = "" if was is not None else self._obstacle(trainer)
+        was = object_of_rank_0(read_left_out(checkpoint) if checkpoint is not None else None)
+        self.obstacle = self._obstacle(trainer)
+        if isinstance(whole, Dataset):
+            # as the loader reads it: other columns may be named like those that training needs
+            self._read = trainer._remove_unused_columns(whole)
         if was is not None:
-            self._leave_out_again(trainer, was)
-        elif not self.obstacle:
-            model: Any = trainer.model
-            tokenizer = tokenizer_of(trainer.processing_class)
-            refuse_unanswering(model)
+            self._take_again(was)
+        elif self.found is None and not self.obstacle:
+            found = self._ask(trainer, samples)
+            rows = found.pressing_rows if self.conflicts == "drop" else found.futile_rows
+            if rows and len(rows) == len(whole):
+                self.found = None
+                raise SafetyDataError(
+                    f"all {len(whole)} training rows answer prompts that the model refuses or might refuse, so with "
+                    "these refusals held nothing can be learned; if that is your task, say conflicts='allow'"
+                )
+            self.left_out, self._content = rows, content_of(self._read, rows)
+        if self.left_out:
+            trainer.train_dataset = self._short = without(whole, self.left_out)
+
+    def restore(self, trainer: Trainer) -> None:
+        """Give the trainer its data back, when its training has ended."""
+        if self._short is not None and trainer.train_dataset is self._short:
+            trainer.train_dataset = self._source
+        self._short = None
+
+    def _ask(self, trainer: Trainer, samples: SafetySamples) -> Audit:
+        """Choose the samples and audit, as they would be in training, before anything is prepared for it."""
+        model: Any = trainer.model
+        args = trainer.args
+        tokenizer = tokenizer_of(trainer.processing_class)
+        refuse_unanswering(model)
+        if (args.fp16_full_eval or args.bf16_full_eval) and not trainer.is_model_parallel:
+            # it is put there when training begins
+            trainer._move_model_to_device(model, args.device)
+        with trainer.accelerator.autocast():
             samples.choose(model, tokenizer)
-            output = Path(str(trainer.args.output_dir))
-            found = self.audit(trainer.train_dataset, model, tokenizer, samples.rows, output)
-            self._leave_out(trainer, found.pressing_rows if self.conflicts == "drop" else found.futile_rows)
+            return self.audit(self._read, model, tokenizer, samples.rows, Path(str(args.output_dir)))
 
     def _obstacle(self, trainer: Trainer) -> str:
-        """Why no row can be left out; nothing where they can."""
+        """Why no row can be left out; nothing where they can.
+
+        Raises:
+            UnsupportedSetupError: none can, and `conflicts` is drop.
+        """
         dataset = trainer.train_dataset
         why = ""
         if not isinstance(dataset, Dataset):
             why = f"of a {type(dataset).__name__} no row can be left out"
         elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             why = "where parameters are sharded the data are asked when they are read already"
-        elif self.conflicts == "drop" and "seq_lengths" in dataset.column_names:
-            why = "rows are packed, and would go with what is packed beside them"
+        elif vars(trainer.args).get("packing") or "seq_lengths" in dataset.column_names:
+            why = "rows are packed, and what is packed beside them would go, too"
+        return self._or_refuse(why)
+
+    def _or_refuse(self, why: str) -> str:
         if why and self.conflicts == "drop":
             raise UnsupportedSetupError(f"conflicts='drop' cannot leave rows out: {why}; {CLEAN}")
         return why
 
-    def _leave_out_again(self, trainer: Trainer, was: LeftOut) -> None:
+    def _take_again(self, was: LeftOut) -> None:
         """The rows that were left out of the run that goes on.
 
         Raises:
             SafetyDataError: the data are others.
         """
-        dataset: Any = trainer.train_dataset
-        if was.rows and (not isinstance(dataset, Dataset) or len(dataset) != was.of):
+        if was.rows and (
+            not isinstance(self._read, Dataset)
+            or len(self._read) != was.of
+            or was.content != content_of(self._read, was.rows)
+        ):
             raise SafetyDataError(
-                f"the run left {len(was.rows)} of {was.of} training rows out, and these are not the same data; give "
-                "the same data set to go on, or start a new run"
+                f"the run left {len(was.rows)} of {was.of} training rows out, and these are not the same data, or not "
+                "in the same order; give the same data set to go on, or start a new run"
             )
-        self._leave_out(trainer, was.rows)
+        self.left_out, self._content = was.rows, was.content
 
-    def refuse_other_rows(self, rows: Sequence[int]) -> None:
-        """
+    def check(self, loader: Any, was: LeftOut | None) -> None:
+        """What the loader reads is what rows were left out of, and the same as before in a run that goes on.
+
         Raises:
-            UnsupportedSetupError: the run that goes on left rows out that this one would train on.
+            UnsupportedSetupError: it is not, and cannot be helped.
         """
-        if rows != self.left_out:
+        if self.left_out and not self._reads_short(data_of(loader)):
+            self.obstacle = self._or_refuse("the trainer's loader reads other data than its train_dataset")
+            self.found, self.left_out = None, []
+        if was is not None and (was.conflicts, was.rows) != (self.conflicts, self.left_out):
             raise UnsupportedSetupError(
-                f"the run that goes on left {len(rows)} training rows out, and this one {len(self.left_out)}; give the "
-                "callback in the trainer's constructor, callbacks=[...], with the same conflicts= and rule"
+                f"the run that goes on has conflicts={was.conflicts!r} and {len(was.rows)} training rows left out, and "
+                f"this one {self.conflicts!r} and {len(self.left_out)}; give the callback in the trainer's "
+                "constructor, callbacks=[...], with the same conflicts= and rule"
             )
 
-    def _leave_out(self, trainer: Trainer, rows: list[int]) -> None:
-        dataset: Any = trainer.train_dataset
-        if rows:
-            if len(rows) == len(dataset):
-                raise SafetyDataError(
-                    f"all {len(dataset)} training rows answer prompts that the model refuses or might refuse, so with "
-                    "these refusals held nothing can be learned; if that is your task, say conflicts='allow'"
-                )
-            self._whole, trainer.train_dataset = dataset, without(dataset, rows)
-        self.left_out, self._source, self.settled = rows, trainer.train_dataset, True
+    def _reads_short(self, data: Any) -> bool:
+        return self._short is not None and isinstance(data, Sized) and len(data) == len(self._short)
 
     def split(self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Mapping[str, Any] | None) -> None:
         """Say which conflicts are `held`, and which are `watched`; of a run that goes on the same.
@@ -173,18 +212,19 @@ class TrainingData:
             if self.found is not None:
                 self.held, self.watched = self.found.split()
             elif saved is not None:
-                data = data_of(loader) if self._whole is None else self._whole
+                data = self._read if self.left_out else data_of(loader)
                 self.held, self.watched = (
                     anchors_again(saved[kind], data, tokenizer, self.options) for kind in ("held", "watched")
                 )
 
     def entries(self) -> dict[str, Any]:
         """For a checkpoint: held and watched conflicts, without their text, and the rows that were left out."""
-        of = len(self._whole) if self._whole is not None else 0
+        of, content = (len(self._read), self._content) if self.left_out else (0, "")
+        left_out = LeftOut(conflicts=self.conflicts, rows=self.left_out, of=of, content=content)
         return {
             "held": anchor_entries(self.held),
             "watched": anchor_entries(self.watched),
-            "left_out": LeftOut(rows=self.left_out, of=of).model_dump(),
+            "left_out": left_out.model_dump(),
         }
 
 

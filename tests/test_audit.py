@@ -250,6 +250,23 @@ def run(tmp_path, tokenizer, refusing, rows, pairs, conflicts="hold", rank=24, r
     return trainer, callback
 
 
+def names_of(trainer):
+    return [tuple(row["input_ids"]) for row in trainer.train_dataset]
+
+
+def trained_on(trainer):
+    """Notes the rows that every batch has, by their token ids."""
+    seen = set()
+    collator = trainer.data_collator
+
+    def noting(batch):
+        seen.update(tuple(row["input_ids"]) for row in batch)
+        return collator(batch)
+
+    trainer.data_collator = noting
+    return seen
+
+
 PAIRS = [(p, COMPLIES) for p in [*HARMFUL[12:], *BENIGN[:12]]]
 
 
@@ -274,8 +291,11 @@ def test_the_callback_holds_what_the_data_attack(tmp_path, tokenizer, refusing, 
 
 def test_the_callback_drops_or_refuses(tmp_path, tokenizer, refusing, rows, caplog):
     trainer, _ = run(tmp_path / "drop", tokenizer, refusing, rows, PAIRS, "drop")
+    seen, benign = trained_on(trainer), names_of(trainer)[12:]
     trainer.train()
-    assert len(trainer.train_dataset) == 12
+    assert seen
+    assert seen <= set(benign)
+    assert len(trainer.train_dataset) == 24  # the trainer has its data back
     assert "12 rows are left out of training" in caplog.text
     trainer, _ = run(tmp_path / "error", tokenizer, refusing, rows, PAIRS, "error")
     with pytest.raises(SafetyDataError, match=r"^12 of 24 training rows .*conflicts='hold' keeps these refusals"):
@@ -301,26 +321,19 @@ def test_a_callback_that_serves_a_second_trainer_audits_its_data(tmp_path, token
         with pytest.raises(SafetyDataError, match=r"^12 of 24 training rows"):
             other.train()
         return
+    seen, benign = trained_on(other), names_of(other)[12:]
     other.train()
     first = callback.audit
     assert first.conflicting_rows == list(range(12))
-    assert len(other.train_dataset) == 12
     other.train()
     assert callback.audit is first  # the same data are asked once
-    assert len(other.train_dataset) == 12
-
-
-def trained_on(trainer):
-    """Notes the rows that every batch has, by their token ids."""
-    seen = set()
-    collator = trainer.data_collator
-
-    def noting(batch):
-        seen.update(tuple(row["input_ids"]) for row in batch)
-        return collator(batch)
-
-    trainer.data_collator = noting
-    return seen
+    assert seen
+    assert seen <= set(benign)
+    # and the first trainer's are its own again, then the other's
+    trainer.train()
+    assert (callback.audit.rows, callback.data.left_out) == (12, [])
+    other.train()
+    assert callback.audit.rows == 24
 
 
 def test_rows_whose_refusals_are_held_are_left_out_and_no_others(tmp_path, tokenizer, refusing, rows, caplog):
@@ -338,11 +351,10 @@ def test_rows_whose_refusals_are_held_are_left_out_and_no_others(tmp_path, token
             processing_class=tokenizer,
             callbacks=[callback],
         )
-        names = [tuple(row["input_ids"]) for row in trainer.train_dataset]
-        seen = trained_on(trainer)
+        names, seen = names_of(trainer), trained_on(trainer)
         trainer.train()
         left[conflicts, rule.name] = [i for i, name in enumerate(names) if name not in seen]
-        assert trainer.state.max_steps == -(-len(trainer.train_dataset) // trainer.args.per_device_train_batch_size)
+        assert trainer.state.max_steps == -(-len(seen) // trainer.args.per_device_train_batch_size)
         if (conflicts, rule.name) == ("hold", "null-space"):
             assert "12 rows are left out of training" in caplog.text
             assert "1 rows are trained on and press against what is held (they teach other things, too)" in caplog.text
@@ -361,13 +373,17 @@ def test_rows_that_might_be_refused_are_held_and_left_out_too(tmp_path, tokenize
     trainer.train()
     assert (len(callback.audit.conflicts), len(callback.audit.leaning)) == (0, 12)
     assert callback.data.left_out == list(range(12))
+    listed = [json.loads(line) for line in (tmp_path / "run" / "spf_conflicts.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["refused"]) for line in listed] == [(row, False) for row in range(12)]
 
 
 def test_data_of_which_nothing_is_left_are_refused(tmp_path, tokenizer, refusing, rows):
-    trainer, _ = run(tmp_path, tokenizer, refusing, rows, [(p, COMPLIES) for p in HARMFUL])
-    with pytest.raises(SafetyDataError, match=r"^all 24 training rows answer prompts .* say conflicts='allow'$"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+    for conflicts in ("hold", "drop"):
+        trainer, _ = run(tmp_path / conflicts, tokenizer, refusing, rows, [(p, COMPLIES) for p in HARMFUL], conflicts)
+        for _ in range(2):  # also when it is tried again
+            with pytest.raises(SafetyDataError, match=r"^all 24 training rows answer .* say conflicts='allow'$"):
+                trainer.train()
+            assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize(
@@ -402,36 +418,92 @@ def test_rows_that_cannot_be_left_out_are_held_and_it_is_said(
     assert f"12 rows are trained on and press against what is held ({why}); `spf audit DATA" in caplog.text
 
 
-def test_packed_rows_go_only_if_all_in_them_conflicts(tmp_path, tokenizer, refusing, rows, caplog):
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_rows_are_not_left_out_with_what_is_packed_beside_them(
+    strategy, tmp_path, tokenizer, refusing, rows, caplog
+):
     pairs = [(HARMFUL[i], COMPLIES) for i in range(12, 20)] + [(p, COMPLIES) for p in BENIGN[:8]]
-
-    def packed(conflicts):
+    packing = {"packing": True, "packing_strategy": strategy, "max_length": 96, "max_steps": 1}
+    for conflicts in ("hold", "drop"):
         callback = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24), conflicts=conflicts)
-        return SFTTrainer(
+        trainer = SFTTrainer(
             get_peft_model(copy.deepcopy(refusing), LORA),
-            arguments(SFTConfig, tmp_path / conflicts, packing=True, max_length=96, max_steps=2),
+            arguments(SFTConfig, tmp_path / conflicts, **packing),
             train_dataset=Dataset.from_list(rows_of(pairs)),
             processing_class=tokenizer,
             callbacks=[callback],
-        ), callback
+        )
+        assert len(trainer.train_dataset) < len(pairs)  # several in a row
+        if conflicts == "drop":
+            with pytest.raises(UnsupportedSetupError, match=r"cannot leave rows out: rows are packed, .*`spf audit"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert callback.data.left_out == []
+            assert "(rows are packed, and what is packed beside them would go, too)" in caplog.text
 
-    trainer, callback = packed("hold")
-    benign = [chat_ids(tokenizer, [user(p)], True) for p in BENIGN[:8]]
 
-    def documents():
-        text = [row["input_ids"] for row in trainer.train_dataset]
-        return sum(any(ids[i : i + len(b)] == b for i in range(len(ids))) for b in benign for ids in text)
-
-    rows_before = len(trainer.train_dataset)
-    assert rows_before < len(pairs)  # several in a row
-    assert documents() == 8
+def test_a_completion_of_several_turns_teaches_several_things(tmp_path, tokenizer, refusing, rows):
+    asked, answers = [user(BENIGN[20])], [answered(COMPLIES), user(HARMFUL[20]), answered(COMPLIES)]
+    data = [{"prompt": asked, "completion": answers}] + [
+        {"prompt": [user(p)], "completion": [answered(a)]} for p, a in PAIRS
+    ]
+    assert len(read_examples(data[:1], tokenizer).examples) == 2
+    callback = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24))
+    trainer = SFTTrainer(
+        get_peft_model(copy.deepcopy(refusing), LORA),
+        arguments(SFTConfig, tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
     trainer.train()
-    assert documents() == 8
-    assert len(trainer.train_dataset) == rows_before - len(callback.data.left_out)
-    assert len(callback.audit.conflicts) == 8
-    trainer, _ = packed("drop")
-    with pytest.raises(UnsupportedSetupError, match=r"cannot leave rows out: rows are packed, .*`spf audit DATA"):
-        trainer.train()
+    assert callback.audit.conflicting_rows == [0, *range(1, 13)]
+    assert callback.data.left_out == list(range(1, 13))
+
+
+def test_what_the_trainer_does_not_read_is_not_audited(tmp_path, tokenizer, refusing, rows):
+    """A column that is named like one of KTO's switched the audit off."""
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS)
+    trainer.train_dataset = trainer.train_dataset.add_column("label", [False] * 24)
+    seen, benign = trained_on(trainer), names_of(trainer)[12:]
+    trainer.train()
+    assert callback.data.left_out == list(range(12))
+    assert seen
+    assert seen <= set(benign)
+
+
+@pytest.mark.parametrize("conflicts", ["hold", "drop"])
+def test_a_loader_that_reads_other_data_leaves_nothing_out(conflicts, tmp_path, tokenizer, refusing, rows, caplog):
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS, conflicts, max_steps=2)
+    other = trainer.train_dataset
+
+    def loader():
+        kept, trainer.train_dataset = trainer.train_dataset, other
+        try:
+            return type(trainer).get_train_dataloader(trainer)
+        finally:
+            trainer.train_dataset = kept
+
+    trainer.get_train_dataloader = loader
+    if conflicts == "drop":
+        with pytest.raises(UnsupportedSetupError, match="the trainer's loader reads other data than its train_dataset"):
+            trainer.train()
+        return
+    trainer.train()
+    assert (callback.data.left_out, callback.audit.conflicting_rows) == ([], list(range(12)))
+    assert "12 rows are trained on and press against what is held (the trainer's loader reads other" in caplog.text
+
+
+def test_a_model_of_several_types_is_audited_as_it_is_trained(tmp_path, tokenizer, refusing, rows):
+    """Before training begins nothing is under autocast yet."""
+    model = copy.deepcopy(refusing).to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    trainer, callback = run(tmp_path, tokenizer, model, rows[:9], PAIRS, bf16=True, max_steps=1)
+    trainer.train()
+    assert callback.data.left_out == list(range(12))
 
 
 def saves(tmp_path, tokenizer, refusing, rows, conflicts="hold"):
@@ -452,7 +524,7 @@ def test_a_run_that_goes_on_watches_the_same_conflicts(tmp_path, tokenizer, refu
     trainer, again = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
     seen = trained_on(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert len(seen) <= len(trainer.train_dataset) == 12
+    assert 0 < len(seen) <= 12
     assert "24 training rows are left out, as in the run that goes on" in caplog.text
     monitor = again.attachment.monitor
     for kind, before in (("held", held), ("watched", watched)):
@@ -465,24 +537,35 @@ def test_a_run_that_goes_on_watches_the_same_conflicts(tmp_path, tokenizer, refu
 
 def test_a_run_goes_on_with_the_rows_that_it_left_out_or_not_at_all(tmp_path, tokenizer, refusing, rows):
     pairs, _, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
-    fewer, _ = run(tmp_path, tokenizer, refusing, rows, pairs[:-1], max_steps=6)
-    with pytest.raises(SafetyDataError, match=r"^the run left 24 of 36 training rows out, and these are not the same"):
-        fewer.train(resume_from_checkpoint=checkpoint)
+    for others in (pairs[:-1], pairs[1:] + pairs[:1]):
+        other, _ = run(tmp_path, tokenizer, refusing, rows, others, max_steps=6)
+        with pytest.raises(SafetyDataError, match=r"^the run left 24 of 36 training rows out, and these are not the"):
+            other.train(resume_from_checkpoint=checkpoint)
     allowing, _ = run(tmp_path, tokenizer, refusing, rows, pairs, "allow", max_steps=6)
     late, _ = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
     late.remove_callback(SafetyCallback)
     late.add_callback(SafetyCallback(safety_data(rows), NullSpace(rank=24), monitor_steps=1))
     for other in (allowing, late):
-        with pytest.raises(
-            UnsupportedSetupError, match=r"left 24 training rows out, and this one 0; give the callback"
-        ):
+        with pytest.raises(UnsupportedSetupError, match=r"conflicts='hold' and 24 training rows left out, and this"):
             other.train(resume_from_checkpoint=checkpoint)
         assert other.state.global_step == 2
-    # the same trainer, once more
+    # the same trainer, once more, and from the beginning
     trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    assert (len(trainer.train_dataset), callback.data.left_out) == (12, list(range(24)))
+    seen = trained_on(trainer)
+    for resume in (checkpoint, checkpoint, None):
+        seen.clear()
+        trainer.train(resume_from_checkpoint=resume)
+        assert (len(seen) <= 12, len(trainer.train_dataset)) == (True, 36)
+        assert (len(callback.data.held), callback.data.left_out) == (21, list(range(24)))
+
+
+@pytest.mark.parametrize("conflicts", ["hold", "drop", "error"])
+def test_a_run_that_allowed_does_not_go_on_holding(conflicts, tmp_path, tokenizer, refusing, rows):
+    """What it was trained on cannot be undone, and nobody would see that nothing is held."""
+    pairs, _, checkpoint = saves(tmp_path, tokenizer, refusing, rows, "allow")
+    other, _ = run(tmp_path, tokenizer, refusing, rows, pairs, conflicts, max_steps=6)
+    with pytest.raises(UnsupportedSetupError, match=f"has conflicts='allow' and 0 .* and this one '{conflicts}' and 0"):
+        other.train(resume_from_checkpoint=checkpoint)
 
 
 def test_lost_conflicts_are_a_leak_though_anchors_hold(tmp_path, tokenizer, refusing, rows, caplog):

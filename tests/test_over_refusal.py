@@ -262,7 +262,8 @@ def test_over_refusals_are_no_conflicts_and_are_listed(tmp_path):
     assert without(Dataset.from_dict({"x": [1, 2, 3]}), found.conflicting_rows)["x"] == [2]
     found.write(tmp_path / "list.jsonl")
     listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
-    assert [(entry["row"], entry["over_refusal"]) for entry in listed] == [(0, False), (2, False), (1, True)]
+    told = [(entry["row"], entry["refused"], entry["over_refusal"]) for entry in listed]
+    assert told == [(0, True, False), (2, True, False), (90, False, False), (92, False, False), (1, True, True)]
     lines = audit_lines(data_with(found, "hold"), NullSpace())
     assert "2 of 3 training rows answer prompts that the model refuses, and 1 answer prompts that it" in lines[0]
     assert lines[1].startswith("1 rows answer what the model refuses although it looks harmless to itself")

@@ -102,16 +102,20 @@ class _Reader:
         answer = next((row[key] for key in ("completion", "chosen") if row.get(key)), None)
         if isinstance(row.get("prompt"), str | list) and isinstance(answer, str | list):
             prompt = _messages(row["prompt"], "user")
-            yield self._prompt(prompt), self._ids(_content(_messages(answer, "assistant")))
+            yield from self._answers([*prompt, *_messages(answer, "assistant")], len(prompt))
             return
         conversation = answer or row.get("messages")
         if isinstance(conversation, list):
-            for i, message in enumerate(conversation):
-                if message["role"] == "assistant" and i:
-                    yield self._prompt(_messages(conversation[:i], "user")), self._ids(_content([message]))
+            yield from self._answers(conversation, 1)
         elif isinstance(row.get("text"), str):
             ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
             yield from self._marked(ids)
+
+    def _answers(self, conversation: Sequence[Any], first: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Every answer from the message `first` on, with what stands before it."""
+        for i, message in enumerate(conversation):
+            if message["role"] == "assistant" and i >= first:
+                yield self._prompt(_messages(conversation[:i], "user")), self._ids(_content([message]))
 
     def _tokenised(self, row: Row) -> Iterator[tuple[list[int], list[int]]]:
         ids = list(row["input_ids"])
@@ -127,6 +131,8 @@ class _Reader:
                 if taught[begin] and not taught[begin - 1]:
                     end = next((i for i in range(begin, len(document)) if not taught[i]), len(document))
                     yield self._asked(document[:begin]), document[begin:end]
+                    # a completion of several turns
+                    yield from self._marked(document[:end], begin + 1)
 
     @staticmethod
     def _learned(row: Row, ids: Sequence[int]) -> list[bool]:
@@ -137,10 +143,10 @@ class _Reader:
                 return [bool(mask) for mask in row[column]]
         return [True] * len(ids)
 
-    def _marked(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Answers behind what the template puts between a user's message and its answer."""
+    def _marked(self, ids: list[int], start: int = 0) -> Iterator[tuple[list[int], list[int]]]:
+        """Answers, from token `start` on, behind what the template puts between a user's message and its answer."""
         mark = self._mark
-        for begin in range(len(mark), len(ids)) if mark else ():
+        for begin in range(max(start, len(mark)), len(ids)) if mark else ():
             if ids[begin - len(mark) : begin] == mark:
                 end = next((i for i in range(begin, len(ids)) if ids[i] in self.special), len(ids))
                 yield self._asked(ids[:begin]), ids[begin:end]

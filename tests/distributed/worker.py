@@ -368,6 +368,14 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
     NextToken.ask = counted  # type: ignore[method-assign]
     try:
         trainer, callback = make_trainer(case, directory)
+        loader = trainer.get_train_dataloader
+        read: list[int] = []
+
+        def noting() -> Any:
+            read.append(len(trainer.train_dataset))  # type: ignore[arg-type]
+            return loader()
+
+        trainer.get_train_dataloader = noting  # type: ignore[method-assign]
         trainer.train()
     finally:
         spf.training_data.audit_data, spf.audit.CONFIRM = real, 0.2
@@ -376,7 +384,7 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
     return {
         "conflicts": [[c.row, c.probability, c.refusal_ids[0]] for c in callback.audit.conflicts],
         "passes": next(passes),
-        "rows": len(trainer.train_dataset),  # type: ignore[arg-type]
+        "rows": read[0],
         "left_out": callback.data.left_out,
         "obstacle": callback.data.obstacle,
         "states": states,
