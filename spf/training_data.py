@@ -107,12 +107,13 @@ class TrainingData:
         if not self.leaves_out:
             return
         was = object_of_rank_0(read_left_out(checkpoint) if checkpoint is not None else None)
-        self.obstacle = self._obstacle(trainer)
+        self.obstacle = self._or_refuse(obstacle_in(trainer))
         if isinstance(whole, Dataset):
             # as the loader reads it: other columns may be named like those that training needs
             self._read = trainer._remove_unused_columns(whole)
         if was is not None:
-            self._take_again(was)
+            refuse_other_data(self._read, was)
+            self.left_out, self._content = was.rows, was.content
         elif self.found is None and not self.obstacle:
             found = self._ask(trainer, samples)
             rows = found.pressing_rows if self.conflicts == "drop" else found.futile_rows
@@ -145,43 +146,10 @@ class TrainingData:
             samples.choose(model, tokenizer)
             return self.audit(self._read, model, tokenizer, samples.rows, Path(str(args.output_dir)))
 
-    def _obstacle(self, trainer: Trainer) -> str:
-        """Why no row can be left out; nothing where they can.
-
-        Raises:
-            UnsupportedSetupError: none can, and `conflicts` is drop.
-        """
-        dataset = trainer.train_dataset
-        why = ""
-        if not isinstance(dataset, Dataset):
-            why = f"of a {type(dataset).__name__} no row can be left out"
-        elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            why = "where parameters are sharded the data are asked when they are read already"
-        elif vars(trainer.args).get("packing") or "seq_lengths" in dataset.column_names:
-            why = "rows are packed, and what is packed beside them would go, too"
-        return self._or_refuse(why)
-
     def _or_refuse(self, why: str) -> str:
         if why and self.conflicts == "drop":
             raise UnsupportedSetupError(f"conflicts='drop' cannot leave rows out: {why}; {CLEAN}")
         return why
-
-    def _take_again(self, was: LeftOut) -> None:
-        """The rows that were left out of the run that goes on.
-
-        Raises:
-            SafetyDataError: the data are others.
-        """
-        if was.rows and (
-            not isinstance(self._read, Dataset)
-            or len(self._read) != was.of
-            or was.content != content_of(self._read, was.rows)
-        ):
-            raise SafetyDataError(
-                f"the run left {len(was.rows)} of {was.of} training rows out, and these are not the same data, or not "
-                "in the same order; give the same data set to go on, or start a new run"
-            )
-        self.left_out, self._content = was.rows, was.content
 
     def check(self, loader: Any, was: LeftOut | None) -> None:
         """What the loader reads is what rows were left out of, and the same as before in a run that goes on.
@@ -226,6 +194,32 @@ class TrainingData:
             "watched": anchor_entries(self.watched),
             "left_out": left_out.model_dump(),
         }
+
+
+def obstacle_in(trainer: Trainer) -> str:
+    """Why no row of a trainer's data can be left out; nothing where they can."""
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, Dataset):
+        return f"of a {type(dataset).__name__} no row can be left out"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "where parameters are sharded the data are asked when they are read already"
+    if vars(trainer.args).get("packing") or "seq_lengths" in dataset.column_names:
+        return "rows are packed, and what is packed beside them would go, too"
+    return ""
+
+
+def refuse_other_data(dataset: Any, was: LeftOut) -> None:
+    """
+    Raises:
+        SafetyDataError: the rows that the run that goes on left out are not these.
+    """
+    if was.rows and (
+        not isinstance(dataset, Dataset) or len(dataset) != was.of or was.content != content_of(dataset, was.rows)
+    ):
+        raise SafetyDataError(
+            f"the run left {len(was.rows)} of {was.of} training rows out, and these are not the same data, or not "
+            "in the same order; give the same data set to go on, or start a new run"
+        )
 
 
 def source_of(trainer: Trainer | None, loader: Any) -> Any:
