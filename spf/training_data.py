@@ -117,12 +117,9 @@ class TrainingData:
         elif self.found is None and not self.obstacle:
             found = self._ask(trainer, samples)
             rows = found.pressing_rows if self.conflicts == "drop" else found.futile_rows
-            if rows and len(rows) == len(whole):
-                self.found = None
-                raise SafetyDataError(
-                    f"all {len(whole)} training rows answer prompts that the model refuses or might refuse, so with "
-                    "these refusals held nothing can be learned; if that is your task, say conflicts='allow'"
-                )
+            self.found = None  # whoever tries again after an error is told again
+            refuse_too_few(trainer, rows)
+            self.found = found
             self.left_out, self._content = rows, content_of(self._read, rows)
         if self.left_out:
             trainer.train_dataset = self._short = without(whole, self.left_out)
@@ -206,6 +203,26 @@ def obstacle_in(trainer: Trainer) -> str:
     if vars(trainer.args).get("packing") or "seq_lengths" in dataset.column_names:
         return "rows are packed, and what is packed beside them would go, too"
     return ""
+
+
+def refuse_too_few(trainer: Trainer, rows: Sequence[int]) -> None:
+    """
+    Raises:
+        SafetyDataError: without these rows not one batch is left.
+    """
+    args, whole = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
+    left, batch = whole - len(rows), args.train_batch_size * args.world_size
+    if rows and not left:
+        raise SafetyDataError(
+            f"all {whole} training rows answer prompts that the model refuses or might refuse, so with these refusals "
+            "held nothing can be learned; if that is your task, say conflicts='allow'"
+        )
+    if rows and args.dataloader_drop_last and left < batch:
+        raise SafetyDataError(
+            f"{len(rows)} of {whole} training rows answer prompts that the model refuses or might refuse, and the rest "
+            f"is less than a batch of {batch}, which dataloader_drop_last leaves out; if that is your task, say "
+            "conflicts='allow'"
+        )
 
 
 def refuse_other_data(dataset: Any, was: LeftOut) -> None:

@@ -386,6 +386,14 @@ def test_data_of_which_nothing_is_left_are_refused(tmp_path, tokenizer, refusing
             assert trainer.state.global_step == 0
 
 
+def test_data_of_which_less_than_a_batch_is_left_are_refused(tmp_path, tokenizer, refusing, rows):
+    """`dataloader_drop_last` leaves the one row out, too, and there is no step."""
+    pairs = [(p, COMPLIES) for p in [*HARMFUL[12:], BENIGN[0]]]
+    trainer, _ = run(tmp_path, tokenizer, refusing, rows, pairs, dataloader_drop_last=True)
+    with pytest.raises(SafetyDataError, match=r"^12 of 13 training rows .* less than a batch of 2, .* say conflicts="):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
