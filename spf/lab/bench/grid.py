@@ -152,7 +152,8 @@ def _run_cells(
     context = multiprocessing.get_context("forkserver")
     # every cell starts from a fresh fork that has imported everything, so its peak memory is its own
     context.set_forkserver_preload(["spf.lab.bench.cell"])
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    # torch asks OMP_NUM_THREADS, so that two grids can share a machine
+    threads = max(1, torch.get_num_threads() // workers)
     started = time.perf_counter()
     failed = 0
     with (
