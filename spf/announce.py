@@ -9,7 +9,7 @@ from spf.matrices import NAMED, describe_fixed
 from spf.optimizer import Attachment
 from spf.rules import Rule
 from spf.text.refusal import is_refusal
-from spf.training_data import CLEAN, TrainingData
+from spf.training_data import TrainingData, remedy
 
 
 def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answered: int) -> list[str]:
@@ -62,7 +62,7 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
     """What the training data attack, and what was done about it."""
     found = data.found
     assert found is not None, "the data were not audited"
-    conflicts, counts = data.conflicts, found.counts()
+    conflicts, counts, where = data.conflicts, found.counts(), found.source or "the output directory"
     if found.conflicts or found.leaning:
         done = "allowed, so these refusals will be lost"
         if not rule.holds:
@@ -74,7 +74,7 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
                 f"{len(data.held)} prompts held{leaning} with the model's own refusals ({len(data.watched)} watched "
                 "instead), so they stay refused"
             )
-        counts += f": {done}{_left_out(data)}; list in {LIST_FILE} of the output directory"
+        counts += f": {done}{_left_out(data)}; list in {LIST_FILE} of {where}"
     lines = [counts]
     if found.over_refusals and conflicts != "allow" and rule.holds:
         lines.append(
@@ -90,6 +90,11 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
             if share > 1 / 2
             else "if these are harmless requests of your task (`spf audit --show` shows them), say conflicts='allow', "
             "which trains on them and holds none"
+        )
+    if found.other_weights:
+        lines.append(
+            f"the audit in {found.source} was made with other weights than these, of the model before it was quantised "
+            "or of another one: what it found may not hold"
         )
     if found.stream:
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
@@ -112,7 +117,7 @@ def _left_out(data: TrainingData) -> str:
         why = data.obstacle or "they teach other things, too"
         # the command tells over-refusals apart
         words += f"; {on} rows are trained on and press against what is held ({why})"
-        words += f"; {CLEAN}" * (data.conflicts != "hold-all")
+        words += f"; {remedy(data.obstacle)}" * (data.conflicts != "hold-all")
     return words
 
 

@@ -1,5 +1,6 @@
 """Audit: which training examples answer harmful prompts that the aligned model refuses (conflicts)."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -9,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from pydantic import BaseModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.conflicts import STREAM_ROWS, Audit, Conflict
+from spf.config import STRICT
+from spf.conflicts import STREAM_ROWS, Audit, Conflict, Verdicts
 from spf.data import Anchor, SafetyRow, ask_refusals, tokenise
 from spf.data.examples import COLUMNS, Example, Examples, read_examples
 from spf.errors import SafetyDataError
-from spf.next_token import Known, ask
+from spf.files import write_json
+from spf.next_token import Known, ask, fingerprint
 from spf.over_refusal import clearly_harmless
-from spf.sharding import is_first
+from spf.sharding import is_first, shares_parameters
 from spf.text.refusal import is_refusal
 
 CONFIRM = 0.2
@@ -42,7 +46,7 @@ class Beginnings:
     """How a model's own refusals begin, from safety samples: first tokens, what follows each, and a refusal for it."""
 
     def __init__(self, anchors: Sequence[Anchor]):
-        refusals = [tuple(anchor.refusal_ids) for anchor in anchors if anchor.refusal_ids]
+        self.refusals = refusals = [tuple(anchor.refusal_ids) for anchor in anchors if anchor.refusal_ids]
         self.seconds: dict[int, set[int]] = {}
         self.refusal: dict[int, tuple[int, ...]] = {}
         for first, _ in Counter(refusal[0] for refusal in refusals).most_common():
@@ -82,10 +86,7 @@ def audit(
     """
     start = time.perf_counter()
     begins = Beginnings(anchors)
-    by_prompt: dict[tuple[int, ...], list[Example]] = {}
-    for example in examples.examples:
-        by_prompt.setdefault(example.prompt_ids, []).append(example)
-    prompts = list(by_prompt)
+    prompts = list(dict.fromkeys(example.prompt_ids for example in examples.examples))
     known = Known(model, cache, f"{tokenizer.chat_template}\n{sorted(begins.seconds.items())}")
     first = ask(model, prompts, [begins.firsts] * len(prompts), known, progress)
     likely = [i for i, (_, token) in enumerate(first) if token in begins.seconds]
@@ -97,15 +98,31 @@ def audit(
         for i, (share, _) in zip(likely, second, strict=True)
     }
     known.save()
-    refused = {i: first[i][0] * share for i, share in confirmed.items() if share >= CONFIRM}
-    leaning = {i: share for i, (share, _) in enumerate(first) if i not in refused and share > LEANING}
+    refused = {prompts[i]: (first[i][0] * share, first[i][1]) for i, share in confirmed.items() if share >= CONFIRM}
+    leaning = {
+        prompt: (share, token)
+        for prompt, (share, token) in zip(prompts, first, strict=True)
+        if prompt not in refused and share > LEANING
+    }
+    found = compare(examples, begins, refused, leaning)
+    found.seconds = time.perf_counter() - start
+    return found
 
-    def conflicts(found: dict[int, float]) -> list[Conflict]:
+
+def compare(
+    examples: Examples,
+    begins: Beginnings,
+    refused: Mapping[tuple[int, ...], tuple[float, int]],
+    leaning: Mapping[tuple[int, ...], tuple[float, int]],
+) -> Audit:
+    """The audit of examples of whose prompts these are refused, or might be: probability and likeliest first token."""
+
+    def conflicts(found: Mapping[tuple[int, ...], tuple[float, int]]) -> list[Conflict]:
+        asked = ((example, found[example.prompt_ids]) for example in examples.examples if example.prompt_ids in found)
         return sorted(
             (
-                Conflict(example.row, probability, prompts[i], begins.likeliest(first[i][1]))
-                for i, probability in found.items()
-                for example in by_prompt[prompts[i]]
+                Conflict(example.row, probability, example.prompt_ids, begins.likeliest(token))
+                for example, (probability, token) in asked
                 if not begins.refuses(example)
             ),
             key=lambda conflict: conflict.row,
@@ -115,13 +132,51 @@ def audit(
         examples.rows,
         examples.unread,
         examples.why,
-        len(prompts),
+        len({example.prompt_ids for example in examples.examples}),
         len(refused),
         conflicts(refused),
         conflicts(leaning),
-        seconds=time.perf_counter() - start,
         answers=Counter(example.row for example in examples.examples),
+        verdicts=Verdicts([list(refusal) for refusal in begins.refusals], refused, leaning),
     )
+
+
+class Finished(BaseModel):
+    """What came of an audit, by hashes of prompts. weights: a hash of some of the model's. harmless: prompts of
+    over-refusals, None if they were not looked for."""
+
+    model_config = STRICT
+
+    weights: str
+    refusals: list[list[int]]
+    refused: dict[str, tuple[float, int]]
+    leaning: dict[str, tuple[float, int]]
+    harmless: list[str] | None
+
+
+class Kept(BaseModel):
+    """The file of what was asked."""
+
+    model_config = STRICT | {"extra": "allow"}
+
+    answers: dict[str, list[float]]
+    finished: Finished | None = None
+
+
+def finish(found: Audit, model: nn.Module, directory: Path, told_apart: bool) -> None:
+    """Write beside what was asked what came of it, for other runs. told_apart: over-refusals were looked for."""
+    cache = directory / CACHE_FILE
+    said = found.verdicts
+    if said is None or shares_parameters(model) or not is_first() or not cache.is_file():
+        return
+    finished = Finished(
+        weights=fingerprint(model),
+        refusals=said.refusals,
+        refused={Known.name(prompt): answer for prompt, answer in said.refused.items()},
+        leaning={Known.name(prompt): answer for prompt, answer in said.leaning.items()},
+        harmless=[Known.name(prompt) for prompt in said.harmless] if told_apart else None,
+    )
+    write_json(cache, json.loads(cache.read_text("utf-8")) | {"finished": finished.model_dump()})
 
 
 def own_refusals(
@@ -198,6 +253,8 @@ def audit_data(
         found.seconds += time.perf_counter() - start
     found.stream, found.why = stream, why or found.why
     found.refuses = bool(begins)
+    if directory:
+        finish(found, model, directory, tell_apart)
     if directory and is_first():
         (directory / LIST_FILE).unlink(missing_ok=True)
         if found.conflicts or found.leaning or found.over_refusals:

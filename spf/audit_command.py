@@ -70,6 +70,9 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
     if found.unread:
         console.print(f"{found.unread} rows could not be audited ({found.why})")
     kinds = {"conflict": found.conflicts, "might be refused": found.leaning, "over-refusal": found.over_refusals}
+    console.print(
+        f"A run takes it with SafetyCallback(audited={args.output!r}), or spf train --safety_audited {args.output}"
+    )
     if any(kinds.values()):
         console.print(f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal, refused, over-refusal)")
     for kind, conflicts in kinds.items() if args.show else ():

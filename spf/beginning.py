@@ -70,14 +70,16 @@ def begin(
     data.check(loader, LeftOut(**saved.state["left_out"]) if saved else None)
     if saved is not None:
         samples.rows = saved.rows(samples.load())
-    elif data.found is None:
-        if settings.conflicts == "drop":
+    else:
+        if data.found is None and settings.conflicts == "drop":
             raise UnsupportedSetupError(
                 "conflicts='drop' needs the callback in the trainer's constructor, callbacks=[...]: once training has "
                 "begun, as with add_callback, no row can be left out any more"
             )
-        samples.choose(model, tokenizer)
-        data.audit(data_of(loader), model, tokenizer, samples.rows, output)
+        if data.found is None or data.earlier is not None:
+            samples.choose(model, tokenizer)
+        if data.found is None:
+            data.audit(data_of(loader), model, tokenizer, samples.rows, output)
     before = saved.state if saved else None
     data.split(loader, tokenizer, before)
     anchors, reworded, calibration = samples.tokens(tokenizer, limit)

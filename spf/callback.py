@@ -62,6 +62,7 @@ class SafetyCallback(TrainerCallback):
         monitor_steps: int = 10,
         cosines: bool = False,
         conflicts: Conflicts = "hold",
+        audited: str | Path | None = None,
         on_leak: OnLeak = "tighten",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         subspace: str | Path | None = None,
@@ -87,12 +88,12 @@ class SafetyCallback(TrainerCallback):
             conflicts: what to do about training rows that answer prompts which the aligned model refuses: hold (their
                 prompts are held with the model's own refusals, and the rows left out of training where they can be,
                 unless they look harmless to the model itself), hold-all (all of them), drop (a run where they cannot
-                be left out is refused), allow (nothing; for data that lift refusals on purpose), or error (the run is
-                refused).
+                be left out is refused), allow (nothing; for data that lift refusals on purpose), or error.
+            audited: the directory of an audit of the same data by the same model (`spf audit`), which is taken instead
+                of asking, so that rows are left out under FSDP2 and DeepSpeed, too.
             on_leak: when refusals are being lost, tighten (as soon as prompts flip, null-space holds more
                 directions), stop (the run is ended after the next step) or warn, as the others do too.
-            chat_template_kwargs: variables of the chat template, for the safety samples; `enable_thinking` and
-                `thinking` are False unless they are given.
+            chat_template_kwargs: variables of the chat template; `enable_thinking` and `thinking` are False by default.
             subspace: the directory of an adapter that spf trained, to go on with it: what it is held to is read there.
             seed: choice and order of the anchors.
 
@@ -109,6 +110,7 @@ class SafetyCallback(TrainerCallback):
             monitor_steps=monitor_steps,
             cosines=cosines,
             conflicts=conflicts,
+            audited=str(audited) if isinstance(audited, Path) else audited,
             on_leak=on_leak,
             chat_template_kwargs=chat_template_kwargs,
             subspace=str(subspace) if isinstance(subspace, Path) else subspace,
@@ -117,7 +119,7 @@ class SafetyCallback(TrainerCallback):
         self.samples = SafetySamples(safety_data, self.rule, anchors, seed, chat_template_kwargs)
         self.keep = Keep(keep, self.rule, seed, chat_template_kwargs)
         self.card = ModelCard()
-        self.data = TrainingData(conflicts, self.rule.holds, chat_template_kwargs)
+        self.data = TrainingData(conflicts, self.rule.holds, chat_template_kwargs, self.settings.audited)
         self.attachment: Attachment | None = None
         self.warned = False
         """Whether the run has said, at any of its steps, that refusals are being lost."""

@@ -236,6 +236,12 @@ class CallbackSettings(Settings):
             "they can be), hold-all (of all that it refuses), drop (leave them out, or stop), allow or error"
         },
     )
+    audited: Name | None = field(
+        default=None,
+        metadata={
+            "help": "directory of an audit of these data that was made before (spf audit): the model is not asked"
+        },
+    )
     on_leak: OnLeak = field(
         default="tighten",
         metadata={"help": "when refusals are being lost: tighten (hold more directions; null-space), stop or warn"},

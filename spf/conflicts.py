@@ -48,6 +48,17 @@ class Conflict:
 
 
 @dataclass
+class Verdicts:
+    """What the model says to the prompts: how its refusals begin (token ids), and which prompts (token ids) it refuses,
+    or might, each with the probability of a refusal and the likeliest first token; `harmless` ones among them."""
+
+    refusals: list[list[int]]
+    refused: Mapping[tuple[int, ...], tuple[float, int]]
+    leaning: Mapping[tuple[int, ...], tuple[float, int]]
+    harmless: Collection[tuple[int, ...]] = ()
+
+
+@dataclass
 class Audit:
     """What training data attack.
 
@@ -55,7 +66,8 @@ class Audit:
     model. conflicts: one an example, in the order of the rows. leaning: the same of prompts that the model does not
     refuse, though it might (`LEANING`). seconds: that it took. stream: the data go on after
     these rows. refuses: the model refuses at least one of the safety prompts; else nothing can be found.
-    answers: how many answers each row teaches, of those that could be read.
+    answers: how many answers each row teaches, of those that could be read. source: the directory of the earlier audit
+    that it was taken from, if any; other_weights: which asked a model with other weights.
     """
 
     rows: int = 0
@@ -70,6 +82,9 @@ class Audit:
     stream: bool = False
     refuses: bool = True
     answers: Counter[int] = field(default_factory=Counter, repr=False)
+    verdicts: Verdicts | None = field(default=None, repr=False)
+    source: str = ""
+    other_weights: bool = False
 
     def split(self) -> tuple[list[Anchor], list[Anchor]]:
         """Those to hold, and those to watch instead, as safety samples."""
@@ -81,6 +96,8 @@ class Audit:
 
     def set_apart(self, harmless: Collection[tuple[int, ...]]) -> None:
         """Conflicts whose prompts (token ids) are `harmless` are over-refusals instead."""
+        if self.verdicts is not None:
+            self.verdicts.harmless = harmless
         self.over_refusals = [conflict for conflict in self.conflicts if conflict.prompt_ids in harmless]
         self.conflicts = [conflict for conflict in self.conflicts if conflict.prompt_ids not in harmless]
         self.leaning = [conflict for conflict in self.leaning if conflict.prompt_ids not in harmless]
@@ -114,7 +131,8 @@ class Audit:
     def counts(self) -> str:
         """What was found, in words."""
         rows = f"{self.rows - self.unread} training rows"
-        asked = f"{self.prompts} distinct prompts asked, {self.refused} refused; {self.seconds:.0f} s"
+        how = f"as the audit in {self.source} found" if self.source else f"{self.seconds:.0f} s"
+        asked = f"{self.prompts} distinct prompts asked, {self.refused} refused; {how}"
         over = len(self.over_refused_rows)
         more = f", and {over} answer prompts that it refuses although they look harmless to it" if over else ""
         return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"

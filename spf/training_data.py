@@ -14,13 +14,16 @@ from spf.checkpoint import LeftOut, read_left_out
 from spf.config import Conflicts
 from spf.conflicts import Audit, anchor_entries, anchors_again, content_of, without
 from spf.data import Anchor, SafetyDataError, SafetyRow
+from spf.earlier_audit import EarlierAudit
 from spf.errors import UnsupportedSetupError
 from spf.safety_samples import SafetySamples
-from spf.sharding import object_of_rank_0
+from spf.sharding import is_first, object_of_rank_0
 from spf.text.generation import context_length
 from spf.trainers import tokenizer_of
 
 CLEAN = "`spf audit DATA --model MODEL --clean FILE` writes the data without them"
+BEFORE = "with audited='spf-audit', after `spf audit DATA --model MODEL`, they are left out"
+SHARDED = "where parameters are sharded the data are asked when they are read already"
 LATE = "the callback came when the trainer was made already"
 
 
@@ -31,8 +34,16 @@ class TrainingData:
     same; nothing where they need not be.
     """
 
-    def __init__(self, conflicts: Conflicts, holds: bool, options: Mapping[str, Any] | None):
-        """holds: whether the rule holds samples. options: variables of the chat template."""
+    def __init__(
+        self, conflicts: Conflicts, holds: bool, options: Mapping[str, Any] | None, audited: str | None = None
+    ):
+        """holds: whether the rule holds samples. options: variables of the chat template. audited: the directory of an
+        earlier audit that is taken.
+
+        Raises:
+            SafetyDataError: it holds none that was finished.
+        """
+        self.earlier = EarlierAudit(Path(audited)) if audited is not None else None
         self.conflicts: Conflicts = conflicts
         self.holds = holds
         self.options = options
@@ -69,23 +80,33 @@ class TrainingData:
             SafetyDataError: there are some, and `conflicts` is error.
         """
         limit = context_length(model, tokenizer)
-        found = audit_data(
-            dataset,
-            model,
-            tokenizer,
-            rows,
-            max_length=limit,
-            options=self.options,
-            directory=directory,
-            tell_apart=self.conflicts in ("drop", "error") or (self.holds and self.conflicts == "hold"),
-        )
+        tell_apart = self.conflicts in ("drop", "error") or (self.holds and self.conflicts == "hold")
+        if self.earlier is not None:
+            found = self.earlier.of(dataset, tokenizer, self.options, limit, tell_apart=tell_apart)
+            # the others may have no weights yet
+            found.other_weights = object_of_rank_0(is_first() and not self.earlier.is_of(model))
+        else:
+            found = audit_data(
+                dataset,
+                model,
+                tokenizer,
+                rows,
+                max_length=limit,
+                options=self.options,
+                directory=directory,
+                tell_apart=tell_apart,
+            )
         if found.conflicts and self.conflicts == "error":
             raise SafetyDataError(
-                f"{found.counts()}; they are listed in {directory / LIST_FILE}: conflicts='hold' keeps these refusals, "
-                "'drop' leaves the rows out, 'allow' lets them be unlearned"
+                f"{found.counts()}; they are listed in {self.listed(directory)}: conflicts='hold' keeps these "
+                "refusals, 'drop' leaves the rows out, 'allow' lets them be unlearned"
             )
         self.found = found
         return found
+
+    def listed(self, directory: Path) -> Path:
+        """Where the conflicts are listed; `directory` is the run's."""
+        return (self.earlier.directory if self.earlier is not None else directory) / LIST_FILE
 
     @property
     def leaves_out(self) -> bool:
@@ -107,7 +128,7 @@ class TrainingData:
         if not self.leaves_out:
             return
         was = object_of_rank_0(read_left_out(checkpoint) if checkpoint is not None else None)
-        self.obstacle = self._or_refuse(obstacle_in(trainer))
+        self.obstacle = self._or_refuse(obstacle_in(trainer, asks=self.earlier is None))
         if isinstance(whole, Dataset):
             # as the loader reads it: other columns may be named like those that training needs
             self._read = trainer._remove_unused_columns(whole)
@@ -135,6 +156,8 @@ class TrainingData:
         model: Any = trainer.model
         args = trainer.args
         tokenizer = tokenizer_of(trainer.processing_class)
+        if self.earlier is not None:
+            return self.audit(self._read, model, tokenizer, (), Path(str(args.output_dir)))
         refuse_unanswering(model)
         if (args.fp16_full_eval or args.bf16_full_eval) and not trainer.is_model_parallel:
             # it is put there when training begins
@@ -145,7 +168,7 @@ class TrainingData:
 
     def _or_refuse(self, why: str) -> str:
         if why and self.conflicts == "drop":
-            raise UnsupportedSetupError(f"conflicts='drop' cannot leave rows out: {why}; {CLEAN}")
+            raise UnsupportedSetupError(f"conflicts='drop' cannot leave rows out: {why}; {remedy(why)}")
         return why
 
     def check(self, loader: Any, was: LeftOut | None) -> None:
@@ -193,13 +216,18 @@ class TrainingData:
         }
 
 
-def obstacle_in(trainer: Trainer) -> str:
-    """Why no row of a trainer's data can be left out; nothing where they can."""
+def remedy(obstacle: str) -> str:
+    """What helps where rows are not left out."""
+    return BEFORE if obstacle == SHARDED else CLEAN
+
+
+def obstacle_in(trainer: Trainer, asks: bool) -> str:
+    """Why no row of a trainer's data can be left out; nothing where they can. asks: the model is asked for them."""
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset):
         return f"of a {type(dataset).__name__} no row can be left out"
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return "where parameters are sharded the data are asked when they are read already"
+    if asks and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return SHARDED
     if vars(trainer.args).get("packing") or "seq_lengths" in dataset.column_names:
         return "rows are packed, and what is packed beside them would go, too"
     return ""

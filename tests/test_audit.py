@@ -778,3 +778,124 @@ def test_a_cache_that_cannot_be_repeated_or_answers_otherwise_is_not_used(wrong,
     short = NextToken(model, prompts)
     assert short.shared == 0
     assert torch.equal(short.shares(prompts), whole)
+
+
+@pytest.fixture(scope="module")
+def audited(saved, tmp_path_factory):
+    """What `spf audit` leaves."""
+    place = tmp_path_factory.mktemp("audited")
+    data, safety = place / "data.jsonl", place / "safety.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(PAIRS)))
+    safety.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in HARMFUL[:9]))
+    command = ["audit", str(data), "--model", str(saved), "--safety_data", str(safety), "--output", str(place / "out")]
+    assert main(command) == 0
+    return place / "out"
+
+
+def taking(tmp_path, tokenizer, refusing, rows, audited, pairs=PAIRS, conflicts="hold"):
+    given = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24), conflicts=conflicts, audited=audited)
+    return run(tmp_path, tokenizer, refusing, rows, pairs, given=given, save_strategy="steps", save_steps=1)
+
+
+def test_an_audit_that_was_made_before_is_taken(audited, tmp_path, tokenizer, refusing, rows, caplog, monkeypatch):
+    asking, callback = run(tmp_path / "asking", tokenizer, refusing, rows[:9], PAIRS)
+    asking.train()
+    assert "as the audit in" not in caplog.text
+    # the same for data in another order
+    order = [*range(23, -1, -1)]
+    for number, pairs in enumerate((PAIRS, [PAIRS[i] for i in order], PAIRS[6:])):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(spf.training_data, "audit_data", None)  # asks
+            trainer, taken = taking(tmp_path / str(number), tokenizer, refusing, rows, audited, pairs)
+            seen, names = trained_on(trainer), names_of(trainer)
+            trainer.train()
+        assert {pairs[i] for i, name in enumerate(names) if name in seen} <= set(PAIRS[12:])
+        assert {pairs[row] for row in taken.data.left_out} == set(pairs) & set(PAIRS[:12])
+        assert f"as the audit in {audited} found" in caplog.text
+        assert f"list in spf_conflicts.jsonl of {audited}" in caplog.text
+        assert "other weights" not in caplog.text
+        if number == 0:
+            both = [[replace(c, probability=0.0) for c in a.conflicts] for a in (taken.audit, callback.audit)]
+            assert both[0] == both[1]
+            assert (taken.data.held, taken.data.watched) == (callback.data.held, callback.data.watched)
+            assert taken.audit.counts().split(";")[0] == callback.audit.counts().split(";")[0]
+
+
+def test_an_audit_of_other_data_or_weights_or_none_is_not_taken(
+    audited, tmp_path, tokenizer, refusing, rows, caplog, monkeypatch
+):
+    more = [*PAIRS, (HARMFUL[3], COMPLIES)]
+    trainer, _ = taking(tmp_path / "more", tokenizer, refusing, rows, audited, more)
+    with pytest.raises(
+        SafetyDataError, match=r"1 of the 25 distinct prompts .* were not asked in the audit in .*other"
+    ):
+        trainer.train()
+    other = copy.deepcopy(refusing)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.02)
+    trainer, _ = taking(tmp_path / "other", tokenizer, other, rows, audited)
+    trainer.train()
+    assert f"the audit in {audited} was made with other weights than these" in caplog.text
+    with pytest.raises(SafetyDataError, match=r"audited: .*nowhere holds no audit; `spf audit DATA"):
+        SafetyCallback(audited=tmp_path / "nowhere")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    kept = json.loads((audited / "spf_audit.json").read_text())
+    for text, said in (
+        (json.dumps({name: value for name, value in kept.items() if name != "finished"}), "was not finished"),
+        ("{", "spf_audit.json"),
+        (json.dumps(kept | {"finished": {"weights": "x"}}), "refusals"),
+    ):
+        (broken / "spf_audit.json").write_text(text)
+        with pytest.raises(SafetyDataError, match=f"^audited: .*{said}"):
+            SafetyCallback(audited=str(broken))
+    # an audit that is made anew and broken off is none
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "spf_audit.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(spf.audit, "clearly_harmless", None)
+    data = Dataset.from_list(rows_of(PAIRS))
+    with pytest.raises(TypeError):
+        audit_data(data, refusing, tokenizer, rows[:9], max_length=256, directory=again, progress=False)
+    with pytest.raises(SafetyDataError, match="was not finished"):
+        SafetyCallback(audited=again)
+
+
+def test_an_earlier_audit_tells_over_refusals_apart_or_is_refused(tmp_path, tokenizer, refusing, rows, monkeypatch):
+    harmless = tokenise(samples([(HARMFUL[12], COMPLIES)]), tokenizer, 256)[0].prompt_ids
+    monkeypatch.setattr(
+        spf.audit,
+        "clearly_harmless",
+        lambda model, tokenizer, prompts, *rest, **more: [list(prompt) == harmless for prompt in prompts],
+    )
+    left = {}
+    for first in ("hold", "hold-all"):
+        asking, _ = run(tmp_path / first, tokenizer, refusing, rows[:9], PAIRS, first)
+        asking.train()
+        for conflicts in ("hold", "hold-all"):
+            trainer, callback = taking(
+                tmp_path / first / conflicts, tokenizer, refusing, rows, tmp_path / first / "run", conflicts=conflicts
+            )
+            if (first, conflicts) == ("hold-all", "hold"):
+                with pytest.raises(SafetyDataError, match="does not tell over-refusals apart"):
+                    trainer.train()
+            else:
+                trainer.train()
+                left[first, conflicts] = callback.data.left_out
+    assert left == {
+        ("hold", "hold"): [*range(1, 12)],
+        ("hold", "hold-all"): [*range(12)],
+        ("hold-all", "hold-all"): [*range(12)],
+    }
+
+
+def test_a_run_that_took_an_earlier_audit_goes_on(audited, tmp_path, tokenizer, refusing, rows, caplog):
+    trainer, callback = taking(tmp_path, tokenizer, refusing, rows, audited)
+    trainer.train()
+    caplog.clear()
+    again, after = taking(tmp_path, tokenizer, refusing, rows, audited)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert after.data.left_out == callback.data.left_out == [*range(12)]
+    assert (after.data.held, after.data.watched) == (callback.data.held, callback.data.watched)
+    assert "12 training rows are left out, as in the run that goes on" in caplog.text

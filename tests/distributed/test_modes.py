@@ -172,6 +172,19 @@ def test_ranks_leave_the_same_rows_out_or_say_why_not(mode):
             assert deviation(found, trained("single")[0]["audit"], "losses") < 1e-4
 
 
+@every_mode
+def test_an_earlier_audit_leaves_rows_out_in_every_mode(mode):
+    alone, ranks = trained("single")[0]["taken"], [ranks["taken"] for ranks in trained(mode)]
+    assert 16 <= len(alone["left_out"]) <= alone["refused"] == 20
+    assert alone["rows"] == 64 - len(alone["left_out"])
+    for found in ranks:
+        for what in ("left_out", "held", "rows", "refused"):
+            assert found[what] == alone[what]
+        assert not found["other_weights"]
+        assert deviation(found, alone, "losses") < 1e-4
+        assert distance(found, alone) < 1e-5
+
+
 @pytest.mark.parametrize(("mode", "name"), [in_mode(mode, name) for mode in MODES for name in ("grown", "grown-lora")])
 def test_ranks_hold_the_same_directions_more(mode, name):
     alone = trained("single")[0][name]

@@ -41,7 +41,8 @@ import spf.rules.spf as published
 import spf.training_data
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError
 from spf.data import Anchor
-from spf.data.examples import Example, Examples
+from spf.data.examples import IGNORED, Example, Examples, read_examples
+from spf.next_token import Known, fingerprint
 from spf.over_refusal import middle_states
 from spf.rules import Constrained, Mix, SafeGrad
 from spf.rules.growth import Growth
@@ -175,11 +176,15 @@ def zero_launcher(case: Case, **changes: Any) -> dict[str, Any]:
     return settings
 
 
-def make_trainer(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, SafetyCallback]:
+def make_trainer(
+    case: Case, directory: Path, data: Any = None, audited: Path | None = None, **changes: Any
+) -> tuple[Trainer, SafetyCallback]:
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     GradientState._reset_state()
-    callback = SafetyCallback(str(Path(OUTPUT) / "safety.jsonl"), case.rule, monitor_steps=2, cosines=True)
+    callback = SafetyCallback(
+        str(Path(OUTPUT) / "safety.jsonl"), case.rule, monitor_steps=2, cosines=True, audited=audited
+    )
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": STEPS,
@@ -200,7 +205,7 @@ def make_trainer(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, 
     trainer = Trainer(
         copy.deepcopy(MODELS[case.lora]),
         args,
-        train_dataset=token_data(64),
+        train_dataset=token_data(64) if data is None else data,
         processing_class=make_tokenizer(),
         callbacks=[callback],
     )
@@ -392,6 +397,42 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
     }
 
 
+def taken(case: Case, directory: Path) -> dict[str, Any]:
+    """An audit was made before, so rows are left out also where the model is sharded when it can be asked."""
+    rows = token_data(64)
+    data = rows.map(lambda row: {"labels": [IGNORED] * 4 + row["input_ids"][4:]})
+    prompts = [Known.name(example.prompt_ids) for example in read_examples(data, make_tokenizer()).examples]
+    answers = {prompt: [0.9, 7] for prompt in prompts}
+    finished = {
+        "weights": fingerprint(MODELS[case.lora]),
+        "refusals": [[7, 8]],
+        "refused": dict.fromkeys(prompts[:20], (0.9, 7)),
+        "leaning": {},
+        "harmless": [],
+    }
+    place = directory / f"audited-{RANK}"
+    place.mkdir(parents=True)
+    (place / "spf_audit.json").write_text(json.dumps({"key": "", "answers": answers, "finished": finished}))
+    trainer, callback = make_trainer(case, directory, data, place)
+    lengths: list[int] = []
+    loader = trainer.get_train_dataloader
+
+    def noting() -> Any:
+        lengths.append(len(trainer.train_dataset))  # type: ignore[arg-type]
+        return loader()
+
+    trainer.get_train_dataloader = noting  # type: ignore[method-assign]
+    trainer.train()
+    assert callback.audit is not None
+    return record(trainer, callback) | {
+        "rows": lengths[0],
+        "left_out": callback.data.left_out,
+        "held": [anchor.prompt_ids for anchor in callback.data.held],
+        "refused": callback.audit.refused,
+        "other_weights": callback.audit.other_weights,
+    }
+
+
 def grown(case: Case, directory: Path, again: bool = False) -> dict[str, Any]:
     """Held prompts that flip, on one rank only before they agree: all hold the same directions more."""
     real = Growth._flipped, growth.EVERY, growth.PER_ROUND
@@ -433,6 +474,7 @@ SPECIAL = {
     "grown-lora": (grown, "null-space-lora-adamw"),
     "grown-resume": (functools.partial(grown, again=True), "null-space-full"),
     "audit": (audited, "null-space-full"),
+    "taken": (taken, "null-space-full"),
     "left-out": (functools.partial(audited, alone=True), "null-space-full"),
     "resume": (resume, "null-space-full"),
     "resume-lora": (resume, "null-space-lora-adamw"),
