@@ -5,7 +5,10 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from spf.audit import Finished
 from spf.data import packaged_prompts
+from spf.data.examples import read_examples
+from spf.next_token import Known, fingerprint
 from tests.conftest import REFUSAL, make_model, make_tokenizer, run_module
 from tests.distributed.test_modes import needs_deepspeed
 
@@ -26,15 +29,28 @@ def test_recipe_trains_and_saves_a_model(launcher, recipe, tmp_path):
     (tmp_path / "refusals.jsonl").write_text("\n".join(json.dumps({"prompt": p, "refusal": REFUSAL}) for p in prompts))
     benign = packaged_prompts("benign_anchors")[:16]
     rows = [
-        {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": REFUSAL}]}
+        {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": "Yes, gladly."}]}
         for p in benign
     ]
+    # what `spf audit` writes, as if the model refused a quarter of them
+    asked = [Known.name(example.prompt_ids) for example in read_examples(rows, make_tokenizer()).examples]
+    found = Finished(
+        weights=fingerprint(model),
+        refusals=[[7, 8]],
+        refused=dict.fromkeys(asked[:4], (0.9, 7)),
+        leaning={},
+        harmless=[],
+    )
+    kept = {"key": "", "answers": dict.fromkeys(asked, (0.9, 7)), "finished": found.model_dump()}
+    (tmp_path / "audited").mkdir()
+    (tmp_path / "audited" / "spf_audit.json").write_text(json.dumps(kept))
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     settings = {
         "model_name_or_path": tmp_path / "aligned",
         "dataset_name": tmp_path / "data.jsonl",
         "output_dir": tmp_path / "tuned",
         "safety_data": tmp_path / "refusals.jsonl",
+        "safety_audited": tmp_path / "audited",
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "logging_steps": 1,
@@ -49,6 +65,9 @@ def test_recipe_trains_and_saves_a_model(launcher, recipe, tmp_path):
     )
     assert printed.count("spf: rule null-space on") == 1
     assert "spf/removed_share" in printed
+    assert "4 of 16 training rows answer prompts that the model refuses" in printed
+    assert "4 rows are left out of training" in printed
+    assert "other weights" not in printed
     file = "adapter_model.safetensors" if recipe == "sft_lora" else "model.safetensors"
     saved = load_file(tmp_path / "tuned" / file)
     if recipe == "sft_full":
