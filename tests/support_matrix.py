@@ -439,7 +439,9 @@ def attempt(family: Family, tuning: str | LoraConfig, rule: NullSpace | None = N
     size = before[0].abs().max()
     moved = [float((a - b).abs().max() / size) for a, b in zip(after, before, strict=True)]
     return {
-        "outcome": "held" if moved[0] <= 2e-5 and moved[1] > 1e-4 else "NOT HELD",
+        # float32 rounds differently on other CPUs: 2.2e-5 was seen; what is not held moves by 1e-2 and more
+        "outcome": "held" if moved[0] <= 5e-5 and moved[1] > 1e-4 else "NOT HELD",
+        "why": f"logits: the held sample's moved by {moved[0]:.1e}, others' by {moved[1]:.1e}",
         "moved": moved,
         "error": violation(callback.attachment, start),
         "matrices": len(callback.attachment.matrices),
@@ -497,7 +499,7 @@ Versions: {versions}.
 
 Each row is a tiny random model of the family, trained for three steps in float32 under the rule `null-space` with one
 held sample, all of whose inputs the bases span. *Held*: by a copy of the weights from before |W V - W_0 V| is at most
-1e-6 |W| for every matrix, the logits of the sample are what they were (to 2e-5 of the largest), and those of another
+1e-6 |W| for every matrix, the logits of the sample are what they were (to 5e-5 of the largest), and those of another
 text are not. *Kept fixed* are so many parameters: embeddings, norms, biases, convolutions, state parameters, routers,
 towers for images, and experts whose inputs cannot be seen (Llama 4, JetMoE); the first lines of a run name them.
 
