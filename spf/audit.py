@@ -128,16 +128,17 @@ def compare(
             key=lambda conflict: conflict.row,
         )
 
+    prompts = {example.prompt_ids for example in examples.examples}
     return Audit(
         examples.rows,
         examples.unread,
         examples.why,
-        len({example.prompt_ids for example in examples.examples}),
+        len(prompts),
         len(refused),
         conflicts(refused),
         conflicts(leaning),
         answers=Counter(example.row for example in examples.examples),
-        verdicts=Verdicts([list(refusal) for refusal in begins.refusals], refused, leaning),
+        verdicts=Verdicts(prompts, [list(refusal) for refusal in begins.refusals], refused, leaning),
     )
 
 
@@ -148,6 +149,7 @@ class Finished(BaseModel):
     model_config = STRICT
 
     weights: str
+    asked: list[str]
     refusals: list[list[int]]
     refused: dict[str, tuple[float, int]]
     leaning: dict[str, tuple[float, int]]
@@ -155,11 +157,10 @@ class Finished(BaseModel):
 
 
 class Kept(BaseModel):
-    """The file of what was asked."""
+    """The file of what was asked, also for other data: only what is `finished` is an audit."""
 
     model_config = STRICT | {"extra": "allow"}
 
-    answers: dict[str, list[float]]
     finished: Finished | None = None
 
 
@@ -171,6 +172,7 @@ def finish(found: Audit, model: nn.Module, directory: Path, told_apart: bool) ->
         return
     finished = Finished(
         weights=fingerprint(model),
+        asked=[Known.name(prompt) for prompt in said.asked],
         refusals=said.refusals,
         refused={Known.name(prompt): answer for prompt, answer in said.refused.items()},
         leaning={Known.name(prompt): answer for prompt, answer in said.leaning.items()},

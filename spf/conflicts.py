@@ -49,9 +49,10 @@ class Conflict:
 
 @dataclass
 class Verdicts:
-    """What the model says to the prompts: how its refusals begin (token ids), and which prompts (token ids) it refuses,
+    """What the model says to the prompts (token ids) that were `asked`: how its refusals begin, and which it refuses,
     or might, each with the probability of a refusal and the likeliest first token; `harmless` ones among them."""
 
+    asked: Collection[tuple[int, ...]]
     refusals: list[list[int]]
     refused: Mapping[tuple[int, ...], tuple[float, int]]
     leaning: Mapping[tuple[int, ...], tuple[float, int]]

@@ -40,7 +40,7 @@ class EarlierAudit:
             raise SafetyDataError(f"audited: {error}") from error
         if kept.finished is None:
             raise SafetyDataError(f"audited: the audit in {directory} was not finished; {again}")
-        self.asked, self.finished = kept.answers.keys(), kept.finished
+        self.asked, self.finished = set(kept.finished.asked), kept.finished
 
     def of(
         self,

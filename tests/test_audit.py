@@ -845,11 +845,19 @@ def test_an_audit_of_other_data_or_weights_or_none_is_not_taken(
     for text, said in (
         (json.dumps({name: value for name, value in kept.items() if name != "finished"}), "was not finished"),
         ("{", "spf_audit.json"),
-        (json.dumps(kept | {"finished": {"weights": "x"}}), "refusals"),
+        (json.dumps(kept | {"finished": {"weights": "x", "asked": []}}), "refusals"),
     ):
         (broken / "spf_audit.json").write_text(text)
         with pytest.raises(SafetyDataError, match=f"^audited: .*{said}"):
             SafetyCallback(audited=str(broken))
+    # one of other data in the same directory keeps what was asked, but is no audit of the first
+    both = tmp_path / "both"
+    both.mkdir()
+    (both / "spf_audit.json").write_text(json.dumps(kept))
+    audit_data(Dataset.from_list(rows_of(PAIRS[12:])), refusing, tokenizer, rows[:9], max_length=256, directory=both)
+    trainer, _ = taking(tmp_path / "first", tokenizer, refusing, rows, both)
+    with pytest.raises(SafetyDataError, match="12 of the 24 distinct prompts"):
+        trainer.train()
     # an audit that is made anew and broken off is none
     again = tmp_path / "again"
     again.mkdir()

@@ -36,12 +36,13 @@ def test_recipe_trains_and_saves_a_model(launcher, recipe, tmp_path):
     asked = [Known.name(example.prompt_ids) for example in read_examples(rows, make_tokenizer()).examples]
     found = Finished(
         weights=fingerprint(model),
+        asked=asked,
         refusals=[[7, 8]],
         refused=dict.fromkeys(asked[:4], (0.9, 7)),
         leaning={},
         harmless=[],
     )
-    kept = {"key": "", "answers": dict.fromkeys(asked, (0.9, 7)), "finished": found.model_dump()}
+    kept = {"key": "", "answers": {}, "finished": found.model_dump()}
     (tmp_path / "audited").mkdir()
     (tmp_path / "audited" / "spf_audit.json").write_text(json.dumps(kept))
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

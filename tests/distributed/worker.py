@@ -402,9 +402,9 @@ def taken(case: Case, directory: Path) -> dict[str, Any]:
     rows = token_data(64)
     data = rows.map(lambda row: {"labels": [IGNORED] * 4 + row["input_ids"][4:]})
     prompts = [Known.name(example.prompt_ids) for example in read_examples(data, make_tokenizer()).examples]
-    answers = {prompt: [0.9, 7] for prompt in prompts}
     finished = {
         "weights": fingerprint(MODELS[case.lora]),
+        "asked": prompts,
         "refusals": [[7, 8]],
         "refused": dict.fromkeys(prompts[:20], (0.9, 7)),
         "leaning": {},
@@ -412,7 +412,7 @@ def taken(case: Case, directory: Path) -> dict[str, Any]:
     }
     place = directory / f"audited-{RANK}"
     place.mkdir(parents=True)
-    (place / "spf_audit.json").write_text(json.dumps({"key": "", "answers": answers, "finished": finished}))
+    (place / "spf_audit.json").write_text(json.dumps({"key": "", "answers": {}, "finished": finished}))
     trainer, callback = make_trainer(case, directory, data, place)
     lengths: list[int] = []
     loader = trainer.get_train_dataloader
