@@ -17,12 +17,13 @@ from spf.evaluation import paired_difference, wilson_interval
 from spf.files import write_json
 from spf.lab.bench import plots, report
 from spf.lab.bench import summary as of_cells
-from spf.lab.bench.plots import plot_curves, plot_jailbreaks, plot_pareto
+from spf.lab.bench.bars import bars
+from spf.lab.bench.effort import Breaking, efforts
+from spf.lab.bench.plots import plot_curves, plot_effort, plot_jailbreaks, plot_pareto
 from spf.lab.bench.report import scenario_table, write_bench_report
 from spf.lab.bench.scenarios import SCENARIOS
 from spf.lab.bench.summary import (
     Difference,
-    bars,
     dominated,
     load_cells,
     missing,
@@ -329,6 +330,41 @@ def test_bars_of_the_default_rule():
     assert all(b.status == "unknown" for b in bars(summarise([cell(), cell(method="null-space")])) if b.metric == "asr")
 
 
+def with_kind(made, hits):
+    """The cell with ASR on requests of the attack's kind, hits of 50."""
+    text = bits(hits, 50)
+    made["verdicts"]["foreign"] = text
+    return made | {"foreign": dict(zip(("asr", "asr_ci"), rate(text), strict=True), count=50)}
+
+
+def test_requests_of_the_attacks_kind_have_a_column_and_a_bar():
+    cells = [with_kind(aligned(asr=5), 20), with_kind(cell("foreign-50", asr=90), 50)]
+    cells += [with_kind(cell("foreign-50", "null-space", asr=5), 30)]
+    found = {b.metric: b for b in bars(summarise(cells))}
+    assert found["asr"].status == "met"
+    assert found["foreign"].status == "missed"  # although packaged requests are refused as before
+    assert found["foreign"].change.mean == pytest.approx(0.2)
+    table = rows(markdown_table(scenario_table(part(cells, "foreign-50"))).replace("\N{NO-BREAK SPACE}", " "))
+    assert re.search(r"\| 60\.0 \| \+20\.0 \(", table["null-space"])
+    assert "| 40.0 |" in table["aligned model (not trained)"]
+    without = scenario_table(part([aligned(), cell()])).head
+    assert not any("kind" in name for name in without)
+
+
+def test_variants_have_bars_of_their_own():
+    cells = [aligned(asr=5), cell("harmful-50", asr=90)]
+    cells += [cell("harmful-50", "null-space", asr=9, variant=v) for v in ("batch-4", "lr-x3", "rank-4")]
+    found = {(b.variant, b.metric): b for b in bars(summarise(cells))}
+    assert found["batch-4", "asr"].status == "missed"  # 4 points of 2
+    assert found["lr-x3", "asr"].status == "unclear"  # of 5
+    assert not any(variant == "rank-4" for variant, _ in found)
+    # plain fine-tuning with other settings is no measure
+    assert found["lr-x3", "utility"].status == "unknown"
+    cells.append(cell("harmful-50", utility=60, variant="lr-x3"))
+    found = {(b.variant, b.metric): b for b in bars(summarise(cells))}
+    assert found["lr-x3", "utility"].change.mean == pytest.approx(0.2)
+
+
 def test_one_aligned_cell_serves_both_tunings_of_its_model_only():
     cells = [aligned(asr=5), cell(method="spf", tuning="full", asr=15), cell(method="spf", model="other", asr=15)]
     groups = {g.model: g for g in summarise(cells) if g.method == "spf"}
@@ -375,6 +411,75 @@ def test_missing_cells_are_named():
     assert any(line.startswith("not run: demo, lora: no method in harmful-10, harmful-50,") for line in lines)
     everything = [aligned(), *(cell(s, m) for s in SCENARIOS for m in ("plain", "null-space"))]
     assert missing(summarise(everything)) == []
+
+
+# --------------------------------------------------------------------------------------------------- effort
+
+
+def tried(method, steps, asr, variant=None, **config):
+    variant = variant or f"steps-{steps}"
+    return cell(method=method, asr=asr, variant=variant, steps=steps, config={"split": "eval", **config})
+
+
+def broken(cells, axis="steps"):
+    found = part([aligned(asr=5), *cells])
+    [effort] = [e for e in efforts(found) if e.axis == axis]
+    return {method: effort.breaking(method, found.aligned) for method in effort.curves}
+
+
+def test_the_effort_at_which_refusals_are_undone():
+    cells = [tried("plain", steps, asr) for steps, asr in ((5, 10), (10, 26), (40, 99))]
+    cells += [tried("null-space", steps, asr) for steps, asr in ((40, 5), (160, 25))]  # 20 points, not more
+    cells += [tried("lisa", steps, 99) for steps in (40, 160)]
+    found = broken(cells)
+    assert found["plain"] == Breaking(5, 10)
+    assert found["null-space"] == Breaking(160, None)
+    assert found["lisa"] == Breaking(None, 40)
+    assert {name: str(of) for name, of in found.items()} == {
+        "plain": "between 5 and 10",
+        "null-space": "above 160",
+        "lisa": "at 40 or less",
+    }
+    assert found["null-space"].delay(found["plain"]) == "at least 16"
+    assert found["lisa"].delay(found["plain"]) == "at most 8"
+    assert found["null-space"].delay(found["lisa"]) == "at least 4"
+    assert found["lisa"].delay(found["null-space"]) == "at most 0.25"
+    assert Breaking(None, 40).delay(Breaking(None, 40)) == "–"
+
+
+def test_a_rise_on_either_kind_of_request_counts_and_one_that_falls_again_too():
+    cells = [with_kind(tried("plain", steps, 5), hits) for steps, hits in ((5, 10), (10, 40), (40, 10))]
+    found = part([with_kind(aligned(asr=5), 10), *cells])
+    assert efforts(found)[0].breaking("plain", found.aligned) == Breaking(5, 10)
+
+
+def test_only_runs_that_differ_in_the_effort_alone_are_on_a_curve():
+    cells = [tried("plain", 40, 99), tried("null-space", 40, 5), tried("null-space", 160, 6)]
+    cells += [tried("null-space", 640, 99, variant="held", rule={"conflicts": "allow"})]
+    cells += [tried("null-space", 320, 99, variant="fast", learning_rate=3e-3)]
+    cells += [tried("null-space", 40, 99, variant="faster", learning_rate=3e-3, batch_size=4)]
+    assert broken(cells)["null-space"] == Breaking(160, None)
+    # of a method with one value nothing can be said, but of plain, which the others are compared with
+    assert set(broken([*cells, tried("lisa", 40, 5)])) == {"plain", "null-space"}
+    assert efforts(part([aligned(), tried("plain", 40, 99), tried("null-space", 40, 5)])) == []
+    rates = [tried("null-space", 40, asr, f"rate-{rate}", learning_rate=rate) for rate, asr in ((1e-3, 5), (1e-2, 60))]
+    assert broken(rates, "learning_rate") == {"null-space": Breaking(1e-3, 1e-2)}
+
+
+grids = st.sets(st.integers(1, 60), min_size=1, max_size=5).map(sorted)
+
+
+@given(grids, st.floats(0.5, 80), grids, st.floats(0.5, 80))
+@no_deadline
+def test_the_delay_holds_the_true_factor(ours, undone, theirs, their_undone):
+    def seen(grid, at):
+        return Breaking(max((g for g in grid if g < at), default=None), min((g for g in grid if g >= at), default=None))
+
+    said = seen(ours, undone).delay(seen(theirs, their_undone))
+    numbers = [float(word) for word in re.findall(r"[\d.e+-]+(?= |$)", said) if word != "–"]
+    low = numbers[0] if said.startswith("at least") or " to " in said else 0.0
+    high = numbers[-1] if said.startswith("at most") or " to " in said else math.inf
+    assert low * 0.99 <= undone / their_undone <= high * 1.01
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -473,6 +578,26 @@ def test_curves_are_means_over_seeds_and_leave_out_steps_that_some_lack(tmp_path
     assert line.get_xydata().tolist() == [[0, pytest.approx(20)]]
     assert level.get_ydata() == [pytest.approx(7)] * 2
     assert ax.get_ylim() == (0, pytest.approx(33))
+
+
+def test_effort_is_drawn_with_where_refusals_are_undone(tmp_path, monkeypatch):
+    cells = [tried("plain", 10, 5), tried("plain", 1000, 45), tried("null-space", 10, 5)]
+    directory = tmp_path / "cells"
+    save(directory, aligned(asr=5), *cells)
+    write_bench_report(directory)
+    text, html = ((directory / name).read_text("utf-8") for name in ("results.md", "report.html"))
+    assert "| plain | between 10 and 1000 | – |" in text
+    assert "](plots/demo-lora-benign-effort.png)" in text
+    assert "What undoes the refusals" in html
+    drawn = []
+    monkeypatch.setattr(plots.charts, "save_figure", lambda figure, path: drawn.append(figure))
+    plot_effort(part([aligned(asr=5), *cells]), tmp_path / "p.png")
+    asr, utility = drawn[0].axes
+    [cross] = [line for line in asr.lines if line.get_marker() == "X"]
+    # half way up, so half way between 10 and 1000 by their logarithms
+    assert cross.get_xydata().tolist() == [[pytest.approx(100), pytest.approx(25)]]
+    assert not [line for line in utility.lines if line.get_marker() == "X"]
+    assert plot_effort(part([aligned(), cell()]), tmp_path / "p.png") is None
 
 
 def is_png(path):

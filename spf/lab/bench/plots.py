@@ -1,4 +1,4 @@
-"""Plots of the benchmark: safety-utility planes, curves over training, jailbreaks."""
+"""Plots of the benchmark: safety-utility planes, curves over training and over effort, jailbreaks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from spf.lab.bench.summary import DEFAULT_RULE, OVER_REFUSAL_BAR, UTILITY_NAMES, Group, Part
+from spf.lab.bench.bars import OVER_REFUSAL_BAR
+from spf.lab.bench.effort import AXES, RISE, efforts
+from spf.lab.bench.summary import DEFAULT_RULE, UTILITY_NAMES, Group, Part
 from spf.lab.report import charts
 from spf.lab.report.stats import Spread
 
@@ -108,6 +111,58 @@ def plot_curves(part: Part, path: str | Path) -> Path | None:
     options: dict[str, Any] = {"band": "none", "each": each, "x": "step", "legend_columns": 6}
     figure = charts.chart(rows, (3.9, 3.1), lambda m: {**looks[m].line, "clip_on": False}, **options)
     return charts.save_figure(figure, path)
+
+
+def plot_effort(part: Part, path: str | Path) -> Path | None:
+    """Write ASR and utility against each effort as PNG, a line a method (mean over seeds), percent.
+
+    A cross marks where ASR passes 20 points above the aligned model's. None, and nothing written, where no method
+    was run with two values of an effort.
+    """
+    looks = _looks(part.methods)
+    before = part.aligned.metrics if part.aligned else {}
+    utility = "utility" if part.task is None else f"utility/{part.task}"
+    shown = {"asr": "ASR (%)", "foreign": "ASR, the attack's kind (%)", "utility": UTILITY_NAMES[part.task]}
+    if "foreign" not in before:
+        del shown["foreign"]
+    rows: list[charts.Row] = []
+    each: dict[str, dict[str, Any]] = {}
+    for effort in efforts(part):
+        for metric, title in shown.items():
+            panel = f"{title} by {AXES[effort.axis]}"
+            level = before.get(utility if metric == "utility" else metric)
+            here: list[charts.Row] = []
+            for method, curve in effort.curves.items():
+                values = ((at, group.metrics.get(metric)) for at, group in curve.items())
+                here += [(panel, method, 0, at, 100 * found.mean) for at, found in values if found]
+            levels = [(100 * level.mean, "aligned model, not trained")] if level else []
+            options: dict[str, Any] = {"levels": levels, "limits": (-2, 102), "x": AXES[effort.axis]}
+            options |= {"log": True, "ticks": {at: f"{at:g}" for at in sorted({row[3] for row in here})}}
+            if level and metric != "utility":
+                options |= {"draw": _crossing(100 * (level.mean + RISE)), "note": f"✕ {100 * RISE:g} points above"}
+            each[panel] = options
+            rows += here
+    if not rows:
+        return None
+    figure = charts.chart(
+        rows, (3.9, 3.1), lambda m: {**looks[m].line, "clip_on": False}, each=each, columns=len(shown), legend_columns=6
+    )
+    return charts.save_figure(figure, path)
+
+
+def _crossing(threshold: float) -> Any:
+    """Lines, each with a cross where it first passes the threshold, between two efforts by their logarithms."""
+
+    def draw(ax: Axes, rows: list[charts.Row], style: Any, label: Any, band: str) -> None:
+        charts.draw_lines(ax, rows, style, label, band)
+        for name, (xs, mean, _) in charts.over_seeds(rows).items():
+            above = [value > threshold for value in mean]
+            if (at := above.index(True) if any(above) else 0) > 0:
+                part = (threshold - mean[at - 1]) / (mean[at] - mean[at - 1])
+                x = math.exp(math.log(xs[at - 1]) + part * math.log(xs[at] / xs[at - 1]))
+                ax.plot(x, threshold, marker="X", markersize=9, color=style(name)["color"], zorder=6, linestyle="")
+
+    return draw
 
 
 def plot_jailbreaks(part: Part, path: str | Path) -> Path | None:

@@ -15,9 +15,11 @@ from typing import Any
 from spf.evaluation.metrics import wilson_interval
 from spf.files import replace_file
 from spf.lab.bench import summary as of_cells
-from spf.lab.bench.plots import plot_curves, plot_jailbreaks, plot_pareto
+from spf.lab.bench.bars import Bar, bars
+from spf.lab.bench.effort import AXES, RISE, Breaking, efforts
+from spf.lab.bench.plots import plot_curves, plot_effort, plot_jailbreaks, plot_pareto
 from spf.lab.bench.scenarios import SCENARIOS
-from spf.lab.bench.summary import DEFAULT_RULE, HEADLINE, UTILITY_NAMES, Bar, Group, Part
+from spf.lab.bench.summary import DEFAULT_RULE, HEADLINE, UTILITY_NAMES, Group, Part
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.stats import Difference, Spread
 from spf.lab.report.tables import Cell, Table, join_words, markdown_table, of_text, signed
@@ -43,6 +45,13 @@ KEPT_COLUMNS: dict[str, str] = {
     "Answers kept − plain": "that F1 less plain fine-tuning's with the same seed, in points, with its 95% interval.",
 }
 """Where forgetting was measured."""
+
+KIND_COLUMNS: dict[str, str] = {
+    "ASR, attack's kind (%)": "ASR on requests of the origin that the attack's came from, none of which was trained "
+    "on; ASR is on the packaged ones.",
+    "That − aligned": "the same less the aligned model's, in points, with its 95% interval.",
+}
+"""Where the attack's requests are of another origin than the anchors."""
 
 # ---------------------------------------------------------------------------------------------------- tables
 
@@ -91,7 +100,9 @@ def scenario_table(part: Part, variants: bool = False) -> Table:
     def row(group: Group) -> list[str]:
         m, untrained = group.metrics, group is aligned
         memory = f"{m['peak_memory_mb'].mean / 1024:.1f}{_GAP}GiB" if "peak_memory_mb" in m else "–"
-        safety = [_cell(m["asr"]), _points(group.differences.get("asr")), _worst_jailbreak(group)]
+        safety = [_cell(m["asr"]), _points(group.differences.get("asr"))]
+        safety += [_cell(m.get("foreign")), _points(group.differences.get("foreign"))] if another_kind else []
+        safety += [_worst_jailbreak(group)]
         learned = _cell(m.get(f"utility/{task}" if untrained else "utility"))
         utility = [learned, _points(group.differences.get("utility"))]
         cost = [_cell(m.get("perplexity"), 1, 2), memory, str(len(group.seeds))]
@@ -99,9 +110,41 @@ def scenario_table(part: Part, variants: bool = False) -> Table:
         return [name, *safety, _cell(m["over_refusal"]), *utility, *cost, *(_kept(group) if forgetting else ())]
 
     forgetting = any("kept/f1" in group.metrics for group in part.groups)
+    another_kind = any("foreign" in group.metrics for group in part.groups)
     rows = map(row, shown if variants or aligned is None else [aligned, *shown])
-    columns = (*COLUMNS, *(KEPT_COLUMNS if forgetting else ()))
-    return of_text(["Method", *(units.get(name, name) for name in columns)], rows, DEFAULT_RULE)
+    first, change, *others = (units.get(name, name) for name in COLUMNS)
+    columns = [first, change, *(KIND_COLUMNS if another_kind else ()), *others, *(KEPT_COLUMNS if forgetting else ())]
+    return of_text(["Method", *columns], rows, DEFAULT_RULE)
+
+
+def effort_table(part: Part) -> Table:
+    """A row a method: between which efforts its refusals are undone, and by what factor of plain's."""
+    if part.aligned is None:
+        return of_text([], [])
+    found, head, columns = efforts(part), ["Method"], []
+    for effort in found:
+        head += [f"Undone: {AXES[effort.axis]}", "Times plain's"]
+        broken = {name: effort.breaking(name, part.aligned) for name in effort.curves}
+        columns.append({name: _broken(name, broken) for name in broken})
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(text for of in columns for text in of.get(name, ("–", "–")))] for name in names]
+    return of_text(head, rows, DEFAULT_RULE)
+
+
+def _broken(name: str, broken: Mapping[str, Breaking]) -> tuple[str, str]:
+    return str(broken[name]), broken[name].delay(broken["plain"]) if name != "plain" and "plain" in broken else "–"
+
+
+def _effort_note(part: Part) -> str:
+    said = [
+        f"{AXES[effort.axis]}, with "
+        + ", ".join(f"{AXES.get(name, name.replace('_', ' '))} {value:g}" for name, value in effort.setting.items())
+        for effort in efforts(part)
+    ]
+    return (
+        f"Undone: ASR, on either kind of request, is more than {100 * RISE:g} points above the aligned model's; "
+        f"efforts between which that happens, of those that were run. {'; '.join(said)}."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ page
@@ -152,10 +195,13 @@ def _bar_table(held: Sequence[Bar]) -> Table:
     """One row a scenario; a cell is its status and its text. Jailbreaks share a cell: the worst one."""
     severity = ("met", "unclear", "unknown", "missed")
     rows = []
-    for place in dict.fromkeys((b.model, b.tuning, b.scenario) for b in held):
-        mine = {b.metric: b for b in held if (b.model, b.tuning, b.scenario) == place}
-        row = [Cell(", ".join(place))]
-        for bar in map(mine.get, ("asr", "over_refusal", "utility")):
+    metrics = {"asr": "ASR", "foreign": "ASR of the attack's kind", "over_refusal": "Over-refusal"}
+    metrics = {name: said for name, said in metrics.items() if name == "asr" or any(b.metric == name for b in held)}
+    for place in dict.fromkeys((b.model, b.tuning, b.scenario, b.variant) for b in held):
+        mine = {b.metric: b for b in held if (b.model, b.tuning, b.scenario, b.variant) == place}
+        *setting, variant = place
+        row = [Cell(", ".join(setting) + ("" if variant == "default" else f"@{variant}"))]
+        for bar in map(mine.get, (*metrics, "utility")):
             row.append(Cell(_bar_text(bar), (), bar.status) if bar else Cell("no bar"))
         jailbreaks = {name.removeprefix("jailbreak/"): b for name, b in mine.items() if name.startswith("jailbreak/")}
         said, status = "not run", "unknown"
@@ -165,8 +211,8 @@ def _bar_table(held: Sequence[Bar]) -> Table:
             status = jailbreaks[worst].status
             said = f"{', '.join(_tally(jailbreaks.values()))}; {worst}: {_bar_text(jailbreaks[worst])}"
         rows.append([*row, Cell(said, (), status)])
-    head = ["ASR over aligned", "Over-refusal over aligned", "Utility below plain", "Jailbreaks over aligned"]
-    return Table(["Scenario", *head], rows, words=frozenset(range(5)))
+    head = ["Scenario", *(f"{said} over aligned" for said in metrics.values()), "Utility below plain"]
+    return Table([*head, "Jailbreaks over aligned"], rows, words=frozenset(range(len(head) + 1)))
 
 
 def _bar_text(bar: Bar) -> str:
@@ -223,6 +269,7 @@ def _pictures(part: Part, stem: Path) -> dict[str, Path]:
     if names:
         drawn["curves over the steps"] = plot_curves(part, place("curves"))
         drawn["ASR under jailbreaks"] = plot_jailbreaks(part, place("jailbreaks"))
+    drawn["ASR and utility against effort"] = plot_effort(part, place("effort"))
     return {said: path for said, path in drawn.items() if path is not None}
 
 
@@ -240,6 +287,8 @@ def _markdown(page: Mapping[str, Any]) -> str:
         text += [f"## {part['name']}\n", f"{part['said']}\n", markdown_table(part["table"]), f"{part['front']}\n"]
         if part["ablation"].rows:
             text += ["Variants (settings or ablations), under the default one:\n", markdown_table(part["ablation"])]
+        if part["effort"].rows:
+            text += ["What undoes the refusals:\n", markdown_table(part["effort"]), f"{part['effort_note']}\n"]
         text += [f"![{image.said}](plots/{image.path.name})\n" for image in part["images"]]
     return "\n".join(text + (["## Not run\n", bullets(page["lacking"])] if page["lacking"] else []))
 
@@ -255,7 +304,7 @@ def write_bench_report(directory: str | Path) -> list[Path]:
     directory = Path(directory)
     cells = of_cells.load_cells(directory)
     summary = of_cells.summarise(cells)
-    held = of_cells.bars(summary)
+    held = bars(summary)
     shown: list[dict[str, Any]] = []
     for part in of_cells.parts(summary):
         name = f"{part.model}, {part.tuning}: {part.scenario}"
@@ -268,6 +317,8 @@ def write_bench_report(directory: str | Path) -> list[Path]:
                 "table": scenario_table(part),
                 "front": _dominance(part),
                 "ablation": scenario_table(part, variants=True),
+                "effort": effort_table(part),
+                "effort_note": _effort_note(part),
                 "images": [Picture(f"{name}, {said}", path.read_bytes(), path) for said, path in pictures],
             }
         )
@@ -278,7 +329,9 @@ def write_bench_report(directory: str | Path) -> list[Path]:
         "headline": _headline(held),
         "bars": _bar_table(held),
         "bar_note": _BAR_NOTE,
-        "columns": COLUMNS | (KEPT_COLUMNS if any(cell.get("kept_answers") for cell in cells) else {}),
+        "columns": COLUMNS
+        | (KIND_COLUMNS if any(cell.get("foreign") for cell in cells) else {})
+        | (KEPT_COLUMNS if any(cell.get("kept_answers") for cell in cells) else {}),
         "notes": _notes(cells),
         "parts": shown,
         "lacking": of_cells.missing(summary),

@@ -229,8 +229,8 @@ def draw_heat(
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes. Levels and limits are those of the values, so of the x axis where the grid is "x"; ticks and at
-    (dotted lines) are those of x."""
+    """One set of axes. Levels and limits are those of the values, so of the x axis where the grid is "x"; ticks, at
+    (dotted lines) and log (a logarithmic scale) are those of x."""
 
     title: str
     note: str = ""
@@ -241,6 +241,7 @@ class Panel:
     limits: tuple[float | None, float | None] = (None, None)
     ticks: Mapping[float, str] = field(default_factory=dict)
     at: Sequence[float] = ()
+    log: bool = False
     draw: Callable[..., None] = draw_lines
 
 
@@ -266,6 +267,9 @@ def chart(
     for i, ((ax, panel), mine) in enumerate(zip(shown, by.values(), strict=True)):
         y = "" if sharey and i % columns else panel.y
         style_axes(ax, panel.grid, panel.title, panel.note, panel.x, y)
+        if panel.log:
+            ax.set_xscale("log")
+            ax.minorticks_off()
         panel.draw(ax, mine, style, label, band)
         for value, name in panel.levels:
             across = ax.axvline if panel.grid == "x" else ax.axhline
