@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from spf.audit import LIST_FILE
 from spf.conflicts import rows_of
 from spf.data import SafetyRow
+from spf.leaving_out import name_of
 from spf.matrices import NAMED, describe_fixed
 from spf.optimizer import Attachment
 from spf.rules import Rule
@@ -82,8 +83,8 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
             "looks harmless to itself, as ordinary tasks do: these refusals are not held, so they will be lost; say "
             "conflicts='hold-all' to keep them, too"
         )
-    if found.pressing_rows and conflicts in ("hold", "hold-all") and rule.holds:
-        share = len(found.pressing_rows) / found.rows
+    if found.pressing and conflicts in ("hold", "hold-all") and rule.holds:
+        share = len(found.pressing) / len(found.answers)
         lines.append(
             f"the model refuses or might refuse {share:.0%} of the training prompts: if that is your task, it "
             "cannot be learned while these refusals are held; say conflicts='allow'"
@@ -109,14 +110,14 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
 def _left_out(data: TrainingData) -> str:
     """Which of the rows are not trained on, and why the others are."""
     assert data.found is not None, "the data were not audited"
-    words = ""
+    words, rows = "", name_of(data.found.answers)
     if data.left_out:
-        words += f"; {len(data.left_out)} rows are left out of training"
-    on = len(data.found.pressing_rows) - len(data.left_out)
+        words += f"; {len(data.left_out)} {rows} are left out of training"
+    on = len(data.found.pressing) - len(data.left_out)
     if data.leaves_out and on:
         why = data.obstacle or "they teach other things, too"
         # the command tells over-refusals apart
-        words += f"; {on} rows are trained on and press against what is held ({why})"
+        words += f"; {on} {rows} are trained on and press against what is held ({why})"
         words += f"; {remedy(data.obstacle)}" * (data.conflicts != "hold-all")
     return words
 

@@ -121,11 +121,11 @@ def compare(
         asked = ((example, found[example.prompt_ids]) for example in examples.examples if example.prompt_ids in found)
         return sorted(
             (
-                Conflict(example.row, probability, example.prompt_ids, begins.likeliest(token))
+                Conflict(example.row, probability, example.prompt_ids, begins.likeliest(token), example.document)
                 for example, (probability, token) in asked
                 if not begins.refuses(example)
             ),
-            key=lambda conflict: conflict.row,
+            key=lambda conflict: conflict.place,
         )
 
     prompts = {example.prompt_ids for example in examples.examples}
@@ -137,7 +137,7 @@ def compare(
         len(refused),
         conflicts(refused),
         conflicts(leaning),
-        answers=Counter(example.row for example in examples.examples),
+        answers=Counter((example.row, example.document) for example in examples.examples),
         verdicts=Verdicts(prompts, [list(refusal) for refusal in begins.refusals], refused, leaning),
     )
 

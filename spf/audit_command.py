@@ -8,12 +8,13 @@ from rich.console import Console
 
 from spf.arguments import AuditArguments
 from spf.audit import CACHE_FILE, LIST_FILE, audit_data
-from spf.conflicts import Audit, without
+from spf.conflicts import Audit
 from spf.data import ask_refusals, load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
 from spf.evaluation.run import parse_options
 from spf.files import atomic_path, check_output_file, directory_lock
+from spf.leaving_out import rows_in, without
 from spf.models import load_model, machine_device
 from spf.text.generation import context_length
 
@@ -61,7 +62,7 @@ def _kept(output: Path) -> str:
 
 def _write_clean(dataset: Dataset, found: Audit, path: Path) -> None:
     with atomic_path(path) as temporary:
-        without(dataset, found.pressing_rows).to_json(temporary)
+        without(dataset, found.pressing).to_json(temporary)
 
 
 def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
@@ -80,6 +81,6 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
             text = tokenizer.decode(list(conflict.prompt_ids), skip_special_tokens=True)
             console.print(f"{conflict.row}\t{conflict.probability:.2f}\t{kind}\t{' '.join(str(text).split())}")
     if args.clean:
-        more = len(found.pressing_rows) - len(found.conflicting_rows)
+        more = len(rows_in(found.pressing)) - len(found.conflicting_rows)
         might = f", and without {more} more that it might refuse" if more else ""
         console.print(f"Without the rows that answer them{might}: {args.clean}")

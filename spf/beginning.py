@@ -12,6 +12,7 @@ from spf.checkpoint import LeftOut, Saved
 from spf.data import unused_tokens
 from spf.errors import UnsupportedSetupError
 from spf.going_on import earlier_subspace
+from spf.leaving_out import name_of
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import Rule
@@ -122,6 +123,7 @@ def begin(
     if data.found is not None:
         lines[-1:-1] = audit_lines(data, rule)
     elif data.left_out:
-        lines[-1:-1] = [f"{len(data.left_out)} training rows are left out, as in the run that goes on"]
+        left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
+        lines[-1:-1] = [f"{left_out}, as in the run that goes on"]
     lines[1:1] = callback.keep.lines
     return Begun(lines, [] if earlier is None else [earlier_line(earlier.where)])

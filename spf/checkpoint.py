@@ -69,11 +69,12 @@ class _Conflict(File):
 class LeftOut(File):
     """What was done about conflicts, and which rows of the training data, of so many, were not trained on.
 
-    content: a hash of these rows; nothing where there are none.
+    places: each row with the document of it, if it is packed, else 0. content: a hash of these rows; nothing where
+    there are none.
     """
 
     conflicts: Conflicts
-    rows: list[Whole]
+    places: list[tuple[Whole, Whole]]
     of: Whole
     content: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 

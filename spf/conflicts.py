@@ -1,6 +1,5 @@
 """Conflicts that an audit found: their rows, and which of them are held, watched or left out."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -9,12 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from spf.data import Anchor
 from spf.data.examples import read_examples
 from spf.files import replace_file
+from spf.leaving_out import Place
 from spf.next_token import Known
 
 STREAM_ROWS = 1000
@@ -33,14 +33,19 @@ MOST_WATCHED = 16
 class Conflict:
     """An example whose prompt the aligned model refuses and whose target does not.
 
-    row: of the data set. probability: that the answer begins as a refusal. refusal_ids: the refusal of the model's own
-    that begins so. prompt_ids: the prompt as tokens.
+    row: of the data set; document: of a packed row. probability: that the answer begins as a refusal.
+    refusal_ids: the refusal of the model's own that begins so. prompt_ids: the prompt as tokens.
     """
 
     row: int
     probability: float
     prompt_ids: tuple[int, ...]
     refusal_ids: tuple[int, ...]
+    document: int = 0
+
+    @property
+    def place(self) -> Place:
+        return self.row, self.document
 
     def anchor(self) -> Anchor:
         """As a safety sample."""
@@ -67,8 +72,9 @@ class Audit:
     model. conflicts: one an example, in the order of the rows. leaning: the same of prompts that the model does not
     refuse, though it might (`LEANING`). seconds: that it took. stream: the data go on after
     these rows. refuses: the model refuses at least one of the safety prompts; else nothing can be found.
-    answers: how many answers each row teaches, of those that could be read. source: the directory of the earlier audit
-    that it was taken from, if any; other_weights: which asked a model with other weights.
+    answers: how many answers each row, or document of a packed one, teaches, of those that could be read. source: the
+    directory of the earlier audit that it was taken from, if any; other_weights: which asked a model with other
+    weights.
     """
 
     rows: int = 0
@@ -82,7 +88,7 @@ class Audit:
     seconds: float = 0.0
     stream: bool = False
     refuses: bool = True
-    answers: Counter[int] = field(default_factory=Counter, repr=False)
+    answers: Counter[Place] = field(default_factory=Counter, repr=False)
     verdicts: Verdicts | None = field(default=None, repr=False)
     source: str = ""
     other_weights: bool = False
@@ -114,15 +120,16 @@ class Audit:
         return rows_of(self.over_refusals)
 
     @property
-    def pressing_rows(self) -> list[int]:
-        """Rows whose prompts the model refuses or might, and that do not refuse, in order, each once."""
-        return rows_of([*self.conflicts, *self.leaning])
+    def pressing(self) -> list[Place]:
+        """Rows, or documents of packed ones, whose prompts the model refuses or might, and that do not refuse, in
+        order, each once."""
+        return sorted({conflict.place for conflict in [*self.conflicts, *self.leaning]})
 
     @property
-    def futile_rows(self) -> list[int]:
-        """Of these, the rows that teach nothing else: where their prompts are held, nothing is learned from them."""
-        pressing = Counter(conflict.row for conflict in [*self.conflicts, *self.leaning])
-        return sorted(row for row, count in pressing.items() if count == self.answers[row])
+    def futile(self) -> list[Place]:
+        """Of these, what teaches nothing else: where its prompts are held, nothing is learned from it."""
+        pressing = Counter(conflict.place for conflict in [*self.conflicts, *self.leaning])
+        return sorted(place for place, count in pressing.items() if count == self.answers[place])
 
     @property
     def share(self) -> float:
@@ -152,20 +159,6 @@ class Audit:
 def rows_of(conflicts: Sequence[Conflict]) -> list[int]:
     """The rows of conflicts, in order, each once."""
     return sorted({conflict.row for conflict in conflicts})
-
-
-def without(dataset: Dataset, rows: Collection[int]) -> Dataset:
-    """The data set less these rows."""
-    left_out = set(rows)
-    return dataset.select([row for row in range(len(dataset)) if row not in left_out])
-
-
-def content_of(dataset: Dataset, rows: Sequence[int]) -> str:
-    """A hash (sha256) of what these rows hold."""
-    digest = hashlib.sha256()
-    for row in dataset.select(rows):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def spread(conflicts: Sequence[Conflict], most: int) -> list[Anchor]:

@@ -12,10 +12,11 @@ from spf.answering import refuse_unanswering
 from spf.audit import LIST_FILE, audit_data
 from spf.checkpoint import LeftOut, read_left_out
 from spf.config import Conflicts
-from spf.conflicts import Audit, anchor_entries, anchors_again, content_of, without
+from spf.conflicts import Audit, anchor_entries, anchors_again
 from spf.data import Anchor, SafetyDataError, SafetyRow
 from spf.earlier_audit import EarlierAudit
 from spf.errors import UnsupportedSetupError
+from spf.leaving_out import LENGTHS, Place, content_of, lengths_of, rows_in, without
 from spf.safety_samples import SafetySamples
 from spf.sharding import is_first, object_of_rank_0
 from spf.text.generation import context_length
@@ -24,14 +25,16 @@ from spf.trainers import tokenizer_of
 CLEAN = "`spf audit DATA --model MODEL --clean FILE` writes the data without them"
 BEFORE = "with audited='spf-audit', after `spf audit DATA --model MODEL`, they are left out"
 SHARDED = "where parameters are sharded the data are asked when they are read already"
+WRAPPED = "packed rows cut their documents anywhere, so these cannot be told apart"
+BY_DOCUMENT = "with packing_strategy='bfd' they are left out"
 LATE = "the callback came when the trainer was made already"
 
 
 class TrainingData:
     """Audits each data set once; says which conflicts are held and which are watched, and leaves their rows out.
 
-    left_out: rows of the data set that are not trained on. obstacle: why rows with conflicts are trained on all the
-    same; nothing where they need not be.
+    left_out: rows of the data set, or documents of packed ones, that are not trained on. obstacle: why rows
+    with conflicts are trained on all the same; nothing where they need not be.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class TrainingData:
         self.holds = holds
         self.options = options
         self.found: Audit | None = None
-        self.left_out: list[int] = []
+        self.left_out: list[Place] = []
         self.obstacle = LATE
         self.held: list[Anchor] = []
         self.watched: list[Anchor] = []
@@ -134,14 +137,15 @@ class TrainingData:
             self._read = trainer._remove_unused_columns(whole)
         if was is not None:
             refuse_other_data(self._read, was)
-            self.left_out, self._content = was.rows, was.content
+            self.left_out, self._content = was.places, was.content
         elif self.found is None and not self.obstacle:
             found = self._ask(trainer, samples)
-            rows = found.pressing_rows if self.conflicts == "drop" else found.futile_rows
+            places = found.pressing if self.conflicts == "drop" else found.futile
             self.found = None  # whoever tries again after an error is told again
-            refuse_too_few(trainer, rows)
+            if places:
+                refuse_too_few(trainer, places)
             self.found = found
-            self.left_out, self._content = rows, content_of(self._read, rows)
+            self.left_out, self._content = places, content_of(self._read, places)
         if self.left_out:
             trainer.train_dataset = self._short = without(whole, self.left_out)
 
@@ -180,15 +184,18 @@ class TrainingData:
         if self.left_out and not self._reads_short(data_of(loader)):
             self.obstacle = self._or_refuse("the trainer's loader reads other data than its train_dataset")
             self.found, self.left_out = None, []
-        if was is not None and (was.conflicts, was.rows) != (self.conflicts, self.left_out):
+        if was is not None and (was.conflicts, was.places) != (self.conflicts, self.left_out):
             raise UnsupportedSetupError(
-                f"the run that goes on has conflicts={was.conflicts!r} and {len(was.rows)} training rows left out, and "
-                f"this one {self.conflicts!r} and {len(self.left_out)}; give the callback in the trainer's "
+                f"the run that goes on has conflicts={was.conflicts!r} and {len(was.places)} training rows left out, "
+                f"and this one {self.conflicts!r} and {len(self.left_out)}; give the callback in the trainer's "
                 "constructor, callbacks=[...], with the same conflicts= and rule"
             )
 
     def _reads_short(self, data: Any) -> bool:
-        return self._short is not None and isinstance(data, Sized) and len(data) == len(self._short)
+        if self._short is None or not isinstance(data, Sized) or len(data) != len(self._short):
+            return False
+        # packed rows may be fewer by no row
+        return lengths_of(data) == lengths_of(self._short)
 
     def split(self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Mapping[str, Any] | None) -> None:
         """Say which conflicts are `held`, and which are `watched`; of a run that goes on the same.
@@ -205,10 +212,15 @@ class TrainingData:
                     anchors_again(saved[kind], data, tokenizer, self.options) for kind in ("held", "watched")
                 )
 
+    @property
+    def left_out_rows(self) -> list[int]:
+        """Rows of which something is left out, in order, each once."""
+        return rows_in(self.left_out)
+
     def entries(self) -> dict[str, Any]:
         """For a checkpoint: held and watched conflicts, without their text, and the rows that were left out."""
         of, content = (len(self._read), self._content) if self.left_out else (0, "")
-        left_out = LeftOut(conflicts=self.conflicts, rows=self.left_out, of=of, content=content)
+        left_out = LeftOut(conflicts=self.conflicts, places=self.left_out, of=of, content=content)
         return {
             "held": anchor_entries(self.held),
             "watched": anchor_entries(self.watched),
@@ -218,7 +230,7 @@ class TrainingData:
 
 def remedy(obstacle: str) -> str:
     """What helps where rows are not left out."""
-    return BEFORE if obstacle == SHARDED else CLEAN
+    return {SHARDED: BEFORE, WRAPPED: BY_DOCUMENT}.get(obstacle, CLEAN)
 
 
 def obstacle_in(trainer: Trainer, asks: bool) -> str:
@@ -228,28 +240,29 @@ def obstacle_in(trainer: Trainer, asks: bool) -> str:
         return f"of a {type(dataset).__name__} no row can be left out"
     if asks and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return SHARDED
-    if vars(trainer.args).get("packing") or "seq_lengths" in dataset.column_names:
-        return "rows are packed, and what is packed beside them would go, too"
+    if vars(trainer.args).get("packing") and LENGTHS not in dataset.column_names:
+        return WRAPPED
     return ""
 
 
-def refuse_too_few(trainer: Trainer, rows: Sequence[int]) -> None:
+def refuse_too_few(trainer: Trainer, places: Sequence[Place]) -> None:
     """
     Raises:
-        SafetyDataError: without these rows not one batch is left.
+        SafetyDataError: without these rows, or documents of packed ones, not one batch is left.
     """
-    args, whole = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
-    left, batch = whole - len(rows), args.train_batch_size * args.world_size
-    if rows and not left:
+    args, dataset = trainer.args, trainer.train_dataset
+    whole, left = len(dataset), len(without(dataset, places))  # type: ignore[arg-type]
+    batch = args.train_batch_size * args.world_size
+    if not left:
         raise SafetyDataError(
             f"all {whole} training rows answer prompts that the model refuses or might refuse, so with these refusals "
             "held nothing can be learned; if that is your task, say conflicts='allow'"
         )
-    if rows and args.dataloader_drop_last and left < batch:
+    if args.dataloader_drop_last and left < batch:
         raise SafetyDataError(
-            f"{len(rows)} of {whole} training rows answer prompts that the model refuses or might refuse, and the rest "
-            f"is less than a batch of {batch}, which dataloader_drop_last leaves out; if that is your task, say "
-            "conflicts='allow'"
+            f"{len(rows_in(places))} of {whole} training rows answer prompts that the model refuses or might refuse, "
+            f"and the rest is less than a batch of {batch}, which dataloader_drop_last leaves out; if that is your "
+            "task, say conflicts='allow'"
         )
 
 
@@ -258,12 +271,12 @@ def refuse_other_data(dataset: Any, was: LeftOut) -> None:
     Raises:
         SafetyDataError: the rows that the run that goes on left out are not these.
     """
-    if was.rows and (
-        not isinstance(dataset, Dataset) or len(dataset) != was.of or was.content != content_of(dataset, was.rows)
+    if was.places and (
+        not isinstance(dataset, Dataset) or len(dataset) != was.of or was.content != content_of(dataset, was.places)
     ):
         raise SafetyDataError(
-            f"the run left {len(was.rows)} of {was.of} training rows out, and these are not the same data, or not "
-            "in the same order; give the same data set to go on, or start a new run"
+            f"the run left {len(rows_in(was.places))} of {was.of} training rows out, and these are not the same data, "
+            "or not in the same order; give the same data set to go on, or start a new run"
         )
 
 

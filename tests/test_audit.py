@@ -1,12 +1,16 @@
 """Conflicts between training data and a model's refusals: found in every form of data, held, dropped or refused."""
 
 import copy
+import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
@@ -20,6 +24,7 @@ from spf.cli import main
 from spf.conflicts import MOST_HELD, MOST_WATCHED, Audit, Conflict, spread
 from spf.data import SafetyRow, collate, packaged_prompts, tokenise
 from spf.data.examples import read_examples
+from spf.leaving_out import lengths_of, without
 from spf.probe import SafetyProbe
 from spf.rules import RULES
 from spf.shared_prefix import NextToken
@@ -331,7 +336,7 @@ def test_a_callback_that_serves_a_second_trainer_audits_its_data(tmp_path, token
     assert seen <= set(benign)
     # and the first trainer's are its own again, then the other's
     trainer.train()
-    assert (callback.audit.rows, callback.data.left_out) == (12, [])
+    assert (callback.audit.rows, callback.data.left_out_rows) == (12, [])
     other.train()
     assert callback.audit.rows == 24
 
@@ -372,7 +377,7 @@ def test_rows_that_might_be_refused_are_held_and_left_out_too(tmp_path, tokenize
     trainer, callback = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS)
     trainer.train()
     assert (len(callback.audit.conflicts), len(callback.audit.leaning)) == (0, 12)
-    assert callback.data.left_out == list(range(12))
+    assert callback.data.left_out_rows == list(range(12))
     listed = [json.loads(line) for line in (tmp_path / "run" / "spf_conflicts.jsonl").read_text().splitlines()]
     assert [(line["row"], line["refused"]) for line in listed] == [(row, False) for row in range(12)]
 
@@ -418,37 +423,138 @@ def test_rows_that_cannot_be_left_out_are_held_and_it_is_said(
         monkeypatch.setattr(trainer, "_inner_training_loop", lambda *_, **__: None)
         trainer.train()
         assert callback.data.obstacle == why
-        assert callback.data.left_out == []
+        assert callback.data.left_out_rows == []
         return
     trainer.train()
-    assert callback.data.left_out == []
+    assert callback.data.left_out_rows == []
     assert callback.audit.conflicting_rows == list(range(12))
     assert f"12 rows are trained on and press against what is held ({why}); `spf audit DATA" in caplog.text
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_packed_rows_are_not_left_out_with_what_is_packed_beside_them(
-    strategy, tmp_path, tokenizer, refusing, rows, caplog
-):
+def packed_run(tmp_path, tokenizer, refusing, rows, conflicts="hold", **packing):
+    """A run whose rows pack a conflict beside others, and what its loader was given: the texts of the documents."""
     pairs = [(HARMFUL[i], COMPLIES) for i in range(12, 20)] + [(p, COMPLIES) for p in BENIGN[:8]]
-    packing = {"packing": True, "packing_strategy": strategy, "max_length": 96, "max_steps": 1}
-    for conflicts in ("hold", "drop"):
-        callback = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24), conflicts=conflicts)
-        trainer = SFTTrainer(
-            get_peft_model(copy.deepcopy(refusing), LORA),
-            arguments(SFTConfig, tmp_path / conflicts, **packing),
-            train_dataset=Dataset.from_list(rows_of(pairs)),
-            processing_class=tokenizer,
-            callbacks=[callback],
-        )
-        assert len(trainer.train_dataset) < len(pairs)  # several in a row
-        if conflicts == "drop":
-            with pytest.raises(UnsupportedSetupError, match=r"cannot leave rows out: rows are packed, .*`spf audit"):
-                trainer.train()
-        else:
-            trainer.train()
-            assert callback.data.left_out == []
-            assert "(rows are packed, and what is packed beside them would go, too)" in caplog.text
+    packing = {"packing": True, "max_length": 96, "max_steps": 1} | packing
+    callback = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24), conflicts=conflicts)
+    trainer = SFTTrainer(
+        get_peft_model(copy.deepcopy(refusing), LORA),
+        arguments(SFTConfig, tmp_path, **packing),
+        train_dataset=Dataset.from_list(rows_of(pairs)),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    assert len(trainer.train_dataset) < len(pairs)  # several in a row
+    loader, read = trainer.get_train_dataloader, []
+
+    def noting():
+        made = loader()
+        read.extend(documents(made.dataset))
+        return made
+
+    trainer.get_train_dataloader = noting
+    return trainer, callback, read
+
+
+def documents(dataset):
+    """The documents of packed rows, as token ids."""
+    for row in dataset:
+        ids, start = list(row["input_ids"]), 0
+        for length in row.get("seq_lengths") or [len(ids)]:
+            yield tuple(ids[start : start + length])
+            start += length
+        assert start == len(ids)
+
+
+@pytest.mark.parametrize("conflicts", ["hold", "drop"])
+def test_of_packed_rows_the_examples_that_are_held_are_left_out_and_no_others(
+    conflicts, tmp_path, tokenizer, refusing, rows, caplog
+):
+    trainer, callback, read = packed_run(tmp_path, tokenizer, refusing, rows, conflicts)
+    whole = trainer.train_dataset
+    before = list(documents(whole))
+    trainer.train()
+    left = callback.data.left_out
+    assert len(left) == len(callback.audit.conflicts) == 8
+    assert any(document for _, document in left)
+    refused = [chat_ids(tokenizer, [user(HARMFUL[i])], True) for i in range(12, 20)]
+    others = [ids for ids in before if not any(list(ids[: len(prompt)]) == prompt for prompt in refused)]
+    assert len(others) == 8
+    assert read == others  # the same tokens, in the same order
+    assert "8 examples of packed rows are left out of training" in caplog.text
+    assert "trained on and press" not in caplog.text
+    assert trainer.train_dataset is whole
+    kept, _ = callback.data.held, callback.data.watched
+    assert {tuple(a.prompt_ids) for a in kept} == {c.prompt_ids for c in callback.audit.conflicts}
+
+
+def test_a_packed_run_goes_on_with_the_examples_that_it_left_out(tmp_path, tokenizer, refusing, rows, caplog):
+    trainer, callback, first = packed_run(tmp_path, tokenizer, refusing, rows, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer, again, read = packed_run(
+        tmp_path, tokenizer, refusing, rows, save_strategy="steps", save_steps=1, max_steps=2
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert read == first
+    assert again.data.left_out == callback.data.left_out
+    assert "8 examples of packed rows are left out of training, as in the run that goes on" in caplog.text
+
+
+def test_documents_that_packing_cut_anywhere_are_not_left_out(tmp_path, tokenizer, refusing, rows, caplog):
+    trainer, callback, read = packed_run(tmp_path, tokenizer, refusing, rows, packing_strategy="wrapped")
+    trainer.train()
+    assert callback.data.left_out == []
+    assert read == list(documents(trainer.train_dataset))
+    assert "so these cannot be told apart); with packing_strategy='bfd' they are left out" in caplog.text
+    trainer, _, _ = packed_run(tmp_path / "drop", tokenizer, refusing, rows, "drop", packing_strategy="wrapped")
+    with pytest.raises(UnsupportedSetupError, match=r"cannot leave rows out: packed rows cut .*packing_strategy='bfd'"):
+        trainer.train()
+
+
+def test_a_loader_that_reads_packed_rows_whole_is_noticed(tmp_path, tokenizer, refusing, rows, caplog):
+    """As many rows as without the examples that are left out, but with them."""
+    trainer, callback, _ = packed_run(tmp_path, tokenizer, refusing, rows)
+    whole, loader = trainer.train_dataset, trainer.get_train_dataloader
+
+    def other():
+        short, trainer.train_dataset = trainer.train_dataset, whole.select(range(len(trainer.train_dataset)))
+        try:
+            return loader()
+        finally:
+            trainer.train_dataset = short
+
+    trainer.get_train_dataloader = other
+    trainer.train()
+    assert callback.data.left_out == []
+    assert "the trainer's loader reads other data than its train_dataset" in caplog.text
+
+
+packed_rows = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+@given(packed_rows, st.randoms(use_true_random=False), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_examples_are_cut_out_of_packed_rows(lengths, random, formatted):
+    tokens = itertools.count()
+    rows = [
+        {"input_ids": [next(tokens) for _ in range(sum(row))], "seq_lengths": row, "name": f"row {i}"}
+        for i, row in enumerate(lengths)
+    ]
+    for row in rows:
+        row["completion_mask"] = [token % 2 for token in row["input_ids"]]
+    dataset = Dataset.from_list(rows)
+    if formatted:
+        dataset = dataset.select(range(len(rows))).with_format("torch", columns=["input_ids"], output_all_columns=True)
+    places = [(i, j) for i, row in enumerate(lengths) for j in range(len(row))]
+    gone = random.sample(places, random.randint(0, len(places)))
+    short = without(dataset, gone)
+    assert short.format == dataset.format
+    kept = [ids for place, ids in zip(places, documents(Dataset.from_list(rows)), strict=True) if place not in gone]
+    plain = list(short.with_format(None))
+    assert list(documents(plain)) == kept
+    assert all(row["seq_lengths"] for row in plain)
+    assert all(row["completion_mask"] == [token % 2 for token in row["input_ids"]] for row in plain)
+    assert [row["name"] for row in plain] == sorted(row["name"] for row in plain)
+    assert lengths_of(short) == [row["seq_lengths"] for row in plain]
 
 
 def test_a_completion_of_several_turns_teaches_several_things(tmp_path, tokenizer, refusing, rows):
@@ -467,7 +573,7 @@ def test_a_completion_of_several_turns_teaches_several_things(tmp_path, tokenize
     )
     trainer.train()
     assert callback.audit.conflicting_rows == [0, *range(1, 13)]
-    assert callback.data.left_out == list(range(1, 13))
+    assert callback.data.left_out_rows == list(range(1, 13))
 
 
 def test_what_the_trainer_does_not_read_is_not_audited(tmp_path, tokenizer, refusing, rows):
@@ -476,7 +582,7 @@ def test_what_the_trainer_does_not_read_is_not_audited(tmp_path, tokenizer, refu
     trainer.train_dataset = trainer.train_dataset.add_column("label", [False] * 24)
     seen, benign = trained_on(trainer), names_of(trainer)[12:]
     trainer.train()
-    assert callback.data.left_out == list(range(12))
+    assert callback.data.left_out_rows == list(range(12))
     assert seen
     assert seen <= set(benign)
 
@@ -499,7 +605,7 @@ def test_a_loader_that_reads_other_data_leaves_nothing_out(conflicts, tmp_path, 
             trainer.train()
         return
     trainer.train()
-    assert (callback.data.left_out, callback.audit.conflicting_rows) == ([], list(range(12)))
+    assert (callback.data.left_out_rows, callback.audit.conflicting_rows) == ([], list(range(12)))
     assert "12 rows are trained on and press against what is held (the trainer's loader reads other" in caplog.text
 
 
@@ -511,7 +617,7 @@ def test_a_model_of_several_types_is_audited_as_it_is_trained(tmp_path, tokenize
             module.float()
     trainer, callback = run(tmp_path, tokenizer, model, rows[:9], PAIRS, bf16=True, max_steps=1)
     trainer.train()
-    assert callback.data.left_out == list(range(12))
+    assert callback.data.left_out_rows == list(range(12))
 
 
 def saves(tmp_path, tokenizer, refusing, rows, conflicts="hold"):
@@ -526,14 +632,14 @@ def test_a_run_that_goes_on_watches_the_same_conflicts(tmp_path, tokenizer, refu
     """And leaves the same rows out, without asking a model which is trained already."""
     pairs, callback, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
     watched, held = callback.data.watched, callback.data.held
-    assert (len(watched), len(held), callback.data.left_out) == (3, 21, list(range(24)))
+    assert (len(watched), len(held), callback.data.left_out_rows) == (3, 21, list(range(24)))
     caplog.clear()
     monkeypatch.setattr("spf.training_data.audit_data", lambda *_, **__: pytest.fail("asked again"))
     trainer, again = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
     seen = trained_on(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     assert 0 < len(seen) <= 12
-    assert "24 training rows are left out, as in the run that goes on" in caplog.text
+    assert "24 rows are left out of training, as in the run that goes on" in caplog.text
     monitor = again.attachment.monitor
     for kind, before in (("held", held), ("watched", watched)):
         now = getattr(again.data, kind)
@@ -564,7 +670,7 @@ def test_a_run_goes_on_with_the_rows_that_it_left_out_or_not_at_all(tmp_path, to
         seen.clear()
         trainer.train(resume_from_checkpoint=resume)
         assert (len(seen) <= 12, len(trainer.train_dataset)) == (True, 36)
-        assert (len(callback.data.held), callback.data.left_out) == (21, list(range(24)))
+        assert (len(callback.data.held), callback.data.left_out_rows) == (21, list(range(24)))
 
 
 @pytest.mark.parametrize("conflicts", ["hold", "drop", "error"])
@@ -712,9 +818,14 @@ def test_data_that_cannot_be_audited_are_said_to_be(data, said, tmp_path, tokeni
     assert callback.attachment.corrected == 1
 
 
+def taught(rows):
+    """One answer a row."""
+    return Counter((row, 0) for row in range(rows))
+
+
 def test_conflicts_are_spread_over_the_data():
     conflicts = [Conflict(row, 1.0, (row,), (1,)) for row in range(1000)]
-    found = Audit(1000, conflicts=conflicts)
+    found = Audit(1000, conflicts=conflicts, answers=taught(1000))
     assert [anchor.prompt_ids for anchor in spread(found.conflicts, 4)] == [[0], [250], [500], [750]]
     held, watched = found.split()
     # more than can be held: the line says how many are
@@ -734,13 +845,14 @@ def data_with(found, conflicts, rule=None):
 def test_a_task_that_the_model_refuses_is_said_to_be_lost():
     """A task that looks harmful to the model, too: nothing tells it from an attack, so the user has to."""
     lost = "the model refuses or might refuse 60% of the training prompts: if that is your task, it cannot be learned"
-    found = Audit(10, prompts=10, refused=6, conflicts=[Conflict(row, 1.0, (row,), (1,)) for row in range(6)])
+    conflicts = [Conflict(row, 1.0, (row,), (1,)) for row in range(6)]
+    found = Audit(10, prompts=10, refused=6, conflicts=conflicts, answers=taught(10))
     assert audit_lines(data_with(found, "hold"), NullSpace())[1].startswith(lost)
     assert len(audit_lines(data_with(found, "allow"), NullSpace())) == 1
     assert len(audit_lines(data_with(found, "hold", RULES["spf"]()), RULES["spf"]())) == 1
-    fewer = audit_lines(data_with(replace(found, rows=12), "hold"), NullSpace())
+    fewer = audit_lines(data_with(replace(found, answers=taught(12)), "hold"), NullSpace())
     assert fewer[1].startswith("if these are harmless requests of your task")
-    leaning = Audit(10, prompts=10, leaning=found.conflicts)
+    leaning = Audit(10, prompts=10, leaning=found.conflicts, answers=taught(10))
     assert audit_lines(data_with(leaning, "hold"), NullSpace())[1].startswith(lost)
 
 
@@ -811,7 +923,7 @@ def test_an_audit_that_was_made_before_is_taken(audited, tmp_path, tokenizer, re
             seen, names = trained_on(trainer), names_of(trainer)
             trainer.train()
         assert {pairs[i] for i, name in enumerate(names) if name in seen} <= set(PAIRS[12:])
-        assert {pairs[row] for row in taken.data.left_out} == set(pairs) & set(PAIRS[:12])
+        assert {pairs[row] for row in taken.data.left_out_rows} == set(pairs) & set(PAIRS[:12])
         assert f"as the audit in {audited} found" in caplog.text
         assert f"list in spf_conflicts.jsonl of {audited}" in caplog.text
         assert "other weights" not in caplog.text
@@ -890,7 +1002,7 @@ def test_an_earlier_audit_tells_over_refusals_apart_or_is_refused(tmp_path, toke
                     trainer.train()
             else:
                 trainer.train()
-                left[first, conflicts] = callback.data.left_out
+                left[first, conflicts] = callback.data.left_out_rows
     assert left == {
         ("hold", "hold"): [*range(1, 12)],
         ("hold", "hold-all"): [*range(12)],
@@ -904,6 +1016,6 @@ def test_a_run_that_took_an_earlier_audit_goes_on(audited, tmp_path, tokenizer, 
     caplog.clear()
     again, after = taking(tmp_path, tokenizer, refusing, rows, audited)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-    assert after.data.left_out == callback.data.left_out == [*range(12)]
+    assert after.data.left_out_rows == callback.data.left_out_rows == [*range(12)]
     assert (after.data.held, after.data.watched) == (callback.data.held, callback.data.watched)
-    assert "12 training rows are left out, as in the run that goes on" in caplog.text
+    assert "12 rows are left out of training, as in the run that goes on" in caplog.text

@@ -468,7 +468,7 @@ STATE = {
         "held": [],
         "watched": [],
         "kept": {"prompts": None},
-        "left_out": {"conflicts": "hold", "rows": [1], "of": 4, "content": "0" * 64},
+        "left_out": {"conflicts": "hold", "places": [[1, 0]], "of": 4, "content": "0" * 64},
     },
     "samples": [{"prompt": "0" * 24, "refusal": "No.", "cut": False}],
     "subspace": None,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from spf import SPF, NullSpace, SafetyCallback
 from spf.announce import audit_lines
 from spf.audit import audit_data
 from spf.cli import main
-from spf.conflicts import Audit, Conflict, without
+from spf.conflicts import Audit, Conflict
 from spf.data import SafetyRow, packaged_prompts
+from spf.leaving_out import without
 from spf.over_refusal import clearly_harmless, common_ending, harmfulness, middle_states
 from tests.conftest import make_model, make_tokenizer
 from tests.support_matrix import FAMILIES
@@ -248,6 +250,7 @@ def found_of(*kinds):
     """An audit of one conflict a row, of the prompt (row,)."""
     conflicts = [Conflict(row, 1.0, (row,), (1,)) for row in range(len(kinds))]
     found = Audit(len(kinds), prompts=len(kinds), refused=len(kinds), conflicts=conflicts)
+    found.answers = Counter((row, 0) for row in range(len(kinds)))
     found.leaning = [Conflict(90 + row, 0.1, (row,), (1,)) for row in range(len(kinds))]
     found.set_apart({(row,) for row, kind in enumerate(kinds) if kind == "harmless"})
     return found
@@ -259,7 +262,7 @@ def test_over_refusals_are_no_conflicts_and_are_listed(tmp_path):
     assert [conflict.row for conflict in found.leaning] == [90, 92]
     held, watched = found.split()
     assert [anchor.prompt_ids for anchor in held + watched] == [[0], [2], [0], [2]]
-    assert without(Dataset.from_dict({"x": [1, 2, 3]}), found.conflicting_rows)["x"] == [2]
+    assert without(Dataset.from_dict({"x": [1, 2, 3]}), found.pressing)["x"] == [2]
     found.write(tmp_path / "list.jsonl")
     listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
     told = [(entry["row"], entry["refused"], entry["over_refusal"]) for entry in listed]

@@ -29,12 +29,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt (token ids, up to where the answer begins), the beginning of its answer, and its row."""
+    """A prompt (token ids, up to where the answer begins), the beginning of its answer, its row, and which document of
+    a packed row it is in."""
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
     target: str
     row: int
+    document: int = 0
 
 
 @dataclass
@@ -72,15 +74,15 @@ def read_examples(
         if row.get("label") is False:
             continue
         try:
-            read = [(prompt, target) for prompt, target in reader.read(_plain_row(row)) if len(prompt) <= max_length]
+            read = [found for found in reader.read(_plain_row(row)) if len(found[1]) <= max_length]
         except (ChatError, SafetyDataError, TypeError, KeyError, IndexError) as error:
             read, found.why = [], found.why or f"row {number}: {error}"
         if not read:
             found.unread += 1
             found.why = found.why or f"row {number}: no answer found in its columns {', '.join(row)}"
-        for prompt, target in read:
+        for document, prompt, target in read:
             text = str(tokenizer.decode(target[:TARGET_TOKENS], skip_special_tokens=True)).strip()
-            found.examples.append(Example(tuple(prompt), tuple(target[:TARGET_TOKENS]), text, number))
+            found.examples.append(Example(tuple(prompt), tuple(target[:TARGET_TOKENS]), text, number, document))
     return found
 
 
@@ -90,14 +92,19 @@ class _Reader:
         added = tokenizer.added_tokens_decoder
         self.special = {*tokenizer.all_special_ids, *(token for token, what in added.items() if what.special)}
 
-    def read(self, row: Row) -> Iterator[tuple[list[int], list[int]]]:
+    def read(self, row: Row) -> Iterator[tuple[int, list[int], list[int]]]:
+        """Which document of the row, its prompt, its answer."""
+        if "input_ids" in row and "prompt_ids" not in row:
+            for number, (ids, learned) in enumerate(self._documents(row)):
+                yield from ((number, *found) for found in self._tokenised(ids, learned))
+        else:
+            yield from ((0, *found) for found in self._pairs(row))
+
+    def _pairs(self, row: Row) -> Iterator[tuple[list[int], list[int]]]:
         if "prompt_ids" in row:
             for column in ("completion_ids", "chosen_ids", "answer_ids"):
                 if column in row:
                     yield self._asked(list(row["prompt_ids"])), list(row[column])
-            return
-        if "input_ids" in row:
-            yield from self._tokenised(row)
             return
         answer = next((row[key] for key in ("completion", "chosen") if row.get(key)), None)
         if isinstance(row.get("prompt"), str | list) and isinstance(answer, str | list):
@@ -117,22 +124,24 @@ class _Reader:
             if message["role"] == "assistant" and i >= first:
                 yield self._prompt(_messages(conversation[:i], "user")), self._ids(_content([message]))
 
-    def _tokenised(self, row: Row) -> Iterator[tuple[list[int], list[int]]]:
+    def _documents(self, row: Row) -> Iterator[tuple[list[int], list[bool]]]:
         ids = list(row["input_ids"])
         learned = self._learned(row, ids)
         start = 0
         for length in row.get("seq_lengths") or [len(ids)]:
-            document, taught = ids[start : start + length], learned[start : start + length]
+            yield ids[start : start + length], learned[start : start + length]
             start += length
-            if all(taught):
-                yield from self._marked(document)
-                continue
-            for begin in range(1, len(document)):
-                if taught[begin] and not taught[begin - 1]:
-                    end = next((i for i in range(begin, len(document)) if not taught[i]), len(document))
-                    yield self._asked(document[:begin]), document[begin:end]
-                    # a completion of several turns
-                    yield from self._marked(document[:end], begin + 1)
+
+    def _tokenised(self, ids: list[int], learned: Sequence[bool]) -> Iterator[tuple[list[int], list[int]]]:
+        if all(learned):
+            yield from self._marked(ids)
+            return
+        for begin in range(1, len(ids)):
+            if learned[begin] and not learned[begin - 1]:
+                end = next((i for i in range(begin, len(ids)) if not learned[i]), len(ids))
+                yield self._asked(ids[:begin]), ids[begin:end]
+                # a completion of several turns
+                yield from self._marked(ids[:end], begin + 1)
 
     @staticmethod
     def _learned(row: Row, ids: Sequence[int]) -> list[bool]:

@@ -366,7 +366,7 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
         assert found is not None
         states.extend(found.double().square().sum(1).tolist())
         audit = spf.audit.audit(model, tokenizer, examples, anchors)
-        audit.answers = Counter({row: 1 if alone and row < 16 else 2 for row in range(37)})
+        audit.answers = Counter({(row, 0): 1 if alone and row < 16 else 2 for row in range(37)})
         return audit
 
     spf.training_data.audit_data, spf.audit.CONFIRM = made, 0.0
@@ -390,7 +390,7 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
         "conflicts": [[c.row, c.probability, c.refusal_ids[0]] for c in callback.audit.conflicts],
         "passes": next(passes),
         "rows": read[0],
-        "left_out": callback.data.left_out,
+        "left_out": callback.data.left_out_rows,
         "obstacle": callback.data.obstacle,
         "states": states,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
@@ -426,7 +426,7 @@ def taken(case: Case, directory: Path) -> dict[str, Any]:
     assert callback.audit is not None
     return record(trainer, callback) | {
         "rows": lengths[0],
-        "left_out": callback.data.left_out,
+        "left_out": callback.data.left_out_rows,
         "held": [anchor.prompt_ids for anchor in callback.data.held],
         "refused": callback.audit.refused,
         "other_weights": callback.audit.other_weights,
