@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +18,9 @@ from spf.shared_prefix import NextToken
 
 T = TypeVar("T")
 
-BATCH = 8
-"""Prompts that are asked together; sorted by length, so little is padding."""
+TOGETHER, TOKENS = 64, 2048
+"""So many prompts are asked together at most, and so many tokens with their padding, or one prompt. Many short ones
+keep a GPU busy; few long ones fit where training does."""
 
 SAVE_SECONDS = 20.0
 """How often what was asked is written, so that an interrupted audit goes on."""
@@ -98,6 +99,19 @@ def ask(
     return [answer for answer in answers if answer is not None]
 
 
+def in_batches(lengths: Mapping[int, int], ranks: int = 1) -> list[list[int]]:
+    """Prompts of these lengths in batches of similar ones, so that little is padding; one a rank if possible."""
+    most = min(TOGETHER, -(-len(lengths) // ranks))
+    batches: list[list[int]] = []
+    for i in sorted(lengths, key=lengths.__getitem__):
+        # the longest comes last
+        if batches and len(batches[-1]) < most and (len(batches[-1]) + 1) * lengths[i] <= TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
 def shared_out(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -107,8 +121,7 @@ def shared_out(
 ) -> dict[int, T]:
     """What `read` makes of `which` prompts, in batches of similar length that all processes of a run share."""
     rank, ranks = rank_and_ranks()
-    order = sorted(which, key=lambda i: len(prompts[i]))
-    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    batches = in_batches({i: len(prompts[i]) for i in which}, ranks)
     rounds = -(-len(batches) // ranks)
     own: dict[int, T] = {}
     in_step = shares_parameters(model)

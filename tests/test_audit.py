@@ -25,6 +25,7 @@ from spf.conflicts import MOST_HELD, MOST_WATCHED, Audit, Conflict, spread
 from spf.data import SafetyRow, collate, packaged_prompts, tokenise
 from spf.data.examples import read_examples
 from spf.leaving_out import lengths_of, without
+from spf.next_token import TOGETHER, TOKENS, in_batches
 from spf.probe import SafetyProbe
 from spf.rules import RULES
 from spf.shared_prefix import NextToken
@@ -202,6 +203,7 @@ def test_what_was_asked_is_kept_and_an_interrupted_audit_goes_on(refusing, token
     asked = []
     real = NextToken.ask
     monkeypatch.setattr(spf.next_token, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(spf.next_token, "TOGETHER", 8)
 
     def counted(asker, prompts, tokens):
         asked.extend(prompts)
@@ -526,6 +528,21 @@ def test_a_loader_that_reads_packed_rows_whole_is_noticed(tmp_path, tokenizer, r
     trainer.train()
     assert callback.data.left_out == []
     assert "the trainer's loader reads other data than its train_dataset" in caplog.text
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=200), st.integers(1, 8))
+@settings(deadline=None)
+def test_prompts_are_asked_in_batches_that_fit(lengths, ranks):
+    """Eight of any length, as before, could need more memory than training."""
+    batches = in_batches(dict(enumerate(lengths)), ranks)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= TOKENS
+        assert len(batch) <= TOGETHER
+    assert len(batches) >= min(ranks, -(-len(lengths) // -(-len(lengths) // ranks)))
+    in_order = [lengths[i] for batch in batches for i in batch]
+    assert in_order == sorted(lengths)
+    assert len(in_batches(dict.fromkeys(range(200), 16))) == 4  # many short ones are asked together
 
 
 packed_rows = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=6)

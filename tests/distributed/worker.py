@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 
 import spf.audit
 import spf.data.refusals as refusals
+import spf.next_token
 import spf.rules.growth as growth
 import spf.rules.spf as published
 import spf.training_data
@@ -370,6 +371,7 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
         return audit
 
     spf.training_data.audit_data, spf.audit.CONFIRM = made, 0.0
+    spf.next_token.TOGETHER = 8  # several batches a rank
     NextToken.ask = counted  # type: ignore[method-assign]
     try:
         trainer, callback = make_trainer(case, directory)
