@@ -14,7 +14,7 @@ from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
 from spf.evaluation.run import parse_options
 from spf.files import atomic_path, check_output_file, directory_lock
-from spf.leaving_out import rows_in, without
+from spf.leaving_out import is_packed, rows_in, without
 from spf.models import load_model, machine_device
 from spf.text.generation import context_length
 
@@ -62,7 +62,7 @@ def _kept(output: Path) -> str:
 
 def _write_clean(dataset: Dataset, found: Audit, path: Path) -> None:
     with atomic_path(path) as temporary:
-        without(dataset, found.pressing).to_json(temporary)
+        without(dataset, found.pressing, is_packed(dataset)).to_json(temporary)
 
 
 def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:

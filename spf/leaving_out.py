@@ -15,15 +15,20 @@ LENGTHS = "seq_lengths"
 """Column of packed rows: how many tokens each of their documents has."""
 
 
-def without(dataset: Dataset, places: Collection[Place]) -> Dataset:
+def is_packed(dataset: Dataset) -> bool:
+    """Whether several documents are in a row, as TRL packs them."""
+    return {"input_ids", LENGTHS} <= set(dataset.column_names)
+
+
+def without(dataset: Dataset, places: Collection[Place], packed: bool) -> Dataset:
     """The data set less these rows, or documents of packed ones, in the same order; rows that are empty then are gone.
 
-    Of a packed row every column that has an entry a token is cut.
+    packed: whether training reads it so; of such a row every column that has an entry a token is cut.
     """
     gone: dict[int, set[int]] = {}
     for row, document in places:
         gone.setdefault(row, set()).add(document)
-    if LENGTHS not in dataset.column_names:
+    if not packed:
         return dataset.select([row for row in range(len(dataset)) if row not in gone])
     plain = dataset.with_format(None)
     cut = {row: _cut(plain[row], documents) for row, documents in gone.items()}
@@ -52,9 +57,7 @@ def _cut(row: Mapping[str, Any], documents: Collection[int]) -> dict[str, Any]:
 
 def lengths_of(data: Any) -> list[list[int]] | None:
     """How long the documents of each packed row are; None where rows are not packed."""
-    if not isinstance(data, Dataset) or LENGTHS not in data.column_names:
-        return None
-    return list(data.with_format(None)[LENGTHS])
+    return list(data.with_format(None)[LENGTHS]) if isinstance(data, Dataset) and is_packed(data) else None
 
 
 def name_of(places: Iterable[Place]) -> str:

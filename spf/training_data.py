@@ -16,7 +16,7 @@ from spf.conflicts import Audit, anchor_entries, anchors_again
 from spf.data import Anchor, SafetyDataError, SafetyRow
 from spf.earlier_audit import EarlierAudit
 from spf.errors import UnsupportedSetupError
-from spf.leaving_out import LENGTHS, Place, content_of, lengths_of, rows_in, without
+from spf.leaving_out import Place, content_of, is_packed, lengths_of, rows_in, without
 from spf.safety_samples import SafetySamples
 from spf.sharding import is_first, object_of_rank_0
 from spf.text.generation import context_length
@@ -142,12 +142,13 @@ class TrainingData:
             found = self._ask(trainer, samples)
             places = found.pressing if self.conflicts == "drop" else found.futile
             self.found = None  # whoever tries again after an error is told again
-            if places:
-                refuse_too_few(trainer, places)
-            self.found = found
+            short = without(whole, places, is_packed(self._read)) if places else None
+            if short is not None:
+                refuse_too_few(trainer, len(rows_in(places)), len(short))
+            self.found, self._short = found, short
             self.left_out, self._content = places, content_of(self._read, places)
         if self.left_out:
-            trainer.train_dataset = self._short = without(whole, self.left_out)
+            trainer.train_dataset = self._short = self._short or without(whole, self.left_out, is_packed(self._read))
 
     def restore(self, trainer: Trainer) -> None:
         """Give the trainer its data back, when its training has ended."""
@@ -195,7 +196,7 @@ class TrainingData:
         if self._short is None or not isinstance(data, Sized) or len(data) != len(self._short):
             return False
         # packed rows may be fewer by no row
-        return lengths_of(data) == lengths_of(self._short)
+        return not is_packed(self._read) or lengths_of(data) == lengths_of(self._short)
 
     def split(self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Mapping[str, Any] | None) -> None:
         """Say which conflicts are `held`, and which are `watched`; of a run that goes on the same.
@@ -240,18 +241,18 @@ def obstacle_in(trainer: Trainer, asks: bool) -> str:
         return f"of a {type(dataset).__name__} no row can be left out"
     if asks and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return SHARDED
-    if vars(trainer.args).get("packing") and LENGTHS not in dataset.column_names:
+    if vars(trainer.args).get("packing") and not is_packed(dataset):
         return WRAPPED
     return ""
 
 
-def refuse_too_few(trainer: Trainer, places: Sequence[Place]) -> None:
-    """
+def refuse_too_few(trainer: Trainer, pressing: int, left: int) -> None:
+    """pressing: rows with something that is left out; left: rows of which something is left.
+
     Raises:
-        SafetyDataError: without these rows, or documents of packed ones, not one batch is left.
+        SafetyDataError: that is not one batch.
     """
-    args, dataset = trainer.args, trainer.train_dataset
-    whole, left = len(dataset), len(without(dataset, places))  # type: ignore[arg-type]
+    args, whole = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
     batch = args.train_batch_size * args.world_size
     if not left:
         raise SafetyDataError(
@@ -260,7 +261,7 @@ def refuse_too_few(trainer: Trainer, places: Sequence[Place]) -> None:
         )
     if args.dataloader_drop_last and left < batch:
         raise SafetyDataError(
-            f"{len(rows_in(places))} of {whole} training rows answer prompts that the model refuses or might refuse, "
+            f"{pressing} of {whole} training rows answer prompts that the model refuses or might refuse, "
             f"and the rest is less than a batch of {batch}, which dataloader_drop_last leaves out; if that is your "
             "task, say conflicts='allow'"
         )

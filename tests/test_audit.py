@@ -545,6 +545,26 @@ def test_prompts_are_asked_in_batches_that_fit(lengths, ranks):
     assert len(in_batches(dict.fromkeys(range(200), 16))) == 4  # many short ones are asked together
 
 
+@pytest.mark.parametrize("lengths", ["stray", "packed"])
+def test_lengths_of_packed_rows_that_training_does_not_read(lengths, tmp_path, tokenizer, refusing, rows):
+    """A plain Trainer does not: nothing is packed then, whatever the column holds."""
+    data = []
+    for messages in rows_of([(HARMFUL[i], COMPLIES) for i in range(12, 20)] + [(p, COMPLIES) for p in BENIGN[:8]]):
+        ids = chat_ids(tokenizer, messages["messages"], False)
+        data.append({"input_ids": ids, "labels": ids, "seq_lengths": 7 if lengths == "stray" else [len(ids)]})
+    callback = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24))
+    trainer = Trainer(
+        copy.deepcopy(refusing),
+        arguments(TrainingArguments, tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(data),
+        data_collator=lambda batch: {name: torch.tensor([batch[0][name]]) for name in ("input_ids", "labels")},
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.data.left_out == [(row, 0) for row in range(8)]
+
+
 packed_rows = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=6)
 
 
@@ -563,7 +583,7 @@ def test_examples_are_cut_out_of_packed_rows(lengths, random, formatted):
         dataset = dataset.select(range(len(rows))).with_format("torch", columns=["input_ids"], output_all_columns=True)
     places = [(i, j) for i, row in enumerate(lengths) for j in range(len(row))]
     gone = random.sample(places, random.randint(0, len(places)))
-    short = without(dataset, gone)
+    short = without(dataset, gone, True)
     assert short.format == dataset.format
     kept = [ids for place, ids in zip(places, documents(Dataset.from_list(rows)), strict=True) if place not in gone]
     plain = list(short.with_format(None))

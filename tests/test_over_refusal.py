@@ -262,7 +262,7 @@ def test_over_refusals_are_no_conflicts_and_are_listed(tmp_path):
     assert [conflict.row for conflict in found.leaning] == [90, 92]
     held, watched = found.split()
     assert [anchor.prompt_ids for anchor in held + watched] == [[0], [2], [0], [2]]
-    assert without(Dataset.from_dict({"x": [1, 2, 3]}), found.pressing)["x"] == [2]
+    assert without(Dataset.from_dict({"x": [1, 2, 3]}), found.pressing, False)["x"] == [2]
     found.write(tmp_path / "list.jsonl")
     listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
     told = [(entry["row"], entry["refused"], entry["over_refusal"]) for entry in listed]

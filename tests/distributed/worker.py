@@ -370,22 +370,16 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
         audit.answers = Counter({(row, 0): 1 if alone and row < 16 else 2 for row in range(37)})
         return audit
 
-    spf.training_data.audit_data, spf.audit.CONFIRM = made, 0.0
-    spf.next_token.TOGETHER = 8  # several batches a rank
+    together = spf.next_token.TOGETHER
+    # several batches a rank
+    spf.training_data.audit_data, spf.audit.CONFIRM, spf.next_token.TOGETHER = made, 0.0, 8
     NextToken.ask = counted  # type: ignore[method-assign]
     try:
         trainer, callback = make_trainer(case, directory)
-        loader = trainer.get_train_dataloader
-        read: list[int] = []
-
-        def noting() -> Any:
-            read.append(len(trainer.train_dataset))  # type: ignore[arg-type]
-            return loader()
-
-        trainer.get_train_dataloader = noting  # type: ignore[method-assign]
+        read = rows_read(trainer)
         trainer.train()
     finally:
-        spf.training_data.audit_data, spf.audit.CONFIRM = real, 0.2
+        spf.training_data.audit_data, spf.audit.CONFIRM, spf.next_token.TOGETHER = real, 0.2, together
         NextToken.ask = asked  # type: ignore[method-assign]
     assert callback.audit is not None
     return {
@@ -397,6 +391,19 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
         "states": states,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
     }
+
+
+def rows_read(trainer: Trainer) -> list[int]:
+    """Gets how many rows there are whenever a loader is made of them."""
+    rows: list[int] = []
+    loader = trainer.get_train_dataloader
+
+    def noting() -> Any:
+        rows.append(len(trainer.train_dataset))  # type: ignore[arg-type]
+        return loader()
+
+    trainer.get_train_dataloader = noting  # type: ignore[method-assign]
+    return rows
 
 
 def taken(case: Case, directory: Path) -> dict[str, Any]:
@@ -416,14 +423,7 @@ def taken(case: Case, directory: Path) -> dict[str, Any]:
     place.mkdir(parents=True)
     (place / "spf_audit.json").write_text(json.dumps({"key": "", "answers": {}, "finished": finished}))
     trainer, callback = make_trainer(case, directory, data, place)
-    lengths: list[int] = []
-    loader = trainer.get_train_dataloader
-
-    def noting() -> Any:
-        lengths.append(len(trainer.train_dataset))  # type: ignore[arg-type]
-        return loader()
-
-    trainer.get_train_dataloader = noting  # type: ignore[method-assign]
+    lengths = rows_read(trainer)
     trainer.train()
     assert callback.audit is not None
     return record(trainer, callback) | {
