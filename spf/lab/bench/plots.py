@@ -136,7 +136,7 @@ def plot_effort(part: Part, path: str | Path) -> Path | None:
                 values = ((at, group.metrics.get(metric)) for at, group in curve.items())
                 here += [(panel, method, 0, at, 100 * found.mean) for at, found in values if found]
             levels = [(100 * level.mean, "aligned model, not trained")] if level else []
-            options: dict[str, Any] = {"levels": levels, "limits": (-2, 102), "x": AXES[effort.axis]}
+            options: dict[str, Any] = {"title": title, "levels": levels, "limits": (-2, 102), "x": AXES[effort.axis]}
             options |= {"log": True, "ticks": {at: f"{at:g}" for at in sorted({row[3] for row in here})}}
             if level and metric != "utility":
                 options |= {"draw": _crossing(100 * (level.mean + RISE)), "note": f"✕ {100 * RISE:g} points above"}
