@@ -61,6 +61,12 @@ def test_common_ending():
     assert common_ending([(1,), (2,)]) == 0
 
 
+@pytest.fixture(autouse=True)
+def eight_together(monkeypatch):
+    """Several batches of a few prompts."""
+    monkeypatch.setattr("spf.next_token.TOGETHER", 8)
+
+
 def test_middle_states_are_those_before_the_ending_whatever_the_padding(tokenizer):
     model = make_model(width=32)
     prompts = asked(tokenizer, ["Hi", "How far is it to the next town, please?", "Why?"])
