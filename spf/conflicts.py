@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from spf.data import Anchor
 from spf.data.examples import read_examples
 from spf.files import replace_file
-from spf.leaving_out import Place
+from spf.leaving_out import Place, rows_in
 from spf.next_token import Known
 
 STREAM_ROWS = 1000
@@ -158,7 +158,7 @@ class Audit:
 
 def rows_of(conflicts: Sequence[Conflict]) -> list[int]:
     """The rows of conflicts, in order, each once."""
-    return sorted({conflict.row for conflict in conflicts})
+    return rows_in(conflict.place for conflict in conflicts)
 
 
 def spread(conflicts: Sequence[Conflict], most: int) -> list[Anchor]:

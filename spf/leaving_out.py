@@ -28,10 +28,8 @@ def without(dataset: Dataset, places: Collection[Place], packed: bool) -> Datase
     gone: dict[int, set[int]] = {}
     for row, document in places:
         gone.setdefault(row, set()).add(document)
-    if not packed:
-        return dataset.select([row for row in range(len(dataset)) if row not in gone])
     plain = dataset.with_format(None)
-    cut = {row: _cut(plain[row], documents) for row, documents in gone.items()}
+    cut = {row: _cut(plain[row], documents) for row, documents in gone.items()} if packed else {}
     left = {row: of for row, of in cut.items() if of[LENGTHS]}
     if not left:
         return dataset.select([row for row in range(len(dataset)) if row not in gone])
