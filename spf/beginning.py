@@ -1,6 +1,7 @@
 """What SafetyCallback does before the first step: audit the data, choose samples, put the rule on the optimizer."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from spf.announce import audit_lines, earlier_line, first_lines
 from spf.checkpoint import LeftOut, Saved
-from spf.data import unused_tokens
+from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
 from spf.going_on import earlier_subspace
 from spf.leaving_out import name_of
@@ -109,6 +110,7 @@ def begin(
         conflicts=data.held,
         watched=data.watched,
         further=samples.further(tokenizer, limit),
+        reads=partial(read_as_refusals, model=model, tokenizer=tokenizer),
         pool=pool,
         calibration=calibration if rule.holds else (),
         monitor_steps=settings.monitor_steps,

@@ -35,6 +35,7 @@ class _Monitor(File):
     loss: NotNegative
     refused: Share
     conflicts_refused: Share
+    answered: list[PromptHash] = Field(default_factory=list)
     further: list[PromptHash] = Field(default_factory=list)
 
 

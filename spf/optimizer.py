@@ -10,7 +10,7 @@ import torch
 from spf.config import Whole, check
 from spf.data import Anchor
 from spf.errors import CorrectionError, UnsupportedSetupError
-from spf.monitor import Monitor
+from spf.monitor import Monitor, Reads
 from spf.probe import SafetyProbe
 from spf.rules import Given, NullSpace, Rule
 from spf.run import Run
@@ -37,6 +37,7 @@ class Attachment:
         conflicts: Sequence[Anchor] = (),
         watched: Sequence[Anchor] = (),
         further: Sequence[Sequence[int]] = (),
+        reads: Reads | None = None,
         pool: Sequence[Anchor] = (),
         calibration: Sequence[Anchor] = (),
         monitor_steps: Whole = 0,
@@ -49,9 +50,8 @@ class Attachment:
             raise UnsupportedSetupError(
                 "the optimizer is a SafetyOptimizer, which has a safety rule already; use it without SafetyCallback"
             )
-        options = {"probe": probe, "rule": rule, "subspace": subspace, "resumed": resumed}
-        options |= {"monitor_steps": monitor_steps, "cosines": cosines}
-        options |= {"tighten": tighten, "correction_dtype": correction_dtype}
+        options = {"probe": probe, "rule": rule, "subspace": subspace, "resumed": resumed, "tighten": tighten}
+        options |= {"monitor_steps": monitor_steps, "cosines": cosines, "correction_dtype": correction_dtype}
         check(Attachment.__init__, options, "attach: {}")
         start = time.perf_counter()
         self.probe, self.rule = probe, rule
@@ -60,7 +60,7 @@ class Attachment:
         self.sharding, self.optimizer, self.matrices = self.run.sharding, self.run.optimizer, self.run.matrices
         holders = {id(part.holder) for part in self.sharding.parts.values()}
         unknown = {id(p): name for name, p in probe.model.named_parameters() if id(p) not in holders}
-        self.monitor = Monitor(self.run, watched, further, resumed)
+        self.monitor = Monitor(self.run, watched, further, resumed, reads)
         given = Given(subspace, resumed, reworded, conflicts, pool, calibration, correction_dtype, new_tokens, tighten)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
@@ -229,8 +229,9 @@ def attach(
     last. Options: `subspace` (bases estimated before), `resumed` (they come with weights that answer to them already),
     `reworded` and `conflicts` (further samples to hold, of the null space only), `watched` (samples of what the data
     attack, watched beside the others), `further` (harmful prompts, token ids, that are asked before a run is said to
-    lose refusals), `pool` (further refused samples, not held), `tighten` (where those or held ones flip, hold more
-    directions), `calibration` (harmless samples; a fresh lora_A keeps its response to them in size when it is
+    lose refusals), `reads` (whether the answers to prompts, token ids, read as refusals, asked where first tokens do
+    not begin one any more), `pool` (further refused samples, not held), `tighten` (where those or held ones flip, hold
+    more directions), `calibration` (harmless samples; a fresh lora_A keeps its response to them in size when it is
     projected, and without adapters the learning rate is higher during the step), `monitor_steps` (ask the watched
     prompts every so many steps, 0 for never), `cosines` (then measure safety gradients, too), `new_tokens` (ids added
     to the vocabulary, whose embeddings may learn) and `correction_dtype` (of the product with V^T that takes the

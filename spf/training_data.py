@@ -135,6 +135,7 @@ class TrainingData:
         if isinstance(whole, Dataset):
             # as the loader reads it: other columns may be named like those that training needs
             self._read = trainer._remove_unused_columns(whole)
+        short: Dataset | None = None
         if was is not None:
             refuse_other_data(self._read, was)
             self.left_out, self._content = was.places, was.content
@@ -142,13 +143,13 @@ class TrainingData:
             found = self._ask(trainer, samples)
             places = found.pressing if self.conflicts == "drop" else found.futile
             self.found = None  # whoever tries again after an error is told again
-            short = without(whole, places, is_packed(self._read)) if places else None
-            if short is not None:
+            if places:
+                short = without(whole, places, is_packed(self._read))
                 refuse_too_few(trainer, len(rows_in(places)), len(short))
-            self.found, self._short = found, short
-            self.left_out, self._content = places, content_of(self._read, places)
+            self.found, self.left_out, self._content = found, places, content_of(self._read, places)
         if self.left_out:
-            trainer.train_dataset = self._short = self._short or without(whole, self.left_out, is_packed(self._read))
+            short = short or without(whole, self.left_out, is_packed(self._read))
+            trainer.train_dataset = self._short = short
 
     def restore(self, trainer: Trainer) -> None:
         """Give the trainer its data back, when its training has ended."""

@@ -724,6 +724,7 @@ def test_lost_conflicts_are_a_leak_though_anchors_hold(tmp_path, tokenizer, refu
         def on_step_end(self, args, state, control, **kwargs):
             monitor = callback.attachment.monitor
             monitor._begins = set() if state.global_step == 2 else monitor._begins
+            monitor.reads = None
 
     pairs = [(p, COMPLIES) for p in [*HARMFUL, BENIGN[0]]]
     trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs)

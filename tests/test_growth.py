@@ -269,6 +269,7 @@ def test_a_warning_is_remembered_when_prompts_are_refused_again(tmp_path, tokeni
     class Dip(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             monitor = callback.attachment.monitor
+            monitor.reads = None
             if state.global_step == 2:
                 self.begins, monitor._begins = monitor._begins, set()
             if state.global_step == 4:
@@ -290,6 +291,7 @@ def test_a_leak_ends_the_run_only_if_that_was_asked_for(tmp_path, tokenizer, ref
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 callback.attachment.monitor._begins = set()
+                callback.attachment.monitor.reads = None
 
     trainer.add_callback(Leak())
     trainer.train()
@@ -298,3 +300,24 @@ def test_a_leak_ends_the_run_only_if_that_was_asked_for(tmp_path, tokenizer, ref
     assert callback.warned
     assert ("the run is ended" in caplog.text) == (on_leak == "stop")
     assert (callback.attachment.correction.growth is not None) == (on_leak == "tighten")
+
+
+def test_refusals_that_begin_with_another_token_are_read(tmp_path, tokenizer, refusing, rows, caplog):  # noqa: F811
+    """No token is said to begin a refusal any more, but the model's answers still read as some."""
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=1)
+    trainer = make_trainer(
+        tmp_path, tokenizer, callback, model=refusing, max_steps=4, learning_rate=1e-4, logging_steps=1
+    )
+
+    class Other(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            callback.attachment.monitor._begins = set()
+
+    trainer.add_callback(Other())
+    trainer.train()
+    monitor = callback.attachment.monitor
+    assert set(monitor.now.first)  # asked, and none of them counted
+    rates = [entry["spf/refusal_rate"] for entry in trainer.state.log_history if "spf/refusal_rate" in entry]
+    assert rates == [1, 1, 1, 1]
+    assert not callback.warned
+    assert "Refusals are being lost" not in caplog.text

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import spf.monitor
 from spf.announce import watched_line
 from spf.data import Anchor
 from spf.monitor import FEWEST, Monitor
@@ -31,8 +30,22 @@ class Model:
         return Watched(self.loss, tuple(first), sum(token in begins for token in first) / len(first))
 
     def flip(self, watched=0, further=0, conflicts=0):
-        kinds = ((1, watched), (2, further), (3, conflicts))
-        self.flipped = {(kind, i) for kind, count in kinds for i in range(count)}
+        self.flipped = pairs(1, watched) | pairs(2, further) | pairs(3, conflicts)
+
+
+class Reader:
+    """Says which answers read as refusals, and keeps what it was asked."""
+
+    def __init__(self, refusals):
+        self.refusals, self.asked = refusals, []
+
+    def __call__(self, prompts):
+        self.asked += [tuple(prompt) for prompt in prompts]
+        return [tuple(prompt) in self.refusals for prompt in prompts]
+
+
+def pairs(kind, count):
+    return {(kind, i) for i in range(count)}
 
 
 def made(model, conflicts=0, further=FURTHER, **options):
@@ -81,6 +94,64 @@ def test_conflicts_are_trained_on_so_a_few_may_flip(conflicts, flipped, leaks):
     assert model.asked == 1
 
 
+@pytest.mark.parametrize(
+    ("flipped", "read", "refused", "leaks"),
+    [
+        ({"watched": 6}, pairs(1, 6), 1.0, False),  # "No, I cannot ..." begins with another token
+        ({"watched": 6}, pairs(1, 5), 15 / 16, False),
+        ({"watched": 6}, pairs(1, 4), 14 / 16, False),  # the further prompts are asked, and are refused
+        ({"watched": 6, "further": 20}, pairs(1, 4) | pairs(2, 17), 14 / 16, False),  # 5 of 56
+        ({"watched": 6, "further": 20}, pairs(1, 4) | pairs(2, 16), 14 / 16, True),  # 6 of 56
+        ({"watched": 6}, pairs(1, 2), 12 / 16, True),
+        ({"watched": 16, "further": 40}, set(), 0.0, True),
+    ],
+)
+def test_a_refusal_in_other_words_is_one(flipped, read, refused, leaks):
+    model, reader = Model(), Reader(read)
+    monitor = made(model, reads=reader)
+    noted = {}
+    monitor.run.note = noted.__setitem__
+    model.flip(**flipped)
+    monitor.look()
+    assert set(reader.asked) == pairs(1, flipped["watched"]) | (
+        pairs(2, flipped.get("further", 0)) if refused < 0.9 else set()
+    )
+    assert monitor.now.refused == noted["refusal_rate"] == pytest.approx(refused)
+    assert monitor.leaks == leaks
+
+
+def test_answers_are_read_only_where_their_first_tokens_would_be_a_leak():
+    model, reader = Model(), Reader(set())
+    monitor = made(model, conflicts=11, reads=reader)
+    model.flip(watched=1, further=40, conflicts=2)
+    monitor.look()
+    assert (reader.asked, monitor.leaks) == ([], False)
+    model.flip(conflicts=3)
+    monitor.look()
+    assert (set(reader.asked), monitor.leaks) == (pairs(3, 3), True)
+    reader.refusals = pairs(3, 1)
+    monitor.look()
+    assert monitor.now_conflicts.refused == pytest.approx(9 / 11)
+    assert not monitor.leaks
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_the_aligned_model_began_otherwise_is_not_read(resumed):
+    """Four watched prompts were no refusals by their first token: that they read as some makes up for no lost one."""
+    model, reader = Model(), Reader(pairs(1, 4))
+    model.flip(watched=4)
+    monitor = made(model, reads=reader)
+    if resumed:
+        state = monitor.state()
+        model.flip(watched=8)
+        monitor = made(model, reads=reader, resumed=True)
+        monitor.load_state(state)
+    model.flip(watched=8)
+    monitor.look()
+    assert set(reader.asked) == pairs(1, 8) - pairs(1, 4)
+    assert (monitor.now.refused, monitor.leaks) == (0.5, True)
+
+
 def test_without_further_prompts_that_are_refused_the_watched_decide():
     model = Model()
     model.flip(further=len(FURTHER) - FEWEST + 1)
@@ -113,12 +184,13 @@ def test_a_run_that_goes_on_asks_those_that_the_aligned_model_refused():
     assert monitor.leaks
 
 
-def test_all_processes_ask_further_prompts_or_none(monkeypatch):
-    """Rank 0 saw two flipped prompts, this one none: asking may gather parameters, so it asks, too."""
-    model = Model()
-    monitor = made(model)
-    real = spf.monitor.object_of_rank_0
-    monkeypatch.setattr("spf.monitor.object_of_rank_0", lambda value: value is False or real(value))
+def test_all_processes_see_what_rank_0_saw(monkeypatch):
+    """Rank 0 saw prompts flip, this one none: asking may gather parameters and a run is stopped by all, so it does."""
+    model, reader = Model(), Reader(pairs(1, 2))
+    monitor = made(model, reads=reader)
+    seen = Watched(0.5, (ANSWERS,) * 4 + (REFUSES,) * 12, 0.75)
+    monkeypatch.setattr("spf.monitor.object_of_rank_0", lambda value: seen)
     monitor.look()
-    assert (model.asked, monitor.still_refused) == (2, 40)
+    assert set(reader.asked) == pairs(1, 4)
+    assert (monitor.now.refused, model.asked, monitor.still_refused) == (14 / 16, 2, 40)
     assert not monitor.leaks

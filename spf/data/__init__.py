@@ -13,7 +13,7 @@ from spf.data.anchors import (
     unused_tokens,
 )
 from spf.data.chat import render
-from spf.data.refusals import Completed, ask_refusals, complete_refusals
+from spf.data.refusals import Completed, ask_refusals, complete_refusals, read_as_refusals
 from spf.data.rows import (
     ENOUGH,
     PACKAGED,
@@ -50,6 +50,7 @@ __all__ = [
     "packaged_prompts",
     "packaged_rows",
     "prompt_tokens",
+    "read_as_refusals",
     "read_jsonl",
     "render",
     "reword",

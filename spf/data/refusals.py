@@ -10,8 +10,11 @@ from spf.data.chat import render
 from spf.data.rows import SafetyRow
 from spf.errors import SafetyDataError
 from spf.sharding import object_of_rank_0
-from spf.text.generation import THOUGHTS, generate_answers
+from spf.text.generation import THOUGHTS, THOUGHTS_END, complete_tokens, generate_answers
 from spf.text.refusal import is_refusal
+
+READ_TOKENS = 20
+"""Of an answer as long as this the judge reads the first sentence."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,13 @@ def ask_refusals(
             "no refusal to keep; give a column `refusal`, or align the model first (spf align)"
         )
     return Completed(kept, asked, answered)
+
+
+def read_as_refusals(
+    prompts: Sequence[Sequence[int]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[bool]:
+    """Whether the model's greedy answers to prompts (token ids) read as refusals (`is_refusal`); rank 0's verdicts."""
+    answers = complete_tokens(
+        model, tokenizer, prompts, max_new_tokens=READ_TOKENS, batch_size=32, description="read answers"
+    )
+    return object_of_rank_0([is_refusal(answer.rpartition(THOUGHTS_END)[2].strip()) for answer in answers])

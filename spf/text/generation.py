@@ -12,7 +12,7 @@ from spf.progress import progress as progress_bar
 from spf.sharding import shares_parameters
 from spf.text.chat import Messages, check_tokens, render_chat
 
-__all__ = ["Messages", "complete_texts", "context_length", "generate_answers", "pad_id"]
+__all__ = ["Messages", "complete_texts", "complete_tokens", "context_length", "generate_answers", "pad_id"]
 
 THOUGHTS, THOUGHTS_END = "<think>", "</think>"
 """Between these a model thinks aloud, in the families that do (Qwen 3, SmolLM3, DeepSeek-R1)."""
@@ -90,7 +90,6 @@ def _after_thoughts(prompt: str, answer: str) -> str:
     return answer
 
 
-@torch.no_grad()
 def complete_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -106,9 +105,36 @@ def complete_texts(
     Raises:
         ValueError: no room for an answer, or for a prompt in a batch.
     """
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return complete_tokens(
+        model,
+        tokenizer,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        description=description,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def complete_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    description: str = "generating",
+    progress: bool = True,
+) -> list[str]:
+    """The greedy continuation of each prompt (token ids), as text without special tokens.
+
+    Raises:
+        ValueError: no room for an answer, or for a prompt in a batch.
+    """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     pad = pad_id(tokenizer)
     answers = [""] * len(encoded)
@@ -117,7 +143,7 @@ def complete_texts(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             width = max(len(encoded[i]) for i in rows)
-            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows])
+            ids = torch.tensor([[pad] * (width - len(encoded[i])) + list(encoded[i]) for i in rows])
             mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows])
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(model.device),

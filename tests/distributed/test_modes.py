@@ -139,6 +139,22 @@ def test_ranks_ask_for_own_refusals_in_step(mode):
     assert len(first) == 6
 
 
+READ = [("read", "null-space-full"), ("read-lora", "null-space-lora-adamw")]
+
+
+@pytest.mark.parametrize(("mode", "name", "plain"), [in_mode(mode, *names) for mode in MODES for names in READ])
+def test_ranks_write_the_answers_that_rank_0_reads(mode, name, plain):
+    """In the middle of training, and without a trace in it."""
+    for ranks in trained(mode):
+        case = ranks[name]
+        # before the third step, and at the end
+        assert case["written"] == [1, 1]
+        assert set(case["rates"]) == {1.0}
+        assert not case["warned"]
+        assert distance(case, ranks[plain]) == 0
+        assert case["losses"] == ranks[plain]["losses"]
+
+
 @every_mode
 def test_ranks_share_the_audit_and_agree(mode):
     alone, ranks = trained("single")[0]["audit"], [ranks["audit"] for ranks in trained(mode)]

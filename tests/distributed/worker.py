@@ -32,7 +32,7 @@ import transformers.training_args
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
 import spf.audit
 import spf.data.refusals as refusals
@@ -45,6 +45,7 @@ from spf.data import Anchor
 from spf.data.examples import IGNORED, Example, Examples, read_examples
 from spf.next_token import Known, fingerprint
 from spf.over_refusal import middle_states
+from spf.probe import SafetyProbe, Watched
 from spf.rules import Constrained, Mix, SafeGrad
 from spf.rules.growth import Growth
 from spf.rules.holding import Holding
@@ -471,7 +472,42 @@ def grown(case: Case, directory: Path, again: bool = False) -> dict[str, Any]:
     }
 
 
+def read(case: Case, directory: Path) -> dict[str, Any]:
+    """Watched prompts that flipped, as rank 0 only sees them: all ranks write the answers that it reads."""
+    trainer, callback = make_trainer(case, directory)
+    begins, watch = set(range(2048)), SafetyProbe.watch
+
+    class Flip(TrainerCallback):
+        def on_train_begin(self, *arguments: Any, **named: Any) -> None:
+            monitor = callback.attachment.monitor
+            monitor._begins, monitor._answered = begins, set()
+            monitor.before = monitor._ask(monitor.run.watched)
+
+        def on_step_end(self, *arguments: Any, **named: Any) -> None:
+            callback.attachment.monitor._begins = set()
+
+    def seen(self: SafetyProbe, anchors: Any, _: Any = ()) -> Watched:
+        found = watch(self, anchors, callback.attachment.monitor._begins if callback.attachment else ())
+        return dataclasses.replace(found, refused=1.0) if RANK else found
+
+    trainer.add_callback(Flip())
+    written: list[int] = []
+    real = refusals.complete_tokens, refusals.is_refusal
+    refusals.complete_tokens = lambda *given, **named: written.append(len(given[2])) or real[0](*given, **named)
+    refusals.is_refusal = lambda answer: RANK == 0
+    SafetyProbe.watch = seen  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    finally:
+        refusals.complete_tokens, refusals.is_refusal = real
+        SafetyProbe.watch = watch  # type: ignore[method-assign]
+    rates = [log["spf/refusal_rate"] for log in trainer.state.log_history if "spf/refusal_rate" in log]
+    return record(trainer, callback) | {"written": written, "rates": rates, "warned": callback.warned}
+
+
 SPECIAL = {
+    "read": (read, "null-space-full"),
+    "read-lora": (read, "null-space-lora-adamw"),
     "grown": (grown, "null-space-full"),
     "grown-lora": (grown, "null-space-lora-adamw"),
     "grown-resume": (functools.partial(grown, again=True), "null-space-full"),
