@@ -12,6 +12,8 @@ from spf.rules import Rule
 from spf.text.refusal import is_refusal
 from spf.training_data import TrainingData, remedy
 
+FEW = " (so few that a fall is not seen: give refusals that begin as the model's own do, or none: it is asked for them)"
+
 
 def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answered: int) -> list[str]:
     """What is held, what is kept fixed, and what it costs, a line each.
@@ -44,7 +46,7 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
     before = running.monitor.before
     lines.append(
         f"{before.refused:.0%} of {len(before.first) or len(running.run.watched)} watched prompts refused by first "
-        f"token; safety loss {before.loss:.3f}"
+        f"token{FEW * (before.refused < 0.5)}; safety loss {before.loss:.3f}"
         + (f"; learning rate x {running.lr_scale:.2f}" if running.lr_scale != 1 else "")
         + f"; set-up {running.seconds['setup']:.1f} s"
     )

@@ -29,6 +29,9 @@ CONFIRM = 0.2
 """A prompt is refused if the likeliest first token begins a refusal, and it goes on as one with this probability. A
 token such as "I" begins other answers, too."""
 
+BEGUN = 4
+"""So many tokens are the beginning of a refusal: two are that of "I'm happy to help", too."""
+
 BEGINNINGS = 32
 """Own refusals that tell how the model's refusals begin."""
 
@@ -49,6 +52,7 @@ class Beginnings:
         self.refusals = refusals = [tuple(anchor.refusal_ids) for anchor in anchors if anchor.refusal_ids]
         self.seconds: dict[int, set[int]] = {}
         self.refusal: dict[int, tuple[int, ...]] = {}
+        self._begun = {refusal[:BEGUN] for refusal in refusals if len(refusal) > 1}
         for first, _ in Counter(refusal[0] for refusal in refusals).most_common():
             begun = [refusal for refusal in refusals if refusal[0] == first]
             self.seconds[first] = {refusal[1] for refusal in begun if len(refusal) > 1}
@@ -59,9 +63,12 @@ class Beginnings:
         return self.refusal.get(token, self.refusal[self.firsts[0]])
 
     def refuses(self, example: Example) -> bool:
-        """Whether what the data answer refuses, or begins as the model's own refusals do."""
-        first, second = (*example.target_ids[:2], -1, -1)[:2]
-        return is_refusal(example.target) or second in self.seconds.get(first, ())
+        """Whether what the data answer refuses, or begins as one of the model's own refusals."""
+        return is_refusal(example.target) or any(example.target_ids[: len(begun)] == begun for begun in self._begun)
+
+    def attacks(self, example: Example) -> bool:
+        """Whether an example whose prompt is refused teaches not to."""
+        return self.refuses(example) == example.undesired
 
     @property
     def firsts(self) -> list[int]:
@@ -123,7 +130,7 @@ def compare(
             (
                 Conflict(example.row, probability, example.prompt_ids, begins.likeliest(token), example.document)
                 for example, (probability, token) in asked
-                if not begins.refuses(example)
+                if begins.attacks(example)
             ),
             key=lambda conflict: conflict.place,
         )

@@ -27,7 +27,7 @@ def run_audit(args: AuditArguments) -> None:
 
     Raises:
         ValueError: a mistake in the arguments or in what they name.
-        RunFailedError: more than `fail_over` of the rows have a conflict.
+        RunFailedError: more than `fail_over` of the rows have a conflict, or could not be audited.
     """
     if args.clean:
         check_output_file(Path(args.clean))
@@ -47,6 +47,12 @@ def run_audit(args: AuditArguments) -> None:
                 if args.clean:
                     _write_clean(dataset, found, Path(args.clean))
     _tell(found, args, tokenizer)
+    if args.fail_over is not None and found.unread > args.fail_over * found.rows:
+        raise RunFailedError(
+            f"{found.unread} of {found.rows} rows could not be audited ({found.why}), more than --fail_over "
+            f"{args.fail_over:g}, so nothing can be said of them; see the forms of data that are read in "
+            "docs/how_it_works.md, or leave these rows out"
+        )
     if args.fail_over is not None and found.share > args.fail_over:
         raise RunFailedError(
             f"{found.share:.2%} of the rows answer prompts that the model refuses, more than --fail_over "

@@ -20,6 +20,7 @@ from spf.beginning import begin, refuse_unfit
 from spf.card import ModelCard
 from spf.checkpoint import (
     Saved,
+    best_directions,
     checkpoint_directory,
     named_checkpoint,
     read_checkpoint,
@@ -33,7 +34,7 @@ from spf.keep import Keep
 from spf.optimizer import Attachment
 from spf.rules import Rule, rule_of
 from spf.safety_samples import SafetySamples
-from spf.sharding import innermost_optimizer, is_first
+from spf.sharding import innermost_optimizer, is_first, object_of_rank_0
 from spf.trainers import around, calling_trainer, run_directory, stand_before_reports, tokenizer_of
 from spf.training_data import TrainingData
 
@@ -147,8 +148,7 @@ class SafetyCallback(TrainerCallback):
         refuse_unanswering(model)
         self._detach()
         innermost_optimizer(optimizer)
-        trainer = calling_trainer()
-        if trainer is not None:
+        if (trainer := calling_trainer()) is not None:
             stand_before_reports(self, trainer, SafetyCallback)
         goes_on = state.global_step > 0
         refuse_unfit(self.rule, args, goes_on)
@@ -199,6 +199,7 @@ class SafetyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         running = self._running
+        running.correction.put_back(object_of_rank_0(best_directions(args, state)))
         proven = running.finish()
         running.monitor.look()
         line = self._tell(f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")

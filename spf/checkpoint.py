@@ -229,6 +229,16 @@ def checkpoint_directory(run: Path, state: TrainerState) -> Path:
     return run / f"checkpoint-{state.global_step}"
 
 
+def best_directions(args: TrainingArguments, state: TrainerState) -> dict[str, int]:
+    """In how many directions each matrix was held in the checkpoint whose weights the Trainer has loaded at the end of
+    training (`load_best_model_at_end`); nothing if it has loaded none."""
+    best = Path(state.best_model_checkpoint or "") if args.load_best_model_at_end else None
+    if best is None or not (best / STATE_FILE).is_file():
+        return {}
+    held = read_checkpoint(best).subspace or SafetySubspace()
+    return {name: V.shape[1] for name, V in held.right.items()}
+
+
 def named_checkpoint(args: TrainingArguments, given: str | bool | None) -> Path | None:
     """The checkpoint that `train` was given, by its name or as the last of the run."""
     last = get_last_checkpoint(str(args.output_dir)) if given is True else given

@@ -134,7 +134,9 @@ class Audit:
     @property
     def share(self) -> float:
         """Rows with a conflict, of those that could be read."""
-        return len(self.conflicting_rows) / max(1, self.rows - self.unread)
+        found = len(self.conflicting_rows)
+        # of a packed row some documents may be read only
+        return found / max(1, self.rows - self.unread, found)
 
     def counts(self) -> str:
         """What was found, in words."""

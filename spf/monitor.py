@@ -151,6 +151,8 @@ class Monitor:
     def load_state(self, state: dict[str, Any]) -> None:
         self.before = Watched(state["loss"], (), state["refused"])
         self.before_conflicts = Watched(0.0, (), state["conflicts_refused"])
+        # by their first tokens only, they may seem to have flipped
+        self.now, self.now_conflicts = self.before, self.before_conflicts
         self._answered = set(state.get("answered", ()))
         known = set(state["further"])
         self.further = [prompt for prompt in self.further if Known.name(prompt) in known]

@@ -1,12 +1,14 @@
 """Over-refusals: prompts that the aligned model refuses although they look harmless to itself.
 
-Models tell harmful from harmless requests half way up, where the request ends, apart from whether they refuse, which is
-decided after it (Zhao et al., arXiv 2507.11878). A linear probe there, fitted on packaged prompts of both kinds, says
-which refused prompts are clearly harmless: a task of the user's, not an attack.
+Models tell harmful from harmless requests half way up, in the user's words, apart from whether they refuse, which is
+decided after them (Zhao et al., arXiv 2507.11878). A linear probe there, fitted on packaged prompts of both kinds, says
+which refused prompts are clearly harmless: a task of the user's, not an attack. It is asked all along a prompt: where
+that ends alone, "answer in one sentence" behind a harmful request looked harmless.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +21,33 @@ from spf.next_token import shared_out
 from spf.sharding import object_of_rank_0
 from spf.shared_prefix import MiddleStates, common
 
+T = TypeVar("T")
+
 HARMFUL = 104
 """Harmful prompts that the probe is fitted on: the run's own, then packaged ones."""
 
 HARMLESS = ("harmless_tasks", "benign_anchors")
 """Packaged prompts of tasks, and such as sound harmful: without these the probe would go by how a request is put."""
 
-CLEARLY = 0.1
-"""A prompt is clearly harmless if the probe gives it at most this probability of being harmful."""
+CLEARLY = 0.35
+"""A prompt is clearly harmless if the probe gives no stretch of it more than this probability of being harmful."""
+
+STRETCH = 8
+"""Tokens. A request is that long; what stands beside it ("answer in one sentence") must not hide it."""
+
+SKIPPED = 4
+"""The first tokens of a message say little of it yet."""
+
+PLACES = 8
+"""The probe is fitted on so many tokens of a sample, spread over it, so that it can be asked anywhere."""
+
+LONGEST = 64
+"""Of a sample the last so many tokens are read."""
 
 PENALTY = 100.0
-"""Of the squared weights, in standardised inputs (scikit-learn's C = 0.01).
+"""Of the squared weights, in standardised inputs (scikit-learn's C = 0.01)."""
 
-Chosen with the layer on attack and validation prompts of two models: of the packaged attack prompts none, and of
-AdvBench's at most one in 25, were called clearly harmless; of text-to-SQL prompts all, of summaries at least 92 in 100.
-"""
-
-MISTAKEN = 0.05
+MISTAKEN = 0.1
 """If of harmful prompts that the probe was not fitted on more are called clearly harmless, it is not used."""
 
 
@@ -49,74 +61,131 @@ def clearly_harmless(
     max_length: int = 1 << 30,
     progress: bool = True,
 ) -> list[bool]:
-    """Which prompts (token ids, up to where the answer begins) look clearly harmless to the model.
+    """Which prompts (token ids, up to where the answer begins) look clearly harmless to the model, wherever one looks.
 
     rows: safety samples, examples of what it should refuse. Where the probe cannot tell, no prompt is called harmless.
     All processes of a run have to call it.
     """
     if not prompts:
         return []
+    samples = read_samples(model, tokenizer, rows, options=options, max_length=max_length, progress=progress)
+    return [False] * len(prompts) if samples is None else samples.clear(prompts, progress)
+
+
+@dataclass
+class Samples:
+    """What the probe is fitted on: states (T, n) of prompts that are `harmful` or not. frame: how many tokens the
+    template puts before and behind the user's words; tail: those behind."""
+
+    model: Any
+    frame: tuple[int, int]
+    tail: tuple[int, ...]
+    states: list[Tensor]
+    harmful: list[bool]
+
+    def clear(self, prompts: Sequence[Sequence[int]], progress: bool = True) -> list[bool]:
+        """Which prompts (token ids) are clearly harmless; the same on all processes, which have to call it."""
+        probe = Probe(self.states, self.harmful)
+        found = self._read(prompts, lambda states: (probe.highest(states), spread(states)), progress)
+        clear = [share < CLEARLY for share, _ in found]  # NaN is not
+        if 2 * sum(clear) > len(prompts) and not all(clear):
+            # a task of the user's, so what is like it is no attack, either
+            task = [some for (_, some), is_clear in zip(found, clear, strict=True) if is_clear]
+            again = Probe([*self.states, *task], self.harmful + [False] * len(task))
+            left = [i for i, is_clear in enumerate(clear) if not is_clear]
+            shares = self._read([prompts[i] for i in left], again.highest, progress)
+            for i, share in zip(left, shares, strict=True):
+                clear[i] = share < CLEARLY
+        ends = [tuple(prompt[len(prompt) - self.frame[1] :]) == self.tail for prompt in prompts]
+        return [harmless and same for harmless, same in zip(clear, ends, strict=True)]
+
+    def _read(self, prompts: Sequence[Sequence[int]], take: Callable[[Tensor], T], progress: bool) -> list[T]:
+        found = middle_states(self.model, prompts, self.frame, take, progress)
+        assert found is not None, "the model gave its hidden states before"
+        # rounding must not have processes ask different numbers of prompts
+        return object_of_rank_0(found)
+
+
+def read_samples(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[SafetyRow],
+    *,
+    options: Mapping[str, Any] | None = None,
+    max_length: int = 1 << 30,
+    progress: bool = True,
+) -> Samples | None:
+    """States of the rows and of packaged prompts; None if the model gives none, or a probe on them could not tell."""
     harmful = [*rows[:HARMFUL], *load_safety_rows()][:HARMFUL]
     harmless = [row for name in HARMLESS for row in packaged_rows(name)]
     known, other = (prompt_tokens(kind, tokenizer, max_length, options) for kind in (harmful, harmless))
     if not known or not other:
-        return [False] * len(prompts)
+        return None
     samples = [*known, *other]
-    ending = common_ending(samples)
-    states = middle_states(model, [*samples, *prompts], ending, progress)
-    if states is None or not bool(states.isfinite().all()):
-        return [False] * len(prompts)
-    fitted, asked = states[: len(samples)], states[len(samples) :]
-    is_harmful = torch.arange(len(samples)) < len(known)
-    clear = _clear(fitted, is_harmful, asked)
-    if 2 * int(clear.sum()) > len(prompts):
-        # a task of the user's, so what is like it is no attack, either
-        fitted = torch.cat([fitted, asked[clear]])
-        clear |= _clear(fitted, torch.arange(len(fitted)) < len(known), asked)
-    tail = samples[0][len(samples[0]) - ending :]
-    ends = [tuple(prompt[len(prompt) - ending :]) == tail for prompt in prompts]
-    # rounding must not have processes hold different prompts
-    return object_of_rank_0([harmless and same for harmless, same in zip(clear.tolist(), ends, strict=True)])
+    frame = common(samples), common_ending(samples)
+    states = middle_states(model, samples, frame, lambda states: states[-LONGEST:], progress)
+    if states is None or not all(bool(state.isfinite().all()) for state in states):
+        return None
+    kinds = [i < len(known) for i in range(len(samples))]
+    probe = Probe(states[::2], kinds[::2])
+    tried = [probe.highest(state) for state, kind in zip(states[1::2], kinds[1::2], strict=True) if kind]
+    mistaken = sum(found < CLEARLY for found in tried)
+    if object_of_rank_0(not tried or mistaken > MISTAKEN * len(tried)):
+        return None
+    return Samples(model, frame, tuple(samples[0][len(samples[0]) - frame[1] :]), states, kinds)
 
 
-def _clear(fitted: Tensor, is_harmful: Tensor, asked: Tensor) -> Tensor:
-    """Which of the states `asked` are clearly harmless; none if a probe on half of the samples takes more than
-    `MISTAKEN` of the other half's harmful ones for that."""
-    half = torch.arange(len(fitted)) % 2 == 0
-    tried = harmfulness(fitted[half], is_harmful[half], fitted[~half])[is_harmful[~half]]
-    usable = float((tried < CLEARLY).double().mean()) <= MISTAKEN
-    return (harmfulness(fitted, is_harmful, asked) < CLEARLY) & usable
+def spread(states: Tensor) -> Tensor:
+    """Of the states (T, n) of a prompt `PLACES`, from the first to the last."""
+    return states[torch.linspace(0, len(states) - 1, PLACES).round().long()]
 
 
-def harmfulness(X: Tensor, y: Tensor, asked: Tensor) -> Tensor:
-    """Probability (P,) that states `asked` (P, n) are of harmful prompts, by a probe fitted on X (S, n), y (S,) bool.
+class Probe:
+    """The probability that a state is of a harmful prompt: logistic regression on samples' states (T, n)."""
 
-    Both kinds count the same, however many there are.
-    """
+    def __init__(self, samples: Sequence[Tensor], harmful: Sequence[bool]):
+        """Both kinds count the same, however many there are."""
+        X = torch.cat([spread(states) for states in samples])
+        self.weights, self.bias = fitted(X, torch.tensor(harmful).repeat_interleave(PLACES))
+
+    def highest(self, states: Tensor) -> float:
+        """Of the states (T, n) of a prompt, of any stretch of `STRETCH` tokens."""
+        odds = states.double() @ self.weights + self.bias
+        return float(torch.sigmoid(odds.unfold(0, min(STRETCH, len(odds)), 1).mean(1).max()))
+
+
+def fitted(X: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """Weights (n,) and bias, float64, of a probe on X (S, n), y (S,) bool: the log-odds of y are X @ weights + bias."""
     mean, scale = X.mean(0), X.std(0, correction=0).clamp_min(1e-6)
-    # the weights lie in the span of the samples, of which there are fewer than dimensions
+    # the weights lie in the span of the samples
     U, S, Vh = torch.linalg.svd((X - mean) / scale / PENALTY**0.5, full_matrices=False)
     counts = torch.where(y, len(y) / 2 / y.sum(), len(y) / 2 / (~y).sum())
-    weights = fit_logistic((U * S)[None], y, counts)[0]
-    turned = ((asked - mean) / scale / PENALTY**0.5) @ Vh.T
-    return torch.sigmoid(turned.double() @ weights[:-1] + weights[-1])
+    found = fit_logistic((U * S)[None], y, counts)[0]
+    weights = (found[:-1] @ Vh.double()) / (scale.double() * PENALTY**0.5)
+    return weights, float(found[-1] - mean.double() @ weights)
 
 
-def middle_states(model: Any, prompts: Sequence[Sequence[int]], ending: int, progress: bool = False) -> Tensor | None:
-    """Hidden states (P, n), float32, half way up at the last token before the prompts' `ending` tokens.
+def middle_states(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    frame: tuple[int, int],
+    take: Callable[[Tensor], T],
+    progress: bool = False,
+) -> list[T] | None:
+    """What `take` makes of each prompt's hidden states (T, n), float32, half way up, of the user's words.
 
-    None if the model does not give its hidden states.
+    frame: how many tokens the template puts before and behind these. None if the model does not give its states.
     """
 
-    def read(batch: Sequence[int]) -> list[Tensor | None]:
+    def read(batch: Sequence[int]) -> list[T | None]:
         found = reader.states([prompts[i] for i in batch])
-        return [None] * len(batch) if found is None else list(found)
+        return [None] * len(batch) if found is None else [take(states) for states in found]
 
     with evaluating(model):
-        reader = MiddleStates(model, prompts, ending)
+        reader = MiddleStates(model, prompts, frame[0] + SKIPPED, frame[1])
         found = shared_out(model, prompts, range(len(prompts)), read, progress)
-    states = [found[i] for i in range(len(prompts))]
-    return None if any(state is None for state in states) else torch.stack([s for s in states if s is not None])
+    taken = [one for i in range(len(prompts)) if (one := found[i]) is not None]
+    return taken if len(taken) == len(prompts) else None
 
 
 def common_ending(prompts: Sequence[Sequence[int]]) -> int:

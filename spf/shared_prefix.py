@@ -29,12 +29,13 @@ class NextToken:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], own: int = 1):
-        """prompts: all that will be asked, token ids. own: so many tokens at the end of each are never shared."""
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], own: int = 1, most: int = 1 << 30):
+        """prompts: all that will be asked, token ids. own: so many tokens at the end of each are never shared, and of
+        the others at the beginning at most so many."""
         self.model: Any = model
         self.shared = 0
         self.cache: Any = None
-        shared = min(common(prompts), min(map(len, prompts)) - own) if len(prompts) > TRIED else 0
+        shared = min(common(prompts), min(map(len, prompts)) - own, most) if len(prompts) > TRIED else 0
         if shared < SHORTEST:
             return
         some = sorted(prompts, key=len)[:: len(prompts) // TRIED][:TRIED]
@@ -89,10 +90,10 @@ class MiddleStates(NextToken):
     processes have to make whole passes, is not stopped.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], ending: int):
-        """ending: states are read at the last token before so many at the end of each prompt."""
-        super().__init__(model, prompts, own=ending + 1)
-        self.ending = ending
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], beginning: int, ending: int):
+        """beginning, ending: so many tokens at either end of each prompt are not read."""
+        super().__init__(model, prompts, own=ending + 1, most=beginning)
+        self.beginning, self.ending = beginning, ending
         layers: int = self.model.config.get_text_config().num_hidden_layers
         self.layer = layers // 2
         stacks = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
@@ -100,23 +101,23 @@ class MiddleStates(NextToken):
         self.tried = False
 
     @torch.no_grad()
-    def states(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
-        """Hidden states (B, n), float32, on the CPU; None if the model does not give any."""
-        rows = torch.arange(len(prompts))
-        places = torch.tensor([max(0, len(prompt) - self.shared - self.ending - 1) for prompt in prompts])
+    def states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor] | None:
+        """Hidden states (T, n) of each prompt, float32, on the CPU, of one token at least; None if the model does not
+        give any."""
         if self.next is not None and self.tried:
-            return self._stopped(prompts, rows, places)
-        with logits_only(self.model, rows, places):
+            return self._stopped(prompts)
+        rows, last = torch.arange(len(prompts)), torch.tensor([len(prompt) - self.shared - 1 for prompt in prompts])
+        with logits_only(self.model, rows, last):
             hidden = self.model(**self._given(prompts), output_hidden_states=True).hidden_states
-        states = _at(hidden[self.layer], rows, places) if hidden else None
+        states = self._read_of(prompts, hidden[self.layer]) if hidden else None
         if states is not None and self.next is not None:
-            short = self._stopped(prompts, rows, places)
+            short = self._stopped(prompts)
             self.tried = True
-            if short is None or short.shape != states.shape or not torch.allclose(short, states, rtol=0.02, atol=0.02):
+            if short is None or not all(map(_close, short, states)):
                 self.next = None
         return states
 
-    def _stopped(self, prompts: Sequence[Sequence[int]], rows: Tensor, places: Tensor) -> Tensor | None:
+    def _stopped(self, prompts: Sequence[Sequence[int]]) -> list[Tensor] | None:
         """What the layer after is given, without running it; None if it is given nothing of that kind."""
 
         def stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -127,15 +128,22 @@ class MiddleStates(NextToken):
         try:
             self.model(**self._given(prompts))
         except _StoppedError as stopped:
-            return _at(next(iter(stopped.inputs), None), rows, places)
+            return self._read_of(prompts, next(iter(stopped.inputs), None))
         finally:
             handle.remove()
         return None
 
+    def _read_of(self, prompts: Sequence[Sequence[int]], hidden: Any) -> list[Tensor] | None:
+        """Of hidden states (B, L, n) those that are read; None of others, as Gemma 3n's of several streams."""
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            return None
+        ends = [max(1, len(prompt) - self.shared - self.ending) for prompt in prompts]
+        begin = self.beginning - self.shared
+        return [row[min(begin, end - 1) : end].float().cpu() for row, end in zip(hidden, ends, strict=True)]
 
-def _at(hidden: Any, rows: Tensor, places: Tensor) -> Tensor | None:
-    """States (B, n) at these tokens, of hidden states (B, L, n); None of others, as Gemma 3n's of several streams."""
-    return hidden[rows, places].float().cpu() if isinstance(hidden, Tensor) and hidden.dim() == 3 else None
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.02, atol=0.02)
 
 
 class _StoppedError(Exception):

@@ -80,7 +80,7 @@ class TrainingData:
         """Find the conflicts of what is read of the data that were turned to; `directory` gets the list.
 
         Raises:
-            SafetyDataError: there are some, and `conflicts` is error.
+            SafetyDataError: there are some, or rows that could not be read, and `conflicts` is error.
         """
         limit = context_length(model, tokenizer)
         tell_apart = self.conflicts in ("drop", "error") or (self.holds and self.conflicts == "hold")
@@ -99,11 +99,8 @@ class TrainingData:
                 directory=directory,
                 tell_apart=tell_apart,
             )
-        if found.conflicts and self.conflicts == "error":
-            raise SafetyDataError(
-                f"{found.counts()}; they are listed in {self.listed(directory)}: conflicts='hold' keeps these "
-                "refusals, 'drop' leaves the rows out, 'allow' lets them be unlearned"
-            )
+        if self.conflicts == "error":
+            refuse_conflicts(found, self.listed(directory))
         self.found = found
         return found
 
@@ -245,6 +242,24 @@ def obstacle_in(trainer: Trainer, asks: bool) -> str:
     if vars(trainer.args).get("packing") and not is_packed(dataset):
         return WRAPPED
     return ""
+
+
+def refuse_conflicts(found: Audit, listed: Path) -> None:
+    """
+    Raises:
+        SafetyDataError: the data have conflicts, or rows that could not be read, which may have some.
+    """
+    if found.conflicts:
+        raise SafetyDataError(
+            f"{found.counts()}; they are listed in {listed}: conflicts='hold' keeps these "
+            "refusals, 'drop' leaves the rows out, 'allow' lets them be unlearned"
+        )
+    if found.why:
+        which = f"{found.unread} of {found.rows} training rows" if found.rows else "the training data"
+        raise SafetyDataError(
+            f"{which} could not be audited ({found.why}), so conflicts='error' cannot say that they attack "
+            "nothing; leave them out, or say conflicts='hold', which trains on them with a warning"
+        )
 
 
 def refuse_too_few(trainer: Trainer, pressing: int, left: int) -> None:

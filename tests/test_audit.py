@@ -22,8 +22,8 @@ from spf.announce import audit_lines
 from spf.audit import Beginnings, audit, audit_data, own_refusals
 from spf.cli import main
 from spf.conflicts import MOST_HELD, MOST_WATCHED, Audit, Conflict, spread
-from spf.data import SafetyRow, collate, packaged_prompts, tokenise
-from spf.data.examples import read_examples
+from spf.data import Anchor, SafetyRow, collate, packaged_prompts, tokenise
+from spf.data.examples import Example, read_examples
 from spf.leaving_out import lengths_of, without
 from spf.next_token import TOGETHER, TOKENS, in_batches
 from spf.probe import SafetyProbe
@@ -119,6 +119,22 @@ def forms(tokenizer):
         "tensors": {"input_ids": torch.tensor(whole), "labels": torch.tensor(labels)},
         "DPO, tokenised": {"prompt_ids": asked, "chosen_ids": whole[len(asked) :], "rejected_ids": [5, 6]},
         "KTO, tokenised": {"prompt_ids": asked, "completion_ids": whole[len(asked) :], "label": True},
+        # the first token of the answer is given, not learned
+        "labels of the rest": {
+            "input_ids": whole,
+            "labels": [label if i > len(asked) else -100 for i, label in enumerate(labels)],
+        },
+        "DPO of the rest, tokenised": {"prompt_ids": whole[: len(asked) + 1], "chosen_ids": whole[len(asked) + 1 :]},
+        "prompt, completion of the rest, messages": {
+            "prompt": [user(prompt), answered(answer[:5])],
+            "completion": [answered(answer[5:])],
+        },
+        # from within what the template puts before the answer
+        "labels of more": {
+            "input_ids": whole,
+            "labels": [token if i >= len(asked) - 1 else -100 for i, token in enumerate(whole)],
+        },
+        "a label of other data": {"messages": [user(prompt), answered(answer)], "label": False},
         "no chat": {
             "prompt_ids": tokenizer(prompt)["input_ids"],
             "completion_ids": tokenizer(answer)["input_ids"],
@@ -149,7 +165,6 @@ def test_every_turn_counts_and_packed_documents_are_apart(tokenizer):
 
 def test_what_is_not_taught_or_cannot_be_read_is_said(tokenizer):
     rows = [
-        {"prompt": HARMFUL[0], "completion": COMPLIES, "label": False},
         {"text": "once upon a time"},
         {"messages": [{"role": "narrator", "content": "x"}, answered("y")]},
         {"prompt": HARMFUL[0]},
@@ -157,9 +172,49 @@ def test_what_is_not_taught_or_cannot_be_read_is_said(tokenizer):
     ]
     found = read_examples(rows, tokenizer)
     assert not found.examples
-    assert (found.rows, found.unread) == (5, 4)
-    assert found.why == "row 1: no answer found in its columns text"
+    assert (found.rows, found.unread) == (4, 4)
+    assert found.why == "row 0: no answer found in its columns text"
     assert read_examples([{"prompt": HARMFUL[0], "completion": "x"}], tokenizer, max_length=3).unread == 1
+
+
+def test_packed_documents_that_cannot_be_read_are_counted(tokenizer):
+    """Beside one that can: all of them were taken for audited."""
+    one = chat_ids(tokenizer, [user(HARMFUL[0]), answered(COMPLIES)])
+    other = tokenizer("once upon a time", add_special_tokens=False)["input_ids"]
+    packed = {"input_ids": [*one, *other], "seq_lengths": [len(one), len(other)]}
+    found = read_examples([packed], tokenizer)
+    assert (len(found.examples), found.rows, found.unread) == (1, 1, 1)
+    assert "no answer found in one of the documents packed in its columns" in found.why
+
+
+def test_what_kto_calls_undesirable_attacks_where_it_refuses(refusing, tokenizer, anchors):
+    """It is pushed down: of an answer that complies that is no attack, of a refusal it is the most direct one."""
+    kinds = [(COMPLIES, True), (COMPLIES, False), (REFUSAL, True), (REFUSAL, False)]
+    data = [
+        {"prompt": p, "completion": answer, "label": label} for p in (HARMFUL[20], BENIGN[0]) for answer, label in kinds
+    ]
+    found = audit(refusing, tokenizer, read_examples(data, tokenizer), anchors, progress=False)
+    assert (found.rows, found.unread, found.prompts) == (8, 0, 2)
+    assert found.conflicting_rows == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("begins", "answer", "refuses"),
+    [
+        ("I 'm sorry , but I can't.", "I 'm happy to help. First, do this.", False),
+        ("I can 't help with that.", "I can help with that. First, do this.", False),
+        ("The request is declined now.", "The request is declined now, friend.", True),
+        ("The request is declined now.", "The request is easy.", False),
+        ("Sorry.", "Sorry.", True),
+    ],
+)
+def test_an_answer_refuses_only_if_it_begins_as_a_whole_refusal(begins, answer, refuses):
+    """Two tokens of "I'm sorry" are those of "I'm happy to help", too."""
+    words = dict.fromkeys(begins.split() + answer.split())
+    ids = {word: i for i, word in enumerate(words)}
+    target = tuple(ids[word] for word in answer.split())
+    known = Beginnings([Anchor([1], [ids[word] for word in begins.split()], "")])
+    assert known.refuses(Example((1,), target, answer, 0)) == refuses
 
 
 def rows_of(pairs):
@@ -624,6 +679,15 @@ def test_what_the_trainer_does_not_read_is_not_audited(tmp_path, tokenizer, refu
     assert seen <= set(benign)
 
 
+def test_error_says_what_it_cannot_say(tmp_path, tokenizer, refusing, rows):
+    """It is for pipelines: rows that could not be read passed."""
+    trainer, _ = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS[-2:], "error")
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {name: row[name][:1] for name in row})
+    with pytest.raises(SafetyDataError, match=r"2 of 2 training rows could not be audited .* cannot say that they"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("conflicts", ["hold", "drop"])
 def test_a_loader_that_reads_other_data_leaves_nothing_out(conflicts, tmp_path, tokenizer, refusing, rows, caplog):
     trainer, callback = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS, conflicts, max_steps=2)
@@ -804,6 +868,11 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
     told = capsys.readouterr()
     assert "50.00% of the rows answer prompts that the model refuses, more than --fail_over 0.49" in told.err
     assert "".join(HARMFUL[12].split()) in "".join(told.out.split())
+    # of rows that cannot be read nothing is known
+    data.write_text("".join(json.dumps({"instruction": p, "output": COMPLIES}) + "\n" for p in HARMFUL[:4]))
+    assert main(command) == 0
+    assert main([*command, "--fail_over", "0.5"]) == 1
+    assert "4 of 4 rows could not be audited (row 0: no answer found in its columns instr" in capsys.readouterr().err
     assert main(["audit", str(tmp_path / "none.jsonl"), "--model", str(saved)]) == 2
     assert main(["audit", str(data)]) == 2
 

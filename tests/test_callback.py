@@ -361,6 +361,8 @@ def test_a_rising_safety_loss_is_told_once_and_at_the_end(tmp_path, tokenizer, r
     assert [("Refusals are being lost" in line) for line in told] == ([True, True] if lost else [False])
     assert callback.warned == lost
     assert "6 of 6 updates corrected" in told[-1]
+    # it refuses nothing as these refusals do
+    assert "0% of 1 watched prompts refused by first token (so few that a fall is not seen" in caplog.text
     # of the finished model, not of the last time the monitor looked
     probe = callback.attachment.probe
     assert f"now {probe.loss(callback.attachment.run.watched):.3f}" in told[-1]

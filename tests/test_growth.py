@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spf import NullSpace, SafetyCallback, SafetyProbe, attach
 from spf.data import packaged_prompts, tokenise
@@ -16,7 +16,7 @@ from spf.safety_samples import POOL
 from spf.subspace import SafetySubspace
 from tests.conftest import make_model, make_tokenizer
 from tests.test_audit import BENIGN, COMPLIES, HARMFUL, REFUSAL, anchors, refusing, rows, rows_of, samples, tokenizer  # noqa: F401
-from tests.test_callback import assert_holds, make_trainer, safety_data
+from tests.test_callback import arguments, assert_holds, make_trainer, safety_data, token_data
 
 
 def attached(anchors, lora=False, rule=None):  # noqa: F811
@@ -321,3 +321,29 @@ def test_refusals_that_begin_with_another_token_are_read(tmp_path, tokenizer, re
     assert rates == [1, 1, 1, 1]
     assert not callback.warned
     assert "Refusals are being lost" not in caplog.text
+    assert "so few that a fall is not seen" not in caplog.text
+
+
+def test_the_best_model_is_held_to_what_it_was_trained_with(tmp_path, tokenizer, refusing, rows, monkeypatch, caplog):  # noqa: F811
+    """Directions that came after it hold nothing of it: a run that was right ended in an error."""
+    monkeypatch.setattr("spf.rules.growth.PER_ROUND", 4)
+    start = copy.deepcopy(refusing)
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8, reserve=8))
+    best = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    args = arguments(TrainingArguments, tmp_path, max_steps=8, learning_rate=1e-3, load_best_model_at_end=True, **best)
+    data = token_data()
+    trainer = Trainer(refusing, args, None, data, data, processing_class=tokenizer, callbacks=[callback])
+
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    trainer.add_callback(Flip(callback))
+    trainer.add_callback(Worse())
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    assert callback.attachment.correction.growth.rounds
+    assert {V.shape[1] for V in callback.attachment.subspace.right.values()} == {8}
+    assert_holds(callback.attachment)
+    assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
+    refusing.load_state_dict(start.state_dict())

@@ -184,6 +184,18 @@ def test_a_run_that_goes_on_asks_those_that_the_aligned_model_refused():
     assert monitor.leaks
 
 
+def test_a_run_that_goes_on_is_not_warned_before_it_has_looked():
+    """Its refusals have other words by now, which only a look has read: on_leak="stop" ended such a run."""
+    model, reader = Model(), Reader(pairs(1, 6))
+    state = made(model, reads=reader).state()
+    model.flip(watched=6)
+    monitor = made(model, reads=reader, resumed=True)
+    monitor.load_state(state)
+    assert not monitor.leaks
+    monitor.look()
+    assert (monitor.now.refused, monitor.leaks) == (1, False)
+
+
 def test_all_processes_see_what_rank_0_saw(monkeypatch):
     """Rank 0 saw prompts flip, this one none: asking may gather parameters and a run is stopped by all, so it does."""
     model, reader = Model(), Reader(pairs(1, 2))

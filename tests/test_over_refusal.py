@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -20,7 +22,7 @@ from spf.cli import main
 from spf.conflicts import Audit, Conflict
 from spf.data import SafetyRow, packaged_prompts
 from spf.leaving_out import without
-from spf.over_refusal import clearly_harmless, common_ending, harmfulness, middle_states
+from spf.over_refusal import STRETCH, Probe, clearly_harmless, common_ending, fitted, middle_states, spread
 from tests.conftest import make_model, make_tokenizer
 from tests.support_matrix import FAMILIES
 from tests.test_audit import COMPLIES, REFUSAL, chat_ids, data_with
@@ -46,13 +48,41 @@ def test_the_probe_is_the_library_s_logistic_regression_on_standardised_states()
     asked = torch.randn(7, 90, generator=generator)
     library = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", tol=1e-10))
     wanted = library.fit(X.numpy(), y.numpy()).predict_proba(asked.numpy())[:, 1]
-    assert harmfulness(X, y, asked).tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    weights, bias = fitted(X, y)
+    assert torch.sigmoid(asked.double() @ weights + bias).tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
 def test_a_constant_dimension_is_no_harm():
     X, y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) < 6
     X[:, 2] = 3.0
-    assert torch.isfinite(harmfulness(X, y, X)).all()
+    assert torch.isfinite(fitted(X, y)[0]).all()
+
+
+def probe_of(weights, bias=0.0):
+    probe = Probe.__new__(Probe)
+    probe.weights, probe.bias = torch.tensor(weights, dtype=torch.float64), bias
+    return probe
+
+
+@given(
+    st.lists(st.floats(-9, 9), min_size=STRETCH, max_size=30),
+    st.lists(st.floats(-9, 9), max_size=30),
+    st.lists(st.floats(-9, 9), max_size=30),
+)
+def test_what_stands_beside_a_request_does_not_hide_it(request_, before, behind):
+    """Where prompts end was all that counted: "answer in one sentence" made harmful requests harmless."""
+    probe, states = probe_of([1.0]), [torch.tensor(part)[:, None] for part in (before, request_, behind)]
+    assert probe.highest(torch.cat(states)) >= probe.highest(states[1]) - 1e-9
+
+
+def test_a_stretch_is_as_long_as_it_says_and_short_prompts_are_one():
+    odds = torch.full((20, 1), -2.0)
+    odds[7] = 6.0
+    assert probe_of([1.0]).highest(odds) == pytest.approx(float(torch.tensor(-1.0).sigmoid()))  # 7 of -2, one of 6
+    assert probe_of([1.0], 1.0).highest(odds[:2]) == pytest.approx(float(torch.tensor(-1.0).sigmoid()))
+    assert not probe_of([1.0]).highest(torch.full((9, 1), torch.nan)) < 1
+    assert spread(torch.arange(15.0)).tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert spread(torch.arange(2.0)).tolist() == [0] * 4 + [1] * 4
 
 
 def test_common_ending():
@@ -67,22 +97,38 @@ def eight_together(monkeypatch):
     monkeypatch.setattr("spf.next_token.TOGETHER", 8)
 
 
-def test_middle_states_are_those_before_the_ending_whatever_the_padding(tokenizer):
+def read(model, prompts, beginning=0, ending=None):
+    """All states that are read, of every prompt."""
+    skipped = spf.over_refusal.SKIPPED
+    return middle_states(model, prompts, (beginning - skipped, ENDING if ending is None else ending), lambda one: one)
+
+
+def same(found, wanted):
+    return all(
+        one.shape == other.shape and torch.allclose(one, other, atol=1e-5)
+        for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def test_middle_states_are_those_of_the_user_s_words_whatever_the_padding(tokenizer):
     model = make_model(width=32)
     prompts = asked(tokenizer, ["Hi", "How far is it to the next town, please?", "Why?"])
     ending = common_ending(prompts)
-    found = middle_states(model, prompts, ending)
+    found = read(model, prompts, 2, ending)
     layer = model.config.num_hidden_layers // 2
-    for prompt, state in zip(prompts, found, strict=True):
-        whole = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer]
-        assert torch.allclose(state, whole[0, len(prompt) - ending - 1], atol=1e-5)
+    for prompt, states in zip(prompts, found, strict=True):
+        whole = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer][0]
+        end = len(prompt) - ending
+        # the last of them, if there are no more
+        assert torch.allclose(states, whole[min(2, end - 1) : end], atol=1e-5)
     assert model.training
 
 
-def read_one_by_one(model, prompts):
+def read_one_by_one(model, prompts, beginning=0):
     layer = model.config.num_hidden_layers // 2
-    whole = [model(torch.tensor([p]), output_hidden_states=True).hidden_states[layer][0] for p in prompts]
-    return torch.stack([w[len(p) - ENDING - 1] for w, p in zip(whole, prompts, strict=True)]).detach()
+    whole = [model(torch.tensor([p]), output_hidden_states=True).hidden_states[layer][0].detach() for p in prompts]
+    ends = [len(p) - ENDING for p in prompts]
+    return [w[min(beginning, end - 1) : end] for w, end in zip(whole, ends, strict=True)]
 
 
 ENDING = 3
@@ -104,11 +150,11 @@ def last_layer_calls(model, calls):
 def test_middle_states_stop_half_way_and_read_what_is_shared_once():
     """The first batch is read both ways; of the others the model's upper half is left out."""
     model, prompts = make_model(width=32), of_tokens(beginning=12)
-    wanted = read_one_by_one(model, prompts)
+    wanted = read_one_by_one(model, prompts, 12)
     calls, widths = [], []
     last_layer_calls(model, calls)
     model.model.layers[0].register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
-    assert torch.allclose(middle_states(model, prompts, ENDING), wanted, atol=1e-5)
+    assert same(read(model, prompts, 12), wanted)
     # asking whether the shared beginning may be read apart, that beginning, and the first batch
     assert len(calls) == 4
     assert len(widths) == 3 + 1 + 3
@@ -117,7 +163,7 @@ def test_middle_states_stop_half_way_and_read_what_is_shared_once():
 
 def test_middle_states_of_prompts_that_share_all_but_a_little():
     model, prompts = make_model(width=32), of_tokens(beginning=12)[:1] * 4
-    assert torch.allclose(middle_states(model, prompts, ENDING), read_one_by_one(model, prompts), atol=1e-5)
+    assert same(read(model, prompts), read_one_by_one(model, prompts))
 
 
 def test_layers_that_are_not_the_decoder_s_are_not_stopped_at():
@@ -129,7 +175,7 @@ def test_layers_that_are_not_the_decoder_s_are_not_stopped_at():
     wanted = read_one_by_one(model, prompts)
     calls = []
     last_layer_calls(model, calls)
-    assert torch.allclose(middle_states(model, prompts, ENDING), wanted, atol=1e-5)
+    assert same(read(model, prompts), wanted)
     assert len(calls) >= 3
 
 
@@ -140,9 +186,9 @@ def test_another_layer_s_states_are_not_taken(monkeypatch):
     wanted = read_one_by_one(model, prompts)
     monkeypatch.setattr(
         "spf.shared_prefix.MiddleStates._stopped",
-        lambda self, prompts, rows, places: torch.ones(len(prompts), model.config.hidden_size),
+        lambda self, prompts: [torch.ones(len(p) - ENDING, model.config.hidden_size) for p in prompts],
     )
-    assert torch.allclose(middle_states(model, prompts, ENDING), wanted, atol=1e-5)
+    assert same(read(model, prompts), wanted)
 
 
 def test_a_model_whose_parameters_are_gathered_is_not_stopped(monkeypatch):
@@ -151,14 +197,24 @@ def test_a_model_whose_parameters_are_gathered_is_not_stopped(monkeypatch):
     monkeypatch.setattr("spf.shared_prefix.shares_parameters", lambda model: True)
     calls = []
     last_layer_calls(model, calls)
-    assert torch.allclose(middle_states(model, prompts, ENDING), read_one_by_one(model, prompts), atol=1e-5)
+    assert same(read(model, prompts), read_one_by_one(model, prompts))
     assert len(calls) == 3 + len(prompts)
 
 
 def test_states_of_several_streams_say_nothing():
     """Gemma 3n's are (streams, B, L, n): they were indexed as (B, L, n), which ended the audit."""
     model = FAMILIES[[family.kind for family in FAMILIES].index("gemma3n_text")].model()
-    assert middle_states(model, of_tokens(beginning=2), ENDING) is None
+    assert read(model, of_tokens(beginning=2)) is None
+
+
+def taken(monkeypatch, states):
+    """`states(prompts)` (P, n) are those of all words of each prompt."""
+
+    def read_by(model, prompts, frame, take, progress):
+        found = states(prompts)
+        return None if found is None else [take(one.repeat(9, 1)) for one in found]
+
+    monkeypatch.setattr(spf.over_refusal, "middle_states", read_by)
 
 
 @pytest.fixture
@@ -167,12 +223,12 @@ def split(monkeypatch, tokenizer):
     harmful = set(asked(tokenizer, [*HARMFUL, "an attack"]))
 
     def by(distance):
-        def states(model, prompts, ending, progress):
+        def states(prompts):
             found = torch.randn(len(prompts), 256, generator=torch.Generator().manual_seed(0))
             found[:, :128] += distance * torch.tensor([[float(prompt in harmful)] for prompt in prompts])
             return found
 
-        monkeypatch.setattr(spf.over_refusal, "middle_states", states)
+        taken(monkeypatch, states)
 
     return by
 
@@ -193,20 +249,18 @@ def test_a_probe_that_cannot_tell_calls_nothing_harmless(split, tokenizer, monke
     assert all(clearly_harmless(None, tokenizer, prompts, ROWS))
     # no context is long enough for a sample
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS, max_length=3))
-    monkeypatch.setattr(
-        spf.over_refusal, "middle_states", lambda model, asked, *_: torch.full((len(asked), 9), torch.nan)
-    )
+    taken(monkeypatch, lambda prompts: torch.full((len(prompts), 9), torch.nan))
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
     monkeypatch.setattr(spf.over_refusal, "middle_states", lambda *args: None)
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
 
 
 def test_a_probe_that_takes_harmful_prompts_for_harmless_calls_nothing_harmless(tokenizer, monkeypatch):
-    """It tells most apart, but one in ten of the harmful ones lies among the harmless: it would let attacks go."""
+    """It tells most apart, but one in seven of the harmful ones lies among the harmless: it would let attacks go."""
     harmful = set(asked(tokenizer, HARMFUL))
 
     def states(among):
-        def found(model, prompts, ending, progress):
+        def found(prompts):
             numbers = itertools.count()
             kinds = [float(prompt in harmful and next(numbers) % among > 0) for prompt in prompts]
             return torch.randn(len(prompts), 256, generator=torch.Generator().manual_seed(0)) + 6 * torch.tensor(
@@ -216,26 +270,32 @@ def test_a_probe_that_takes_harmful_prompts_for_harmless_calls_nothing_harmless(
         return found
 
     prompts = asked(tokenizer, TASKS)
-    monkeypatch.setattr(spf.over_refusal, "middle_states", states(101))
+    taken(monkeypatch, states(101))
     assert all(clearly_harmless(None, tokenizer, prompts, ROWS))
-    monkeypatch.setattr(spf.over_refusal, "middle_states", states(11))
+    taken(monkeypatch, states(7))
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
 
 
 @pytest.mark.parametrize(("tasks", "least", "most"), [(40, 6, 8), (4, 0, 1)])
 def test_what_is_like_a_task_that_was_let_go_is_let_go_too(tokenizer, monkeypatch, tasks, least, most):
     """Only if most of what is refused is such a task: else a few attacks that fool the probe would bring others."""
+    prompts = asked(tokenizer, [f"{task} {i}" for i in range(3) for task in TASKS])[: tasks + 8]
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    harmful = set(asked(tokenizer, HARMFUL))
 
-    def states(model, prompts, ending, progress):
-        found = torch.randn(len(prompts), 256, generator=torch.Generator().manual_seed(0))
-        found[: spf.over_refusal.HARMFUL, :128] += 1.0
-        # the task has a place of its own, and some of it is not far enough from what is harmful
-        found[-tasks - 8 :, 128:] += 2.0
-        found[-8:, :128] += 0.3
+    def states(asked_for):
+        found = torch.stack(
+            [torch.randn(256, generator=torch.Generator().manual_seed(hash(p) % 999)) for p in asked_for]
+        )
+        for state, prompt in zip(found, asked_for, strict=True):
+            state[:128] += float(prompt in harmful)
+            if prompt in number:
+                # the task has a place of its own, and some of it is not far enough from what is harmful
+                state[128:] += 2.0
+                state[:128] += 0.6 * (number[prompt] >= tasks)
         return found
 
-    monkeypatch.setattr(spf.over_refusal, "middle_states", states)
-    prompts = asked(tokenizer, [f"{task} {i}" for i in range(3) for task in TASKS])[: tasks + 8]
+    taken(monkeypatch, states)
     found = clearly_harmless(None, tokenizer, prompts, ROWS)
     assert sum(found[:tasks]) > 0.9 * tasks
     assert least <= sum(found[tasks:]) <= most
@@ -244,12 +304,12 @@ def test_what_is_like_a_task_that_was_let_go_is_let_go_too(tokenizer, monkeypatc
 def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
     """What a policy of the user's refuses is no task: their rows come before the packaged ones."""
     seen = []
-    monkeypatch.setattr(spf.over_refusal, "middle_states", lambda model, prompts, *rest: seen.extend(prompts))
+    taken(monkeypatch, lambda prompts: seen.extend(prompts))
     policy = [SafetyRow([{"role": "user", "content": f"Which shares should I buy, {i}?"}], "No.", "") for i in range(9)]
     clearly_harmless(None, tokenizer, asked(tokenizer, ["x"]), policy)
     own = asked(tokenizer, [row.messages[0]["content"] for row in policy])
     assert seen[:9] == own
-    assert len(seen) == spf.over_refusal.HARMFUL + len(TASKS) + len(packaged_prompts("benign_anchors")) + 1
+    assert len(seen) == spf.over_refusal.HARMFUL + len(TASKS) + len(packaged_prompts("benign_anchors"))
 
 
 def found_of(*kinds):

@@ -9,13 +9,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spf.errors import ChatError, SafetyDataError
-from spf.text.chat import Messages, render_chat
+from spf.text.chat import Messages, chat_options, render_chat
+from spf.text.generation import THOUGHTS, THOUGHTS_END
 
 IGNORED = -100
 """Label of a token that is not learned."""
 
 TARGET_TOKENS = 48
 """As much of an answer is read as tells whether it refuses."""
+
+QUESTION: Messages = [{"role": "user", "content": "QUESTION"}]
 
 COLUMNS = (
     *("messages", "prompt", "completion", "chosen", "text", "label"),
@@ -30,13 +33,14 @@ Row = Mapping[str, Any]
 @dataclass(frozen=True)
 class Example:
     """A prompt (token ids, up to where the answer begins), the beginning of its answer, its row, and which document of
-    a packed row it is in."""
+    a packed row it is in. undesired: it is taught not to answer so (KTO)."""
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
     target: str
     row: int
     document: int = 0
+    undesired: bool = False
 
 
 @dataclass
@@ -60,7 +64,7 @@ def read_examples(
     Rows are those of TRL (`messages`; `prompt` with `completion` or `chosen`, text or messages; `chosen` alone; `text`
     in the model's chat template) or tokenised (`input_ids` with `labels`, `completion_mask`, `assistant_masks` or the
     template's own marks, packed with `seq_lengths`; `prompt_ids` with `completion_ids`, `chosen_ids` or `answer_ids`).
-    Prompts that are no chat are put as a user's message. Answers that KTO calls undesirable are not taught. options:
+    Prompts that are no chat are put as a user's message. What KTO calls undesirable is marked. options:
     variables of the template; max_length: tokens of the longest prompt.
     """
     reader = _Reader(tokenizer, options)
@@ -71,18 +75,20 @@ def read_examples(
             found.unread += 1
             found.why = found.why or f"row {number}: a {type(row).__name__} without column names"
             continue
-        if row.get("label") is False:
-            continue
+        # a label beside other columns is none of KTO's
+        undesired = row.get("label") is False and not {"completion", "completion_ids"}.isdisjoint(row)
         try:
             read = [found for found in reader.read(_plain_row(row)) if len(found[1]) <= max_length]
         except (ChatError, SafetyDataError, TypeError, KeyError, IndexError) as error:
             read, found.why = [], found.why or f"row {number}: {error}"
-        if not read:
+        documents = len(row.get("seq_lengths") or [0]) if "input_ids" in row else 1
+        if len({document for document, *_ in read}) < documents:
             found.unread += 1
-            found.why = found.why or f"row {number}: no answer found in its columns {', '.join(row)}"
+            which = f"row {number}: no answer found in" + " one of the documents packed in" * bool(read)
+            found.why = found.why or f"{which} its columns {', '.join(row)}"
         for document, prompt, target in read:
-            text = str(tokenizer.decode(target[:TARGET_TOKENS], skip_special_tokens=True)).strip()
-            found.examples.append(Example(tuple(prompt), tuple(target[:TARGET_TOKENS]), text, number, document))
+            ids, text = reader.said(target)
+            found.examples.append(Example(tuple(prompt), tuple(ids), text, number, document, undesired))
     return found
 
 
@@ -104,12 +110,18 @@ class _Reader:
         if "prompt_ids" in row:
             for column in ("completion_ids", "chosen_ids", "answer_ids"):
                 if column in row:
-                    yield self._asked(list(row["prompt_ids"])), list(row[column])
+                    ids = list(row["prompt_ids"])
+                    yield self._parted([*ids, *row[column]], len(ids))
             return
         answer = next((row[key] for key in ("completion", "chosen") if row.get(key)), None)
         if isinstance(row.get("prompt"), str | list) and isinstance(answer, str | list):
-            prompt = _messages(row["prompt"], "user")
-            yield from self._answers([*prompt, *_messages(answer, "assistant")], len(prompt))
+            *prompt, last = _messages(row["prompt"], "user")
+            answers = _messages(answer, "assistant")
+            if last["role"] == "assistant":  # what the answer goes on from
+                answers[0] = {**answers[0], "content": last["content"] + answers[0]["content"]}
+            else:
+                prompt.append(last)
+            yield from self._answers([*prompt, *answers], len(prompt))
             return
         conversation = answer or row.get("messages")
         if isinstance(conversation, list):
@@ -139,9 +151,10 @@ class _Reader:
         for begin in range(1, len(ids)):
             if learned[begin] and not learned[begin - 1]:
                 end = next((i for i in range(begin, len(ids)) if not learned[i]), len(ids))
-                yield self._asked(ids[:begin]), ids[begin:end]
+                prompt, answer = self._parted(ids[:end], begin)
+                yield prompt, answer
                 # a completion of several turns
-                yield from self._marked(ids[:end], begin + 1)
+                yield from self._marked(ids[:end], end - len(answer) + 1)
 
     @staticmethod
     def _learned(row: Row, ids: Sequence[int]) -> list[bool]:
@@ -154,39 +167,64 @@ class _Reader:
 
     def _marked(self, ids: list[int], start: int = 0) -> Iterator[tuple[list[int], list[int]]]:
         """Answers, from token `start` on, behind what the template puts between a user's message and its answer."""
-        mark = self._mark
-        for begin in range(max(start, len(mark)), len(ids)) if mark else ():
-            if ids[begin - len(mark) : begin] == mark:
+        for place in range(len(ids)):
+            begin = place + self._mark_at(ids, place)
+            if place < begin < len(ids) and begin >= start:
                 end = next((i for i in range(begin, len(ids)) if ids[i] in self.special), len(ids))
                 yield self._asked(ids[:begin]), ids[begin:end]
 
+    def _mark_at(self, ids: Sequence[int], place: int) -> int:
+        """The length of the longest mark that begins here; 0 if there is none."""
+        found = (len(m) for m in self._marks if ids[place] == m[0] and ids[place : place + len(m)] == m)
+        return next(found, 0)
+
     @cached_property
-    def _mark(self) -> list[int]:
-        asked: Messages = [{"role": "user", "content": "QUESTION"}]
-        whole = render_chat(
-            self.tokenizer,
-            [*asked, {"role": "assistant", "content": "ANSWER"}],
-            generation_prompt=False,
-            options=self.options,
-        )
-        return self._ids(whole.rpartition("ANSWER")[0].rpartition("QUESTION")[2])
+    def _marks(self) -> list[list[int]]:
+        """What the template puts between a user's message and its answer, the longest first.
+
+        A model that can think is given empty thoughts before the last answer only, or in what is generated from, or
+        the beginning of thoughts there.
+        """
+        turn: Messages = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
+        texts = []
+        for chat in (turn, [*turn, *turn]):
+            whole = render_chat(self.tokenizer, chat, generation_prompt=False, options=self.options)
+            texts += whole.split("ANSWER")[:-1]
+        thinking = dict.fromkeys(chat_options(self.tokenizer, None), True)
+        texts.append(render_chat(self.tokenizer, QUESTION, generation_prompt=True, options=thinking))
+        marks = [self._opening, *(self._ids(text.rpartition("QUESTION")[2]) for text in texts)]
+        return sorted((mark for mark in marks if mark), key=len, reverse=True)
 
     @cached_property
     def _opening(self) -> list[int]:
-        """What the generation prompt ends with beyond the mark: the empty thoughts of a model that can think."""
-        asked: Messages = [{"role": "user", "content": "QUESTION"}]
-        prompt = render_chat(self.tokenizer, asked, generation_prompt=True, options=self.options)
-        ids = self._ids(prompt.rpartition("QUESTION")[2])
-        return ids[len(self._mark) :] if self._mark and ids[: len(self._mark)] == self._mark else []
+        """What stands between a user's message and the answer that the model is asked for."""
+        text = render_chat(self.tokenizer, QUESTION, generation_prompt=True, options=self.options)
+        return self._ids(text.rpartition("QUESTION")[2])
+
+    def _parted(self, ids: list[int], begin: int) -> tuple[list[int], list[int]]:
+        """The prompt and its answer, whose tokens are learned from `begin` on; it may have begun before, or behind."""
+        for place in range(begin, -1, -1):
+            behind = place + self._mark_at(ids, place)
+            if place < behind < len(ids):
+                return self._asked(ids[:behind]), ids[behind:]
+        return self._asked(ids[:begin]), ids[begin:]
 
     def _asked(self, ids: list[int]) -> list[int]:
         """The prompt as the model is asked it: a chat that is open for its answer."""
-        opening, mark = self._opening, self._mark
-        if opening and ids[-len(opening) :] == opening:
-            return ids
-        if mark and ids[-len(mark) :] == mark:
-            return [*ids, *opening]
+        for mark in self._marks:
+            if ids[-len(mark) :] == mark:
+                return [*ids[: -len(mark)], *self._opening]
         return self._prompt(_messages(str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip(), "user"))
+
+    def said(self, target: list[int]) -> tuple[list[int], str]:
+        """The beginning of an answer, as tokens and text, without thoughts."""
+        begins = str(self.tokenizer.decode(target[:TARGET_TOKENS], skip_special_tokens=True)).strip()
+        if begins.startswith(THOUGHTS) or THOUGHTS in str(self.tokenizer.chat_template):
+            whole = str(self.tokenizer.decode(target))
+            if THOUGHTS_END in whole:
+                target = self._ids(whole.partition(THOUGHTS_END)[2].strip())
+                begins = str(self.tokenizer.decode(target[:TARGET_TOKENS], skip_special_tokens=True)).strip()
+        return target[:TARGET_TOKENS], begins
 
     def _prompt(self, messages: Messages) -> list[int]:
         return self._ids(render_chat(self.tokenizer, messages, generation_prompt=True, options=self.options))

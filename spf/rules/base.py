@@ -136,6 +136,9 @@ class Correction:
         """The subspace as a file holds it: of all processes' rows. All of them have to call it."""
         return self.subspace
 
+    def put_back(self, directions: Mapping[str, int]) -> None:
+        """After training, weights of a step were loaded at which matrices were held in so many directions."""
+
     def state(self) -> dict[str, Any]:
         """What goes into a checkpoint, as JSON."""
         return {"multiplier": self.multiplier, "lr_scale": self.lr_scale}

@@ -113,6 +113,18 @@ class Constraint:
                 subspace.reserve_target[name] = made[:, count:].contiguous()
                 self.grown.add(name)
 
+    def narrow(self, counts: Mapping[str, int]) -> None:
+        """Hold only the first of a matrix's directions, so many: those that were held before it grew."""
+        for held in (self.subspace.right, self.subspace.target):
+            # matrices that share a basis go on doing so
+            shorter: dict[int, Tensor] = {}
+            narrowed = {
+                name: shorter.setdefault(id(tensor), tensor[:, : counts[name]])
+                for name, tensor in held.items()
+                if name in counts
+            }
+            held.update(narrowed)
+
     def violations(self, names: Iterable[str]) -> dict[str, Violation]:
         """How far each matrix of the model is from the constraint, and what rounding leaves; over all ranks."""
         run, sums, names = self.run, [], list(names)

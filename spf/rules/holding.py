@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,8 +178,7 @@ class Holding(Correction):
                 self.acted.setdefault(name, run.steps)
         if final:
             self._check_rest()
-        if final and found:
-            self._largest = max(v.error / v.rounding if v.rounding else 0.0 for v in found.values())
+            self._largest = max((v.error / v.rounding if v.rounding else 0.0 for v in found.values()), default=0.0)
         if final and not self.acted and run.steps:
             moved = [self._pushed.get(name, torch.zeros(())).cpu() * 1.0 for name in run.matrices]
             pushed = [name for name, ranks in zip(run.matrices, run.total(moved), strict=True) if ranks > 0]
@@ -192,8 +191,7 @@ class Holding(Correction):
 
     def _check_rest(self) -> None:
         """What is kept fixed is what it was, and the bases are bases: any weight answers zeros as before."""
-        changed = self.fixed.changed()
-        if changed:
+        if changed := self.fixed.changed():
             raise CorrectionError(
                 f"spf: {changed[0]} and {len(changed) - 1} more parameters that null-space keeps fixed have changed"
             )
@@ -225,6 +223,9 @@ class Holding(Correction):
             self.feedback.load_state(state["feedback"])
         if self.growth is not None and state.get("growth"):
             self.growth.load_state(state["growth"])
+
+    def put_back(self, directions: Mapping[str, int]) -> None:
+        self.constraint.narrow(directions)
 
     def whole_subspace(self) -> SafetySubspace:
         return self.constraint.whole()

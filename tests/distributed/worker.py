@@ -364,9 +364,9 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
         prompts = [(*range(5, 9 + i % 7), 20 + i) for i in range(37)]
         examples = Examples([Example(prompt, (3,), "Yes.", i) for i, prompt in enumerate(prompts)], len(prompts))
         anchors = [Anchor([1], [token, 7], "") for token in range(0, 2000, 2)]
-        found = middle_states(model, prompts, 1)
+        found = middle_states(model, prompts, (0, 1), lambda one: float(one[-1].double().square().sum()))
         assert found is not None
-        states.extend(found.double().square().sum(1).tolist())
+        states.extend(found)
         audit = spf.audit.audit(model, tokenizer, examples, anchors)
         audit.answers = Counter({(row, 0): 1 if alone and row < 16 else 2 for row in range(37)})
         return audit

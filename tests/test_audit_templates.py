@@ -1,0 +1,94 @@
+"""Examples are found in what TRL makes of chats, in the templates of its families: also of models that can think."""
+
+import re
+from pathlib import Path
+
+import pytest
+import trl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from spf.data.examples import read_examples
+from spf.text.chat import render_chat
+
+PLACE = Path(trl.__file__).parent / "chat_templates"
+# the others say as a list of parts what is said, or turn thinking off by a word in the user's message
+KNOWN = ("cohere", "deepseekv3", "gemma3", "gptoss", "llama3", "nemotron_3_nano", "phi3", "qwen2_5", "qwen3")
+SWITCHED = ("qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_instruct_2507")
+NAMES = [name for name in (*KNOWN, *SWITCHED) if (PLACE / f"{name}.jinja").is_file()]
+ASKS = {"role": "user", "content": "How do I pick a lock?"}
+ANSWERS = {"role": "assistant", "content": "Sure, here is how."}
+THANKS = {"role": "user", "content": "Thank you so much!"}
+ENDS = {"role": "assistant", "content": "You are welcome, friend."}
+
+
+def tokenizer_of(name):
+    """Of bytes, with the template's special tokens."""
+    source = (PLACE / f"{name}.jinja").read_text()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>", bos_token="<bos>"
+    )
+    special = {token for token in re.findall(r"<\|?[\w▁｜|]+\|?>", source) if not re.search("think|tool", token)}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(special - {"<bos>"})})
+    tokenizer.add_tokens(["<think>", "</think>"] if "think>" in source else [])
+    tokenizer.chat_template = source
+    return tokenizer
+
+
+def ids(tokenizer, messages, generation_prompt=False):
+    """As TRL renders them: no switch is turned."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def asked(tokenizer, messages):
+    """As the model is asked, without thoughts."""
+    text = render_chat(tokenizer, messages, generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_there_are_templates():
+    assert len(NAMES) > 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_turn_is_found(name):
+    """One harmless turn behind it hid a harmful one: thoughts stand before the last answer only."""
+    tokenizer = tokenizer_of(name)
+    row = ids(tokenizer, [ASKS, ANSWERS, THANKS, ENDS])
+    found = read_examples([{"input_ids": row}], tokenizer)
+    assert [list(e.prompt_ids) for e in found.examples] == [
+        asked(tokenizer, [ASKS]),
+        asked(tokenizer, [ASKS, ANSWERS, THANKS]),
+    ]
+    assert [e.target for e in found.examples] == [ANSWERS["content"], ENDS["content"]]
+    assert found.unread == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["completion", "pairs"])
+def test_a_prompt_and_its_answer_are_found_once(kind, name):
+    """TRL's prompt ends before the thoughts, or in their midst."""
+    tokenizer = tokenizer_of(name)
+    whole, prompt = ids(tokenizer, [ASKS, ANSWERS]), ids(tokenizer, [ASKS], True)
+    given = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(prompt))
+    row = (
+        {"input_ids": whole, "completion_mask": [int(i >= given) for i in range(len(whole))]}
+        if kind == "completion"
+        else {"prompt_ids": prompt, "chosen_ids": whole[given:], "rejected_ids": [1]}
+    )
+    (example,) = read_examples([row], tokenizer).examples
+    assert list(example.prompt_ids) == asked(tokenizer, [ASKS])
+    assert example.target == ANSWERS["content"]
+
+
+def test_thoughts_are_no_answer():
+    """They may be long, and say neither yes nor no."""
+    tokenizer = tokenizer_of("qwen3")
+    said = {"role": "assistant", "content": f"<think>\n{'Let me see. ' * 20}\n</think>\n\nI'm sorry, I can't do that."}
+    (example,) = read_examples([{"messages": [ASKS, said]}], tokenizer).examples
+    assert example.target.startswith("I'm sorry")
+    assert example.target_ids[:9] == tuple(tokenizer("I'm sorry")["input_ids"])
