@@ -163,6 +163,16 @@ def test_every_turn_counts_and_packed_documents_are_apart(tokenizer):
     assert [list(e.prompt_ids) for e in read_examples([{"messages": turns}], tokenizer).examples] == expected[:2]
 
 
+def test_a_user_s_message_that_is_learned_is_no_answer(tokenizer):
+    """Only what stands behind it is; an earlier answer that is not learned is none, either."""
+    turns = [user(HARMFUL[0]), answered(COMPLIES), user(HARMFUL[1]), answered(REFUSAL)]
+    whole, before = chat_ids(tokenizer, turns), chat_ids(tokenizer, turns[:2])
+    labels = [-100] * (len(before) + 2) + whole[len(before) + 2 :]
+    (example,) = read_examples([{"input_ids": whole, "labels": labels}], tokenizer).examples
+    assert list(example.prompt_ids) == chat_ids(tokenizer, turns[:3], True)
+    assert "".join(example.target.split()) == "".join(REFUSAL.split())
+
+
 def test_what_is_not_taught_or_cannot_be_read_is_said(tokenizer):
     rows = [
         {"text": "once upon a time"},

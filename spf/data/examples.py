@@ -111,7 +111,7 @@ class _Reader:
             for column in ("completion_ids", "chosen_ids", "answer_ids"):
                 if column in row:
                     ids = list(row["prompt_ids"])
-                    yield self._parted([*ids, *row[column]], len(ids))
+                    yield self._parted([*ids, *row[column]], len(ids)) or (self._asked(ids), list(row[column]))
             return
         answer = next((row[key] for key in ("completion", "chosen") if row.get(key)), None)
         if isinstance(row.get("prompt"), str | list) and isinstance(answer, str | list):
@@ -151,10 +151,12 @@ class _Reader:
         for begin in range(1, len(ids)):
             if learned[begin] and not learned[begin - 1]:
                 end = next((i for i in range(begin, len(ids)) if not learned[i]), len(ids))
-                prompt, answer = self._parted(ids[:end], begin)
-                yield prompt, answer
+                first = self._parted(ids[:end], begin)
                 # a completion of several turns
-                yield from self._marked(ids[:end], end - len(answer) + 1)
+                turns = list(self._marked(ids[:end], (end - len(first[1]) if first else begin) + 1))
+                if first is None and not turns:
+                    first = self._asked(ids[:begin]), ids[begin:end]
+                yield from [first, *turns] if first else turns
 
     @staticmethod
     def _learned(row: Row, ids: Sequence[int]) -> list[bool]:
@@ -201,13 +203,17 @@ class _Reader:
         text = render_chat(self.tokenizer, QUESTION, generation_prompt=True, options=self.options)
         return self._ids(text.rpartition("QUESTION")[2])
 
-    def _parted(self, ids: list[int], begin: int) -> tuple[list[int], list[int]]:
-        """The prompt and its answer, whose tokens are learned from `begin` on; it may have begun before, or behind."""
+    def _parted(self, ids: list[int], begin: int) -> tuple[list[int], list[int]] | None:
+        """The prompt and its answer, whose tokens are learned from `begin` on; it may have begun before, or behind.
+
+        None if no answer stands there.
+        """
         for place in range(begin, -1, -1):
             behind = place + self._mark_at(ids, place)
             if place < behind < len(ids):
-                return self._asked(ids[:behind]), ids[behind:]
-        return self._asked(ids[:begin]), ids[begin:]
+                within = self.special.isdisjoint(ids[behind:begin])
+                return (self._asked(ids[:behind]), ids[behind:]) if within else None
+        return None
 
     def _asked(self, ids: list[int]) -> list[int]:
         """The prompt as the model is asked it: a chat that is open for its answer."""
