@@ -24,7 +24,7 @@ from spf.files import write_json
 from spf.lab.bench.scenarios import WRAPPING, other_prompts
 from spf.lab.demo.sql import make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
-from spf.models import load_aligned_demo_model, load_model, machine_device
+from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device
 from spf.over_refusal import CLEARLY, Samples, fitted, middle_states, read_samples
 
 FORMS = {
@@ -48,7 +48,7 @@ FORMS = {
 def where_it_ends(samples: Samples, prompts: list[Any]) -> list[bool]:
     """The probe as it was: of the last token's state, clearly harmless below .1."""
     weights, bias = fitted(torch.stack([states[-1] for states in samples.states]), torch.tensor(samples.harmful))
-    states = middle_states(samples.model, prompts, samples.frame, lambda found: found[-1])
+    states = middle_states(samples.model, prompts, samples.frame, lambda found: found[-1], progress=False)
     assert states is not None
     return (torch.sigmoid(torch.stack(states).double() @ weights + bias) < 0.1).tolist()
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     model, tokenizer = load_aligned_demo_model() if args.model == "demo" else load_model(args.model)
-    model = model.to(machine_device()).eval()  # type: ignore[arg-type]
+    model = model.to(machine_device(), cpu_dtype()).eval()  # type: ignore[call-overload,arg-type]
     kinds = {"harmful": packaged_prompts("harmful_eval")[: args.count]}
     if args.prompts:
         kinds["harmful, another origin"] = other_prompts(args.prompts, "report")[: args.count]
