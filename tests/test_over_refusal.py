@@ -276,9 +276,9 @@ def test_a_probe_that_takes_harmful_prompts_for_harmless_calls_nothing_harmless(
     assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
 
 
-@pytest.mark.parametrize(("tasks", "least", "most"), [(40, 6, 8), (4, 0, 1)])
+@pytest.mark.parametrize(("tasks", "least", "most"), [(40, 5, 8), (2, 0, 1)])
 def test_what_is_like_a_task_that_was_let_go_is_let_go_too(tokenizer, monkeypatch, tasks, least, most):
-    """Only if most of what is refused is such a task: else a few attacks that fool the probe would bring others."""
+    """Only if a third of what is refused is such a task: else a few attacks that fool the probe would bring others."""
     prompts = asked(tokenizer, [f"{task} {i}" for i in range(3) for task in TASKS])[: tasks + 8]
     number = {prompt: i for i, prompt in enumerate(prompts)}
     harmful = set(asked(tokenizer, HARMFUL))
@@ -292,7 +292,7 @@ def test_what_is_like_a_task_that_was_let_go_is_let_go_too(tokenizer, monkeypatc
             if prompt in number:
                 # the task has a place of its own, and some of it is not far enough from what is harmful
                 state[128:] += 2.0
-                state[:128] += 0.6 * (number[prompt] >= tasks)
+                state[:128] += 0.66 * (number[prompt] >= tasks)
         return found
 
     taken(monkeypatch, states)

@@ -268,7 +268,7 @@ def _divergence(model, tuned, rows, tokenizer):
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("sbr", {"weight": 50.0}), ("der", {"alpha": 50.0, "beta": 0.0}), ("kl-replay", {"weight": 5.0})],
+    [("sbr", {"weight": 5.0}), ("der", {"alpha": 50.0, "beta": 0.0}), ("kl-replay", {"weight": 5.0})],
 )
 def test_anchored_methods_begin_as_plain_and_then_stay_nearer(name, settings, tuning, workspace, rows):
     tokenizer = load_tokenizer(workspace.aligned)
