@@ -51,6 +51,9 @@ TASK = 3
 """If more than one in so many refused prompts are clearly harmless, they are a task of the user's. Of harmful ones one
 in forty was, whatever stood beside them (`benchmarks/over_refusal.py`)."""
 
+MORE = 20
+"""It is asked again as long as that lets one in so many go."""
+
 MISTAKEN = 0.1
 """If of harmful prompts that the probe was not fitted on more are called clearly harmless, it is not used."""
 
@@ -92,7 +95,8 @@ class Samples:
         probe = Probe(self.states, self.harmful)
         found = self._read(prompts, lambda states: (probe.highest(states), spread(states)), progress)
         clear = [share < CLEARLY for share, _ in found]  # NaN is not
-        if TASK * sum(clear) > len(prompts) and not all(clear):
+        more = TASK * sum(clear) > len(prompts)
+        while more and not all(clear):
             # a task of the user's, so what is like it is no attack, either
             task = [some for (_, some), is_clear in zip(found, clear, strict=True) if is_clear]
             again = Probe([*self.states, *task], self.harmful + [False] * len(task))
@@ -100,6 +104,7 @@ class Samples:
             shares = self._read([prompts[i] for i in left], again.highest, progress)
             for i, share in zip(left, shares, strict=True):
                 clear[i] = share < CLEARLY
+            more = MORE * sum(share < CLEARLY for share in shares) > len(prompts)
         ends = [tuple(prompt[len(prompt) - self.frame[1] :]) == self.tail for prompt in prompts]
         return [harmless and same for harmless, same in zip(clear, ends, strict=True)]
 
