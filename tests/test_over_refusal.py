@@ -301,6 +301,24 @@ def test_what_is_like_a_task_that_was_let_go_is_let_go_too(tokenizer, monkeypatc
     assert least <= sum(found[tasks:]) <= most
 
 
+@pytest.mark.parametrize(("gap", "cleared"), [(0, 40), (1, 30)])
+def test_a_task_is_let_go_as_far_as_each_look_lets_more_go(monkeypatch, gap, cleared):
+    """A probe that reaches as far as it has seen: 15 of forty go, then 30, then all, or no more."""
+
+    class Reaching:
+        def __init__(self, samples, harmful):
+            self.reach = len(samples)
+
+        def highest(self, states):
+            return float(states[0, 0] >= self.reach + 5)
+
+    numbers = [*range(30), *(i + 100 * gap for i in range(30, 40))]
+    monkeypatch.setattr(spf.over_refusal, "Probe", Reaching)
+    taken(monkeypatch, lambda prompts: torch.tensor([[float(prompt[0])] for prompt in prompts]))
+    samples = spf.over_refusal.Samples(None, (0, 0), (), [torch.zeros(1, 1)] * 10, [True] * 10)
+    assert samples.clear([(number,) for number in numbers]) == [True] * cleared + [False] * (40 - cleared)
+
+
 def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
     """What a policy of the user's refuses is no task: their rows come before the packaged ones."""
     seen = []
