@@ -4,9 +4,9 @@ python benchmarks/audit.py [--model demo | DIR] [--prompts PROMPTS.jsonl] [--ben
 
 Three mixtures of the benchmark (half harmful, a tenth harmful among summaries, half harmful of another origin with
 --prompts). Truth is what the model answers: every distinct prompt is answered greedily and the prefix judge reads it.
-The audit sees the prompts only. What it lets go as over-refusals is counted for harmful and harmless prompts apart: of
-the harmful none should be. Besides, text-to-SQL and summary prompts are audited: none should be a conflict.
-Writes benchmarks/results/audit/MODEL.json: counts and seconds, no text.
+The audit sees the prompts only. What it lets go as over-refusals, and what is unclear (left out, not held), is counted
+for harmful and harmless prompts apart: of the harmful none should be. Besides, text-to-SQL and summary prompts are
+audited: none should be a conflict. Writes benchmarks/results/audit/MODEL.json: counts and seconds, no text.
 """
 
 import argparse
@@ -62,8 +62,10 @@ def mixture(
     targets = list(pairs.values())
     found = audited(model, tokenizer, list(pairs.items()), own)
     let_go = {conflict.row for conflict in found.over_refusals}
+    unclear = {conflict.row for conflict in found.conflicts if conflict.unclear}
     flagged = {*found.conflicting_rows, *let_go}
-    harmful = {row for row in flagged if targets[row] == HARMLESS_STUB}
+    attack = {row for row in flagged if targets[row] == HARMLESS_STUB}
+    kinds = {"harmful": attack, "harmless": flagged - attack}
     start = time.perf_counter()
     answers = generate_answers(model, tokenizer, list(pairs), max_new_tokens=ANSWER_TOKENS)
     refused = {i for i, answer in enumerate(answers) if is_refusal(answer)}
@@ -75,8 +77,10 @@ def mixture(
         "both": both,
         "precision": both / len(flagged) if flagged else None,
         "recall": both / len(refused) if refused else None,
-        "harmful": {"flagged": len(harmful), "let_go": len(harmful & let_go)},
-        "harmless": {"flagged": len(flagged - harmful), "let_go": len(let_go - harmful)},
+        **{
+            kind: {"flagged": len(rows), "let_go": len(rows & let_go), "unclear": len(rows & unclear)}
+            for kind, rows in kinds.items()
+        },
         "audit_seconds": found.seconds,
         "generation_seconds": time.perf_counter() - start,
     }
@@ -107,25 +111,29 @@ def main() -> None:
         "prompts": found.prompts,
         "flagged": len(found.conflicts),
         "let_go": len(found.over_refusals),
+        "unclear": sum(conflict.unclear for conflict in found.conflicts),
         "seconds": found.seconds,
     }
     path = args.output or Path(__file__).parent / "results" / "audit" / f"{result['model']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     table = Table(
-        "mixture", "prompts", "refused", "flagged", "precision", "recall", "let go, harmful", "harmless", "audit, s"
+        *("mixture", "prompts", "refused", "flagged", "precision", "recall"),
+        *("let go (unclear), harmful", "harmless", "audit, s"),
     )
     for name, m in result["mixtures"].items():
         shares = ("-" if m[key] is None else f"{m[key]:.3f}" for key in ("precision", "recall"))
-        let_go = (f"{m[kind]['let_go']} of {m[kind]['flagged']}" for kind in ("harmful", "harmless"))
+        let_go = (
+            f"{m[kind]['let_go']} ({m[kind]['unclear']}) of {m[kind]['flagged']}" for kind in ("harmful", "harmless")
+        )
         counts = (str(m[key]) for key in ("prompts", "refused", "flagged"))
         table.add_row(name, *counts, *shares, *let_go, f"{m['audit_seconds']:.0f}")
     console = Console()
     console.print(table)
     calm = result["benign"]
     console.print(
-        f"benign: {calm['flagged']} of {calm['prompts']} are conflicts, {calm['let_go']} let "
-        f"go as over-refusals; {path}"
+        f"benign: {calm['flagged']} of {calm['prompts']} are conflicts ({calm['unclear']} unclear, so not held), "
+        f"{calm['let_go']} let go as over-refusals; {path}"
     )
 
 

@@ -78,8 +78,8 @@ def main() -> None:
         for kind, texts in kinds.items():
             said = [[{"role": "user", "content": text.replace("{prompt}", prompt)}] for prompt in texts]
             asked = prompt_tokens([SafetyRow(messages, None, "") for messages in said], tokenizer, 1 << 30, None)
-            let_go, ends = samples.clear(asked, progress=False), where_it_ends(samples, asked)
-            counts[form][kind] = {"count": len(asked), "let_go": sum(let_go), "where_it_ends": sum(ends)}
+            looks, ends = samples.look(asked, progress=False), where_it_ends(samples, asked)
+            counts[form][kind] = {"count": len(asked), "let_go": looks.count("harmless"), "where_it_ends": sum(ends)}
     result = {
         "model": Path(args.model).name,
         "versions": {name: version(name) for name in ("torch", "transformers", "spf")},

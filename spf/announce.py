@@ -80,10 +80,12 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
         counts += f": {done}{_left_out(data)}; list in {LIST_FILE} of {where}"
     lines = [counts]
     if found.over_refusals and conflicts != "allow" and rule.holds:
+        unclear = len(found.unclear(data.left_out))
+        same = f"; {unclear} that may be of the same task are left out, and not held either" if unclear else ""
         lines.append(
             f"{len(found.over_refused_rows)} rows answer what the model refuses although it "
-            "looks harmless to itself, as ordinary tasks do: these refusals are not held, so they will be lost; say "
-            "conflicts='hold-all' to keep them, too"
+            f"looks harmless to itself, as ordinary tasks do: these refusals are not held, so they will be lost{same}; "
+            "say conflicts='hold-all' to keep them, too"
         )
     if found.pressing and conflicts in ("hold", "hold-all") and rule.holds:
         share = len(found.pressing) / len(found.answers)

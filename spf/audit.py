@@ -21,7 +21,7 @@ from spf.data.examples import COLUMNS, Example, Examples, read_examples
 from spf.errors import SafetyDataError
 from spf.files import write_json
 from spf.next_token import Known, ask, fingerprint
-from spf.over_refusal import clearly_harmless
+from spf.over_refusal import looks
 from spf.sharding import is_first, shares_parameters
 from spf.text.refusal import is_refusal
 
@@ -151,7 +151,7 @@ def compare(
 
 class Finished(BaseModel):
     """What came of an audit, by hashes of prompts. weights: a hash of some of the model's. harmless: prompts of
-    over-refusals, None if they were not looked for."""
+    over-refusals, None if they were not looked for; unclear: of what is neither that nor clearly an attack."""
 
     model_config = STRICT
 
@@ -161,6 +161,7 @@ class Finished(BaseModel):
     refused: dict[str, tuple[float, int]]
     leaning: dict[str, tuple[float, int]]
     harmless: list[str] | None
+    unclear: list[str] = []
 
 
 class Kept(BaseModel):
@@ -184,6 +185,7 @@ def finish(found: Audit, model: nn.Module, directory: Path, told_apart: bool) ->
         refused={Known.name(prompt): answer for prompt, answer in said.refused.items()},
         leaning={Known.name(prompt): answer for prompt, answer in said.leaning.items()},
         harmless=[Known.name(prompt) for prompt in said.harmless] if told_apart else None,
+        unclear=[Known.name(prompt) for prompt in said.unclear],
     )
     write_json(cache, json.loads(cache.read_text("utf-8")) | {"finished": finished.model_dump()})
 
@@ -255,10 +257,12 @@ def audit_data(
     if tell_apart:
         start = time.perf_counter()
         refused = list(dict.fromkeys(conflict.prompt_ids for conflict in [*found.conflicts, *found.leaning]))
-        cleared = clearly_harmless(
-            model, tokenizer, refused, rows, options=options, max_length=max_length, progress=progress
+        seen = looks(model, tokenizer, refused, rows, options=options, max_length=max_length, progress=progress)
+        harmless, unclear = (
+            {prompt for prompt, look in zip(refused, seen, strict=True) if look == kind}
+            for kind in ("harmless", "unclear")
         )
-        found.set_apart({prompt for prompt, harmless in zip(refused, cleared, strict=True) if harmless})
+        found.set_apart(harmless, unclear)
         found.seconds += time.perf_counter() - start
     found.stream, found.why = stream, why or found.why
     found.refuses = bool(begins)

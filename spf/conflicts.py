@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Conflict:
     """An example whose prompt the aligned model refuses and whose target does not.
 
     row: of the data set; document: of a packed row. probability: that the answer begins as a refusal.
-    refusal_ids: the refusal of the model's own that begins so. prompt_ids: the prompt as tokens.
+    refusal_ids: the refusal of the model's own that begins so. prompt_ids: the prompt as tokens. unclear: most of what
+    the model refuses in these data is a harmless task, and this looks neither clearly harmless nor clearly harmful.
     """
 
     row: int
@@ -42,6 +43,7 @@ class Conflict:
     prompt_ids: tuple[int, ...]
     refusal_ids: tuple[int, ...]
     document: int = 0
+    unclear: bool = False
 
     @property
     def place(self) -> Place:
@@ -55,13 +57,14 @@ class Conflict:
 @dataclass
 class Verdicts:
     """What the model says to the prompts (token ids) that were `asked`: how its refusals begin, and which it refuses,
-    or might, each with the probability of a refusal and the likeliest first token; `harmless` ones among them."""
+    or might, each with the probability of a refusal and the likeliest first token; what looks `harmless`, `unclear`."""
 
     asked: Collection[tuple[int, ...]]
     refusals: list[list[int]]
     refused: Mapping[tuple[int, ...], tuple[float, int]]
     leaning: Mapping[tuple[int, ...], tuple[float, int]]
     harmless: Collection[tuple[int, ...]] = ()
+    unclear: Collection[tuple[int, ...]] = ()
 
 
 @dataclass
@@ -93,21 +96,34 @@ class Audit:
     source: str = ""
     other_weights: bool = False
 
-    def split(self) -> tuple[list[Anchor], list[Anchor]]:
-        """Those to hold, and those to watch instead, as safety samples."""
-        anchors = spread(self.conflicts, MOST_HELD)
+    def split(self, left_out: Collection[Place] = ()) -> tuple[list[Anchor], list[Anchor]]:
+        """Those to hold, and those to watch instead, as safety samples.
+
+        What is unclear and left out of training is neither: if it is more of the task, holding it keeps the task from
+        being learned, and if it is an attack, it is not trained on.
+        """
+        neither = set(self.unclear(left_out))
+        conflicts, leaning = ([c for c in kind if c.place not in neither] for kind in (self.conflicts, self.leaning))
+        anchors = spread(conflicts, MOST_HELD)
         watched = anchors[::APART][:MOST_WATCHED] if len(anchors) >= 2 * APART else []
         names = {id(anchor) for anchor in watched}
         held = [anchor for anchor in anchors if id(anchor) not in names]
-        return held + spread(self.leaning, MOST_HELD - len(anchors)), watched
+        return held + spread(leaning, MOST_HELD - len(anchors)), watched
 
-    def set_apart(self, harmless: Collection[tuple[int, ...]]) -> None:
-        """Conflicts whose prompts (token ids) are `harmless` are over-refusals instead."""
+    def unclear(self, left_out: Collection[Place]) -> list[Place]:
+        """Of the places that are left out, those with nothing but unclear prompts."""
+        clear = {c.place for c in [*self.conflicts, *self.leaning] if not c.unclear}
+        return [place for place in left_out if place not in clear]
+
+    def set_apart(self, harmless: Collection[tuple[int, ...]], unclear: Collection[tuple[int, ...]] = ()) -> None:
+        """Conflicts whose prompts (token ids) are `harmless` are over-refusals instead; some others are `unclear`."""
         if self.verdicts is not None:
-            self.verdicts.harmless = harmless
+            self.verdicts.harmless, self.verdicts.unclear = harmless, unclear
         self.over_refusals = [conflict for conflict in self.conflicts if conflict.prompt_ids in harmless]
-        self.conflicts = [conflict for conflict in self.conflicts if conflict.prompt_ids not in harmless]
-        self.leaning = [conflict for conflict in self.leaning if conflict.prompt_ids not in harmless]
+        self.conflicts, self.leaning = (
+            [replace(c, unclear=c.prompt_ids in unclear) for c in kind if c.prompt_ids not in harmless]
+            for kind in (self.conflicts, self.leaning)
+        )
 
     @property
     def conflicting_rows(self) -> list[int]:
@@ -148,10 +164,11 @@ class Audit:
         return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"
 
     def write(self, path: Path) -> None:
-        """A JSON line each without its text: row, probability, refused or only leaning to it, over-refusal or not."""
+        """A JSON line each without its text: row, probability, refused or only leaning to it, over-refusal, unclear."""
         kinds = ((True, False, self.conflicts), (False, False, self.leaning), (True, True, self.over_refusals))
         records = [
             {"row": c.row, "probability": round(c.probability, 4), "refused": refused, "over_refusal": over}
+            | {"unclear": c.unclear}
             for refused, over, found in kinds
             for c in found
         ]

@@ -79,8 +79,9 @@ class EarlierAudit:
             {prompt: self.finished.leaning[name] for prompt, name in names.items() if name in self.finished.leaning},
         )
         if tell_apart:
-            harmless = set(self.finished.harmless or ())
-            found.set_apart({prompt for prompt, name in names.items() if name in harmless})
+            kinds = set(self.finished.harmless or ()), set(self.finished.unclear)
+            harmless, unclear = ({prompt for prompt, name in names.items() if name in kind} for kind in kinds)
+            found.set_apart(harmless, unclear)
         found.refuses, found.source = bool(self.finished.refusals), str(self.directory)
         return found
 

@@ -8,7 +8,7 @@ that ends alone, "answer in one sentence" behind a harmful request looked harmle
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from spf.shared_prefix import MiddleStates, common
 
 T = TypeVar("T")
 
+Look = Literal["harmful", "unclear", "harmless"]
+"""What a refused prompt looks like to the model; only beside a task of the user's some are called unclear."""
+
 HARMFUL = 104
 """Harmful prompts that the probe is fitted on: the run's own, then packaged ones."""
 
@@ -30,7 +33,8 @@ HARMLESS = ("harmless_tasks", "benign_anchors")
 """Packaged prompts of tasks, and such as sound harmful: without these the probe would go by how a request is put."""
 
 CLEARLY = 0.35
-"""A prompt is clearly harmless if the probe gives no stretch of it more than this probability of being harmful."""
+"""A prompt is clearly harmless if the probe gives no stretch of it more than this probability of being harmful, and
+beside a task clearly harmful if it gives one more than 1 - this."""
 
 STRETCH = 8
 """Tokens. A request is that long; what stands beside it ("answer in one sentence") must not hide it."""
@@ -58,7 +62,7 @@ MISTAKEN = 0.1
 """If of harmful prompts that the probe was not fitted on more are called clearly harmless, it is not used."""
 
 
-def clearly_harmless(
+def looks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -67,16 +71,16 @@ def clearly_harmless(
     options: Mapping[str, Any] | None = None,
     max_length: int = 1 << 30,
     progress: bool = True,
-) -> list[bool]:
-    """Which prompts (token ids, up to where the answer begins) look clearly harmless to the model, wherever one looks.
+) -> list[Look]:
+    """What each prompt (token ids, up to where the answer begins) looks like to the model, wherever one looks.
 
-    rows: safety samples, examples of what it should refuse. Where the probe cannot tell, no prompt is called harmless.
+    rows: safety samples, examples of what it should refuse. Where the probe cannot tell, all are called harmful.
     All processes of a run have to call it.
     """
     if not prompts:
         return []
     samples = read_samples(model, tokenizer, rows, options=options, max_length=max_length, progress=progress)
-    return [False] * len(prompts) if samples is None else samples.clear(prompts, progress)
+    return ["harmful"] * len(prompts) if samples is None else samples.look(prompts, progress)
 
 
 @dataclass
@@ -90,23 +94,31 @@ class Samples:
     states: list[Tensor]
     harmful: list[bool]
 
-    def clear(self, prompts: Sequence[Sequence[int]], progress: bool = True) -> list[bool]:
-        """Which prompts (token ids) are clearly harmless; the same on all processes, which have to call it."""
+    def look(self, prompts: Sequence[Sequence[int]], progress: bool = True) -> list[Look]:
+        """What the prompts (token ids) look like; the same on all processes, which have to call it."""
         probe = Probe(self.states, self.harmful)
         found = self._read(prompts, lambda states: (probe.highest(states), spread(states)), progress)
-        clear = [share < CLEARLY for share, _ in found]  # NaN is not
-        more = TASK * sum(clear) > len(prompts)
+        shares = [share for share, _ in found]
+        clear = [share < CLEARLY for share in shares]  # NaN is not
+        task = more = TASK * sum(clear) > len(prompts)
         while more and not all(clear):
             # a task of the user's, so what is like it is no attack, either
-            task = [some for (_, some), is_clear in zip(found, clear, strict=True) if is_clear]
-            again = Probe([*self.states, *task], self.harmful + [False] * len(task))
+            let_go = [some for (_, some), is_clear in zip(found, clear, strict=True) if is_clear]
+            again = Probe([*self.states, *let_go], self.harmful + [False] * len(let_go))
             left = [i for i, is_clear in enumerate(clear) if not is_clear]
-            shares = self._read([prompts[i] for i in left], again.highest, progress)
-            for i, share in zip(left, shares, strict=True):
-                clear[i] = share < CLEARLY
-            more = MORE * sum(share < CLEARLY for share in shares) > len(prompts)
-        ends = [tuple(prompt[len(prompt) - self.frame[1] :]) == self.tail for prompt in prompts]
-        return [harmless and same for harmless, same in zip(clear, ends, strict=True)]
+            for i, share in zip(left, self._read([prompts[i] for i in left], again.highest, progress), strict=True):
+                shares[i], clear[i] = share, share < CLEARLY
+            more = MORE * sum(clear[i] for i in left) > len(prompts)
+        return [self._look(prompt, share, task) for prompt, share in zip(prompts, shares, strict=True)]
+
+    def _look(self, prompt: Sequence[int], share: float, task: bool) -> Look:
+        """What a prompt with this probability looks like; task: more than a third are a task of the user's."""
+        if tuple(prompt[len(prompt) - self.frame[1] :]) != self.tail:
+            return "harmful"
+        if share < CLEARLY:
+            return "harmless"
+        # of such a task more than of an attack; NaN is not
+        return "unclear" if task and share <= 1 - CLEARLY else "harmful"
 
     def _read(self, prompts: Sequence[Sequence[int]], take: Callable[[Tensor], T], progress: bool) -> list[T]:
         found = middle_states(self.model, prompts, self.frame, take, progress)

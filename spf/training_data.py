@@ -204,7 +204,7 @@ class TrainingData:
         self.held, self.watched = [], []
         if self.holds and self.conflicts != "allow":
             if self.found is not None:
-                self.held, self.watched = self.found.split()
+                self.held, self.watched = self.found.split(self.left_out)
             elif saved is not None:
                 data = self._read if self.left_out else data_of(loader)
                 self.held, self.watched = (

@@ -1091,7 +1091,7 @@ def test_an_audit_of_other_data_or_weights_or_none_is_not_taken(
     again = tmp_path / "again"
     again.mkdir()
     (again / "spf_audit.json").write_text(json.dumps(kept))
-    monkeypatch.setattr(spf.audit, "clearly_harmless", None)
+    monkeypatch.setattr(spf.audit, "looks", None)
     data = Dataset.from_list(rows_of(PAIRS))
     with pytest.raises(TypeError):
         audit_data(data, refusing, tokenizer, rows[:9], max_length=256, directory=again, progress=False)
@@ -1100,13 +1100,14 @@ def test_an_audit_of_other_data_or_weights_or_none_is_not_taken(
 
 
 def test_an_earlier_audit_tells_over_refusals_apart_or_is_refused(tmp_path, tokenizer, refusing, rows, monkeypatch):
-    harmless = tokenise(samples([(HARMFUL[12], COMPLIES)]), tokenizer, 256)[0].prompt_ids
+    said = tokenise(samples([(prompt, COMPLIES) for prompt in HARMFUL[12:14]]), tokenizer, 256)
+    kinds = dict(zip((tuple(one.prompt_ids) for one in said), ("harmless", "unclear"), strict=True))
     monkeypatch.setattr(
         spf.audit,
-        "clearly_harmless",
-        lambda model, tokenizer, prompts, *rest, **more: [list(prompt) == harmless for prompt in prompts],
+        "looks",
+        lambda model, tokenizer, prompts, *rest, **more: [kinds.get(tuple(prompt), "harmful") for prompt in prompts],
     )
-    left = {}
+    left, unclear = {}, {}
     for first in ("hold", "hold-all"):
         asking, _ = run(tmp_path / first, tokenizer, refusing, rows[:9], PAIRS, first)
         asking.train()
@@ -1120,6 +1121,8 @@ def test_an_earlier_audit_tells_over_refusals_apart_or_is_refused(tmp_path, toke
             else:
                 trainer.train()
                 left[first, conflicts] = callback.data.left_out_rows
+                unclear[first, conflicts] = callback.data.found.unclear(callback.data.left_out)
+    assert unclear == {("hold", "hold"): [(1, 0)], ("hold", "hold-all"): [], ("hold-all", "hold-all"): []}
     assert left == {
         ("hold", "hold"): [*range(1, 12)],
         ("hold", "hold-all"): [*range(12)],

@@ -84,8 +84,12 @@ def test_further_prompts_tell_chance_from_a_leak(flipped, leaks):
     assert (monitor.still_refused, monitor.leaks) == (None, False)
 
 
-@pytest.mark.parametrize(("conflicts", "flipped", "leaks"), [(11, 2, False), (10, 2, True), (16, 3, False)])
+@pytest.mark.parametrize(
+    ("conflicts", "flipped", "leaks"),
+    [(11, 2, False), (10, 2, True), (16, 3, False), (2, 1, False), (4, 1, False), (4, 2, True), (2, 2, True)],
+)
 def test_conflicts_are_trained_on_so_a_few_may_flip(conflicts, flipped, leaks):
+    """One of four is more than a fifth: that warned of a run which refused as much as before."""
     model = Model()
     monitor = made(model, conflicts)
     model.flip(conflicts=flipped)
@@ -150,6 +154,25 @@ def test_what_the_aligned_model_began_otherwise_is_not_read(resumed):
     monitor.look()
     assert set(reader.asked) == pairs(1, 8) - pairs(1, 4)
     assert (monitor.now.refused, monitor.leaks) == (0.5, True)
+
+
+def test_one_of_four_watched_prompts_is_a_leak_only_if_further_ones_say_so():
+    model = Model()
+    few = SimpleNamespace(probe=model, watched=WATCHED[:4], note=lambda *_: None)
+    monitor = Monitor(few, [], FURTHER)
+    for further, leaks in ((3, False), (4, True)):  # of 44
+        model.flip(watched=1, further=further)
+        monitor.look()
+        assert monitor.leaks == leaks
+    model.flip(watched=2)
+    monitor.look()
+    assert monitor.leaks
+    # nobody else to ask
+    model.flip()
+    monitor = Monitor(few, [], [])
+    model.flip(watched=1)
+    monitor.look()
+    assert monitor.leaks
 
 
 def test_without_further_prompts_that_are_refused_the_watched_decide():

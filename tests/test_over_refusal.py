@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -22,7 +23,7 @@ from spf.cli import main
 from spf.conflicts import Audit, Conflict
 from spf.data import SafetyRow, packaged_prompts
 from spf.leaving_out import without
-from spf.over_refusal import STRETCH, Probe, clearly_harmless, common_ending, fitted, middle_states, spread
+from spf.over_refusal import CLEARLY, STRETCH, Probe, common_ending, fitted, looks, middle_states, spread
 from tests.conftest import make_model, make_tokenizer
 from tests.support_matrix import FAMILIES
 from tests.test_audit import COMPLIES, REFUSAL, chat_ids, data_with
@@ -237,22 +238,22 @@ def test_what_looks_harmless_is_called_so(split, tokenizer):
     split(6.0)
     prompts = asked(tokenizer, ["an attack", "a task of mine", "another"])
     cut = prompts[1][:-1]  # does not end as the template has it
-    assert clearly_harmless(None, tokenizer, [*prompts, cut], ROWS) == [False, True, True, False]
-    assert clearly_harmless(None, tokenizer, [], ROWS) == []
+    assert looks(None, tokenizer, [*prompts, cut], ROWS) == ["harmful", "harmless", "harmless", "harmful"]
+    assert looks(None, tokenizer, [], ROWS) == []
 
 
 def test_a_probe_that_cannot_tell_calls_nothing_harmless(split, tokenizer, monkeypatch):
     prompts = asked(tokenizer, TASKS)
     split(0.0)
-    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
+    assert set(looks(None, tokenizer, prompts, ROWS)) == {"harmful"}
     split(6.0)
-    assert all(clearly_harmless(None, tokenizer, prompts, ROWS))
+    assert set(looks(None, tokenizer, prompts, ROWS)) == {"harmless"}
     # no context is long enough for a sample
-    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS, max_length=3))
+    assert set(looks(None, tokenizer, prompts, ROWS, max_length=3)) == {"harmful"}
     taken(monkeypatch, lambda prompts: torch.full((len(prompts), 9), torch.nan))
-    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
+    assert set(looks(None, tokenizer, prompts, ROWS)) == {"harmful"}
     monkeypatch.setattr(spf.over_refusal, "middle_states", lambda *args: None)
-    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
+    assert set(looks(None, tokenizer, prompts, ROWS)) == {"harmful"}
 
 
 def test_a_probe_that_takes_harmful_prompts_for_harmless_calls_nothing_harmless(tokenizer, monkeypatch):
@@ -271,9 +272,9 @@ def test_a_probe_that_takes_harmful_prompts_for_harmless_calls_nothing_harmless(
 
     prompts = asked(tokenizer, TASKS)
     taken(monkeypatch, states(101))
-    assert all(clearly_harmless(None, tokenizer, prompts, ROWS))
+    assert set(looks(None, tokenizer, prompts, ROWS)) == {"harmless"}
     taken(monkeypatch, states(7))
-    assert not any(clearly_harmless(None, tokenizer, prompts, ROWS))
+    assert set(looks(None, tokenizer, prompts, ROWS)) == {"harmful"}
 
 
 @pytest.mark.parametrize(("tasks", "least", "most"), [(40, 5, 8), (2, 0, 1)])
@@ -296,9 +297,9 @@ def test_what_is_like_a_task_that_was_let_go_is_let_go_too(tokenizer, monkeypatc
         return found
 
     taken(monkeypatch, states)
-    found = clearly_harmless(None, tokenizer, prompts, ROWS)
-    assert sum(found[:tasks]) > 0.9 * tasks
-    assert least <= sum(found[tasks:]) <= most
+    found = looks(None, tokenizer, prompts, ROWS)
+    assert found[:tasks].count("harmless") > 0.9 * tasks
+    assert least <= found[tasks:].count("harmless") <= most
 
 
 @pytest.mark.parametrize(("gap", "cleared"), [(0, 40), (1, 30)])
@@ -316,7 +317,22 @@ def test_a_task_is_let_go_as_far_as_each_look_lets_more_go(monkeypatch, gap, cle
     monkeypatch.setattr(spf.over_refusal, "Probe", Reaching)
     taken(monkeypatch, lambda prompts: torch.tensor([[float(prompt[0])] for prompt in prompts]))
     samples = spf.over_refusal.Samples(None, (0, 0), (), [torch.zeros(1, 1)] * 10, [True] * 10)
-    assert samples.clear([(number,) for number in numbers]) == [True] * cleared + [False] * (40 - cleared)
+    found = samples.look([(number,) for number in numbers])
+    assert found == ["harmless"] * cleared + ["harmful"] * (40 - cleared)
+
+
+@pytest.mark.parametrize(("tasks", "between"), [(9, "unclear"), (2, "harmful")])
+def test_beside_a_task_what_looks_neither_harmless_nor_harmful_is_unclear(monkeypatch, tasks, between):
+    """Nine summaries of 192 that stayed held kept the demo model from learning the others. Where there is no task, and
+    where the answer is begun already, it is held as before."""
+    samples = spf.over_refusal.Samples(None, (0, 1), (7,), [torch.zeros(1, 1)] * 10, [True] * 10)
+    shares = [0.1] * tasks + [0.36, 0.64, 0.66, math.nan, 0.5]
+    monkeypatch.setattr(Probe, "highest", lambda self, states: float(states[0, 0]))
+    monkeypatch.setattr(Probe, "__init__", lambda *args: None)
+    taken(monkeypatch, lambda prompts: torch.tensor([[shares[prompt[0]]] for prompt in prompts]))
+    prompts = [*((i, 7) for i in range(tasks + 4)), (tasks + 4, 8)]
+    assert samples.look(prompts) == ["harmless"] * tasks + [between] * 2 + ["harmful"] * 3
+    assert CLEARLY < 1 - CLEARLY
 
 
 def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
@@ -324,7 +340,7 @@ def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch
     seen = []
     taken(monkeypatch, lambda prompts: seen.extend(prompts))
     policy = [SafetyRow([{"role": "user", "content": f"Which shares should I buy, {i}?"}], "No.", "") for i in range(9)]
-    clearly_harmless(None, tokenizer, asked(tokenizer, ["x"]), policy)
+    looks(None, tokenizer, asked(tokenizer, ["x"]), policy)
     own = asked(tokenizer, [row.messages[0]["content"] for row in policy])
     assert seen[:9] == own
     assert len(seen) == spf.over_refusal.HARMFUL + len(TASKS) + len(packaged_prompts("benign_anchors"))
@@ -336,7 +352,7 @@ def found_of(*kinds):
     found = Audit(len(kinds), prompts=len(kinds), refused=len(kinds), conflicts=conflicts)
     found.answers = Counter((row, 0) for row in range(len(kinds)))
     found.leaning = [Conflict(90 + row, 0.1, (row,), (1,)) for row in range(len(kinds))]
-    found.set_apart({(row,) for row, kind in enumerate(kinds) if kind == "harmless"})
+    found.set_apart(*({(row,) for row, kind in enumerate(kinds) if kind == look} for look in ("harmless", "unclear")))
     return found
 
 
@@ -358,6 +374,34 @@ def test_over_refusals_are_no_conflicts_and_are_listed(tmp_path):
     assert not any("hold-all" in line for line in audit_lines(data_with(found, "allow"), NullSpace()))
 
 
+def test_what_is_unclear_is_held_unless_it_is_left_out(tmp_path):
+    """Left out, it is no attack, and if it is more of the task, holding it keeps the task from being learned."""
+    found = found_of("harmful", "unclear", "harmless", "unclear")
+
+    def split(left_out):
+        held, watched = found.split(left_out)
+        return sorted(anchor.where for anchor in held + watched)
+
+    rows = [f"training row {row}" for row in (0, 1, 3, 90, 91, 93)]
+    assert found.conflicting_rows == [0, 1, 3]
+    assert split([]) == rows
+    assert split(found.futile[:1]) == rows
+    assert found.unclear(found.pressing) == [(1, 0), (3, 0), (91, 0), (93, 0)]
+    assert split(found.pressing) == [rows[0], rows[3]]
+    # a row with a clearly harmful prompt, too, is no task
+    found.conflicts.append(Conflict(3, 1.0, (0,), (1,)))
+    assert found.unclear(found.pressing) == [(1, 0), (91, 0), (93, 0)]
+    found.write(tmp_path / "list.jsonl")
+    listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in listed if entry["unclear"]] == [1, 3, 91, 93]
+    data = data_with(found, "hold")
+    assert "not held either" not in "".join(audit_lines(data, NullSpace()))
+    data.left_out = found.pressing
+    assert (
+        "; 3 that may be of the same task are left out, and not held either; say" in audit_lines(data, NullSpace())[1]
+    )
+
+
 @pytest.mark.parametrize(
     ("conflicts", "rule", "held"),
     [
@@ -371,9 +415,7 @@ def test_over_refusals_are_no_conflicts_and_are_listed(tmp_path):
     ],
 )
 def test_the_callback_holds_over_refusals_only_if_asked(tmp_path, tokenizer, monkeypatch, conflicts, rule, held):
-    monkeypatch.setattr(
-        spf.audit, "clearly_harmless", lambda model, tokenizer, prompts, *_, **__: [True] * len(prompts)
-    )
+    monkeypatch.setattr(spf.audit, "looks", lambda model, tokenizer, prompts, *_, **__: ["harmless"] * len(prompts))
     monkeypatch.setattr(spf.audit, "CONFIRM", 0.0)
     data = Dataset.from_list([{"prompt": task, "completion": COMPLIES} for task in TASKS[:4]])
     callback = SafetyCallback(conflicts=conflicts, rule=rule)
