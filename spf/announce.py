@@ -61,6 +61,15 @@ def earlier_line(where: str) -> str:
     )
 
 
+def inert_line() -> str:
+    """Of a run that is to hold more directions when prompts flip, and has none."""
+    return (
+        "on_leak='tighten' cannot hold more directions in this run, since its subspace has none in reserve "
+        "(NullSpace(reserve=0), energy or contrast, or a run that began with on_leak='warn' or 'stop'): that refusals "
+        "are being lost is only said"
+    )
+
+
 def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
     """What the training data attack, and what was done about it."""
     found = data.found
@@ -76,11 +85,13 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
             done = (
                 f"{len(data.held)} prompts held{leaning} with the model's own refusals ({len(data.watched)} watched "
                 "instead), so they stay refused"
+                if data.held
+                else "no prompt held"
             )
         counts += f": {done}{_left_out(data)}; list in {LIST_FILE} of {where}"
     lines = [counts]
-    if found.over_refusals and conflicts != "allow" and rule.holds:
-        unclear = len(found.unclear(data.left_out))
+    unclear = len(found.unclear(data.left_out))
+    if (found.over_refusals or unclear) and conflicts != "allow" and rule.holds:
         same = f"; {unclear} that may be of the same task are left out, and not held either" if unclear else ""
         lines.append(
             f"{len(found.over_refused_rows)} rows answer what the model refuses although it "
@@ -105,6 +116,8 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
     if not found.refuses:
         lines.append("the model refuses none of the safety prompts, so conflicts with the data cannot be found")
+    if found.undesired:
+        lines.append(found.labelled())
     if found.why:
         which = f"{found.unread} training rows" if found.rows else "the training data"
         lines.append(f"{which} could not be audited, so what they attack is not held ({found.why})")

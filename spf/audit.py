@@ -21,7 +21,7 @@ from spf.data.examples import COLUMNS, Example, Examples, read_examples
 from spf.errors import SafetyDataError
 from spf.files import write_json
 from spf.next_token import Known, ask, fingerprint
-from spf.over_refusal import looks
+from spf.over_refusal import PROBE, looks
 from spf.sharding import is_first, shares_parameters
 from spf.text.refusal import is_refusal
 
@@ -139,6 +139,7 @@ def compare(
     return Audit(
         examples.rows,
         examples.unread,
+        examples.undesired,
         examples.why,
         len(prompts),
         len(refused),
@@ -151,7 +152,8 @@ def compare(
 
 class Finished(BaseModel):
     """What came of an audit, by hashes of prompts. weights: a hash of some of the model's. harmless: prompts of
-    over-refusals, None if they were not looked for; unclear: of what is neither that nor clearly an attack."""
+    over-refusals, None if they were not looked for; unclear: of what is neither that nor clearly an attack; probe:
+    `PROBE` of the version that told them."""
 
     model_config = STRICT
 
@@ -162,6 +164,7 @@ class Finished(BaseModel):
     leaning: dict[str, tuple[float, int]]
     harmless: list[str] | None
     unclear: list[str] = []
+    probe: int = 0
 
 
 class Kept(BaseModel):
@@ -186,6 +189,7 @@ def finish(found: Audit, model: nn.Module, directory: Path, told_apart: bool) ->
         leaning={Known.name(prompt): answer for prompt, answer in said.leaning.items()},
         harmless=[Known.name(prompt) for prompt in said.harmless] if told_apart else None,
         unclear=[Known.name(prompt) for prompt in said.unclear],
+        probe=PROBE,
     )
     write_json(cache, json.loads(cache.read_text("utf-8")) | {"finished": finished.model_dump()})
 

@@ -74,6 +74,8 @@ def _write_clean(dataset: Dataset, found: Audit, path: Path) -> None:
 def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(found.counts())
+    if found.undesired:
+        console.print(found.labelled())
     if found.unread:
         console.print(f"{found.unread} rows could not be audited ({found.why})")
     kinds = {"conflict": found.conflicts, "might be refused": found.leaning, "over-refusal": found.over_refusals}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from spf.announce import audit_lines, earlier_line, first_lines
+from spf.announce import audit_lines, earlier_line, first_lines, inert_line
 from spf.checkpoint import LeftOut, Saved
 from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
@@ -68,7 +68,8 @@ def begin(
     rule, samples, data, settings = callback.rule, callback.samples, callback.data, callback.settings
     output = Path(str(args.output_dir))
     limit = context_length(model, tokenizer)
-    data.turn_to(source_of(calling_trainer(), loader))
+    trainer = calling_trainer()
+    data.turn_to(source_of(trainer, loader), trainer)
     data.check(loader, LeftOut(**saved.state["left_out"]) if saved else None)
     if saved is not None:
         samples.rows = saved.rows(samples.load())
@@ -127,5 +128,7 @@ def begin(
     elif data.left_out:
         left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
         lines[-1:-1] = [f"{left_out}, as in the run that goes on"]
+    if tighten and rule.holds and not attachment.correction.grows:
+        lines[-1:-1] = [inert_line()]
     lines[1:1] = callback.keep.lines
     return Begun(lines, [] if earlier is None else [earlier_line(earlier.where)])

@@ -71,13 +71,14 @@ class LeftOut(File):
     """What was done about conflicts, and which rows of the training data, of so many, were not trained on.
 
     places: each row with the document of it, if it is packed, else 0. content: a hash of these rows; nothing where
-    there are none.
+    there are none. data: a hash of all rows, where other data would have to be audited.
     """
 
     conflicts: Conflicts
     places: list[tuple[Whole, Whole]]
     of: Whole
     content: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
+    data: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
 
 
 class _Kept(File):

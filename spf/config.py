@@ -255,3 +255,11 @@ class CallbackSettings(Settings):
     seed: Seed = field(default=0, metadata={"help": "choice and order of the safety samples"})
 
     form = "SafetyCallback: {}"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.on_leak == "stop" and not self.monitor_steps:
+            raise ValueError(
+                "SafetyCallback: on_leak='stop' needs monitor_steps=1 or more: with 0 nothing is asked until the run "
+                "has ended"
+            )

@@ -34,7 +34,7 @@ class Conflict:
     """An example whose prompt the aligned model refuses and whose target does not.
 
     row: of the data set; document: of a packed row. probability: that the answer begins as a refusal.
-    refusal_ids: the refusal of the model's own that begins so. prompt_ids: the prompt as tokens. unclear: most of what
+    refusal_ids: the refusal of the model's own that begins so. prompt_ids: the prompt as tokens. unclear: much of what
     the model refuses in these data is a harmless task, and this looks neither clearly harmless nor clearly harmful.
     """
 
@@ -71,10 +71,10 @@ class Verdicts:
 class Audit:
     """What training data attack.
 
-    rows, unread, why: as in `Examples`. prompts: distinct ones that were asked. refused: of these, by the aligned
-    model. conflicts: one an example, in the order of the rows. leaning: the same of prompts that the model does not
-    refuse, though it might (`LEANING`). seconds: that it took. stream: the data go on after
-    these rows. refuses: the model refuses at least one of the safety prompts; else nothing can be found.
+    rows, unread, undesired, why: as in `Examples`. prompts: distinct ones that were asked. refused: of these, by the
+    aligned model. conflicts: one an example, in the order of the rows. leaning: the same of prompts that the model does
+    not refuse, though it might (`LEANING`). seconds: that it took. stream: the data go on after these rows. refuses:
+    the model refuses at least one of the safety prompts; else nothing can be found.
     answers: how many answers each row, or document of a packed one, teaches, of those that could be read. source: the
     directory of the earlier audit that it was taken from, if any; other_weights: which asked a model with other
     weights.
@@ -82,6 +82,7 @@ class Audit:
 
     rows: int = 0
     unread: int = 0
+    undesired: int = 0
     why: str = ""
     prompts: int = 0
     refused: int = 0
@@ -162,6 +163,15 @@ class Audit:
         over = len(self.over_refused_rows)
         more = f", and {over} answer prompts that it refuses although they look harmless to it" if over else ""
         return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"
+
+    def labelled(self) -> str:
+        """How the column `label` was read, in words; nothing where there is none of KTO's."""
+        if not self.undesired:
+            return ""
+        return (
+            f"{self.undesired} rows are undesirable by their column label, as KTO reads it: of these, refusals are the "
+            "conflicts; if it is another label, leave the column out"
+        )
 
     def write(self, path: Path) -> None:
         """A JSON line each without its text: row, probability, refused or only leaning to it, over-refusal, unclear."""

@@ -15,6 +15,7 @@ from spf.conflicts import Audit
 from spf.data import Anchor, SafetyDataError
 from spf.data.examples import COLUMNS, read_examples
 from spf.next_token import Known, fingerprint
+from spf.over_refusal import PROBE
 from spf.sharding import shares_parameters
 
 
@@ -56,15 +57,17 @@ class EarlierAudit:
         Raises:
             SafetyDataError: it was made of other data, or does not tell over-refusals apart.
         """
-        if tell_apart and self.finished.harmless is None:
+        if tell_apart and (self.finished.harmless is None or self.finished.probe != PROBE):
             raise SafetyDataError(
                 f"audited: the audit in {self.directory} does not tell over-refusals apart, since it was made by a run "
-                "with conflicts='hold-all' or 'allow'; `spf audit` does"
+                "with conflicts='hold-all' or 'allow', or told them by another probe than this version of spf; "
+                "`spf audit` does"
             )
         if not isinstance(dataset, Dataset):
             raise SafetyDataError(f"audited: of a {type(dataset).__name__} rows are not compared with an earlier audit")
         columns = [column for column in dataset.column_names if column in COLUMNS]
-        examples = read_examples(dataset.select_columns(columns), tokenizer, options, max_length)
+        data = dataset.select_columns(columns) if columns else dataset  # without columns it would have no rows
+        examples = read_examples(data, tokenizer, options, max_length)
         names = {example.prompt_ids: Known.name(example.prompt_ids) for example in examples.examples}
         new = sum(name not in self.asked for name in names.values())
         if new:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spf.files import write_json
 from spf.models import evaluating
@@ -63,14 +63,27 @@ class Known:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of some numbers of every weight that is no adapter's, in bfloat16: with an adapter the same as without."""
+    """A hash of some numbers of every weight, in bfloat16; an adapter that changes nothing yet does not count."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens")):
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in weights.items():
+        if _counts(name, parameter, weights):
             numbers = parameter.detach().flatten()
             some = numbers[:: max(1, numbers.numel() // 8)].to(torch.bfloat16)
             digest.update(repr(some.float().cpu().tolist()).encode())
     return digest.hexdigest()
+
+
+def _counts(name: str, parameter: Tensor, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a weight is a part of what the model says: of adapters that learned something only."""
+    if any(part in name for part in ("lora_", "trainable_tokens")):
+        # what is added is a product with B, or with the other embedding: of zeros in a fresh adapter
+        return any(part in name for part in ("lora_B", "lora_embedding_A")) and bool(parameter.detach().any())
+    if "modules_to_save" in name:
+        head, _, rest = name.partition("modules_to_save.")
+        original = weights.get(f"{head}original_module.{rest.partition('.')[2]}")
+        return original is None or not torch.equal(original.detach(), parameter.detach())
+    return True
 
 
 def ask(

@@ -26,6 +26,9 @@ T = TypeVar("T")
 Look = Literal["harmful", "unclear", "harmless"]
 """What a refused prompt looks like to the model; only beside a task of the user's some are called unclear."""
 
+PROBE = 2
+"""To be raised with every change of what is let go: what an earlier audit let go by another probe is not taken."""
+
 HARMFUL = 104
 """Harmful prompts that the probe is fitted on: the run's own, then packaged ones."""
 
@@ -83,14 +86,35 @@ def looks(
     return ["harmful"] * len(prompts) if samples is None else samples.look(prompts, progress)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What the template puts before (`head`) and behind (`tail`) the user's words, as tokens."""
+
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]]) -> "Frame":
+        """What all these prompts begin and end with."""
+        before, behind = common(prompts), common([prompt[::-1] for prompt in prompts])
+        return cls(tuple(prompts[0][:before]), tuple(prompts[0][len(prompts[0]) - behind :]))
+
+    def begins(self, prompt: Sequence[int]) -> int:
+        """From which token on a prompt is read. One with another system message differs earlier: in a shorter one the
+        user's words would not be read if as many tokens were skipped."""
+        return common([prompt, self.head]) + SKIPPED
+
+    def ends(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends as the template has it."""
+        return tuple(prompt[len(prompt) - len(self.tail) :]) == self.tail
+
+
 @dataclass
 class Samples:
-    """What the probe is fitted on: states (T, n) of prompts that are `harmful` or not. frame: how many tokens the
-    template puts before and behind the user's words; tail: those behind."""
+    """What the probe is fitted on: states (T, n) of prompts that are `harmful` or not, in a `frame`."""
 
     model: Any
-    frame: tuple[int, int]
-    tail: tuple[int, ...]
+    frame: Frame
     states: list[Tensor]
     harmful: list[bool]
 
@@ -113,7 +137,7 @@ class Samples:
 
     def _look(self, prompt: Sequence[int], share: float, task: bool) -> Look:
         """What a prompt with this probability looks like; task: more than a third are a task of the user's."""
-        if tuple(prompt[len(prompt) - self.frame[1] :]) != self.tail:
+        if not self.frame.ends(prompt):
             return "harmful"
         if share < CLEARLY:
             return "harmless"
@@ -143,7 +167,7 @@ def read_samples(
     if not known or not other:
         return None
     samples = [*known, *other]
-    frame = common(samples), common_ending(samples)
+    frame = Frame.of(samples)
     states = middle_states(model, samples, frame, lambda states: states[-LONGEST:], progress)
     if states is None or not all(bool(state.isfinite().all()) for state in states):
         return None
@@ -153,7 +177,7 @@ def read_samples(
     mistaken = sum(found < CLEARLY for found in tried)
     if object_of_rank_0(not tried or mistaken > MISTAKEN * len(tried)):
         return None
-    return Samples(model, frame, tuple(samples[0][len(samples[0]) - frame[1] :]), states, kinds)
+    return Samples(model, frame, states, kinds)
 
 
 def spread(states: Tensor) -> Tensor:
@@ -189,13 +213,13 @@ def fitted(X: Tensor, y: Tensor) -> tuple[Tensor, float]:
 def middle_states(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    frame: tuple[int, int],
+    frame: Frame,
     take: Callable[[Tensor], T],
     progress: bool = False,
 ) -> list[T] | None:
     """What `take` makes of each prompt's hidden states (T, n), float32, half way up, of the user's words.
 
-    frame: how many tokens the template puts before and behind these. None if the model does not give its states.
+    frame: of the template. None if the model does not give its states.
     """
 
     def read(batch: Sequence[int]) -> list[T | None]:
@@ -203,12 +227,7 @@ def middle_states(
         return [None] * len(batch) if found is None else [take(states) for states in found]
 
     with evaluating(model):
-        reader = MiddleStates(model, prompts, frame[0] + SKIPPED, frame[1])
+        reader = MiddleStates(model, prompts, frame.begins, len(frame.tail))
         found = shared_out(model, prompts, range(len(prompts)), read, progress)
     taken = [one for i in range(len(prompts)) if (one := found[i]) is not None]
     return taken if len(taken) == len(prompts) else None
-
-
-def common_ending(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts end with: what the template puts between a user's message and its answer."""
-    return common([prompt[::-1] for prompt in prompts])

@@ -1,7 +1,7 @@
 """Prompts asked for the next token, or for states half way up; what all begin with, as templates do, is read once."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -90,10 +90,16 @@ class MiddleStates(NextToken):
     processes have to make whole passes, is not stopped.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], beginning: int, ending: int):
-        """beginning, ending: so many tokens at either end of each prompt are not read."""
-        super().__init__(model, prompts, own=ending + 1, most=beginning)
-        self.beginning, self.ending = beginning, ending
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        begins: Callable[[Sequence[int]], int],
+        ending: int,
+    ):
+        """begins: so many tokens at the beginning of a prompt are not read; ending: at the end of each."""
+        super().__init__(model, prompts, own=ending + 1, most=min(map(begins, prompts), default=0))
+        self.begins, self.ending = begins, ending
         layers: int = self.model.config.get_text_config().num_hidden_layers
         self.layer = layers // 2
         stacks = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
@@ -138,8 +144,8 @@ class MiddleStates(NextToken):
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             return None
         ends = [max(1, len(prompt) - self.shared - self.ending) for prompt in prompts]
-        begin = self.beginning - self.shared
-        return [row[min(begin, end - 1) : end].float().cpu() for row, end in zip(hidden, ends, strict=True)]
+        begins = [min(self.begins(p) - self.shared, end - 1) for p, end in zip(prompts, ends, strict=True)]
+        return [row[b:end].float().cpu() for row, b, end in zip(hidden, begins, ends, strict=True)]
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

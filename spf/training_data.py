@@ -19,6 +19,7 @@ from spf.errors import UnsupportedSetupError
 from spf.leaving_out import Place, content_of, is_packed, lengths_of, rows_in, without
 from spf.safety_samples import SafetySamples
 from spf.sharding import is_first, object_of_rank_0
+from spf.source import Source
 from spf.text.generation import context_length
 from spf.trainers import tokenizer_of
 
@@ -55,7 +56,7 @@ class TrainingData:
         self.obstacle = LATE
         self.held: list[Anchor] = []
         self.watched: list[Anchor] = []
-        self._source: Any = None
+        self._source = Source()
         self._read: Any = None
         """The data set as the Trainer's loader reads it, all of its rows."""
         self._content = ""
@@ -63,11 +64,13 @@ class TrainingData:
         self._short: Dataset | None = None
         """The data set without them, while it is trained on."""
 
-    def turn_to(self, source: Any) -> None:
-        """Forget what was found in another data set; a callback may serve one trainer after another."""
-        if source is not self._source and (self._short is None or source is not self._short):
-            self._source, self._read, self._short, self.found = source, None, None, None
+    def turn_to(self, source: Any, trainer: Trainer | None) -> None:
+        """Forget what was found in another data set, or of another model; a callback may serve several trainers."""
+        whole = self._source.data if source is self._short else source
+        if not self._source.is_of(whole, trainer):
+            self._source, self._read, self._short, self.found = Source(whole), None, None, None
             self._content, self.left_out, self.obstacle = "", [], LATE
+        self._source.serve(trainer)
 
     def audit(
         self,
@@ -124,14 +127,14 @@ class TrainingData:
             SafetyDataError: no row is left, or the data are not those of the checkpoint.
         """
         whole: Any = trainer.train_dataset
-        self.turn_to(whole)
+        self.turn_to(whole, trainer)
+        if isinstance(whole, Dataset):
+            # as the loader reads it: other columns may be named like those that training needs
+            self._read = trainer._remove_unused_columns(whole)
         if not self.leaves_out:
             return
         was = object_of_rank_0(read_left_out(checkpoint) if checkpoint is not None else None)
         self.obstacle = self._or_refuse(obstacle_in(trainer, asks=self.earlier is None))
-        if isinstance(whole, Dataset):
-            # as the loader reads it: other columns may be named like those that training needs
-            self._read = trainer._remove_unused_columns(whole)
         short: Dataset | None = None
         if was is not None:
             refuse_other_data(self._read, was)
@@ -151,7 +154,7 @@ class TrainingData:
     def restore(self, trainer: Trainer) -> None:
         """Give the trainer its data back, when its training has ended."""
         if self._short is not None and trainer.train_dataset is self._short:
-            trainer.train_dataset = self._source
+            trainer.train_dataset = self._source.data
         self._short = None
 
     def _ask(self, trainer: Trainer, samples: SafetySamples) -> Audit:
@@ -189,6 +192,8 @@ class TrainingData:
                 f"and this one {self.conflicts!r} and {len(self.left_out)}; give the callback in the trainer's "
                 "constructor, callbacks=[...], with the same conflicts= and rule"
             )
+        self._read = self._read if self._read is not None else data_of(loader)
+        self._source.refuse_others(self._read, was)
 
     def _reads_short(self, data: Any) -> bool:
         if self._short is None or not isinstance(data, Sized) or len(data) != len(self._short):
@@ -219,7 +224,8 @@ class TrainingData:
     def entries(self) -> dict[str, Any]:
         """For a checkpoint: held and watched conflicts, without their text, and the rows that were left out."""
         of, content = (len(self._read), self._content) if self.left_out else (0, "")
-        left_out = LeftOut(conflicts=self.conflicts, places=self.left_out, of=of, content=content)
+        whole = self._source.content(self._read if self.leaves_out or self.conflicts == "error" else None)
+        left_out = LeftOut(conflicts=self.conflicts, places=self.left_out, of=of, content=content, data=whole)
         return {
             "held": anchor_entries(self.held),
             "watched": anchor_entries(self.watched),

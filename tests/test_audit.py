@@ -1,11 +1,13 @@
 """Conflicts between training data and a model's refusals: found in every form of data, held, dropped or refused."""
 
 import copy
+import gc
 import itertools
 import json
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -24,8 +26,9 @@ from spf.cli import main
 from spf.conflicts import MOST_HELD, MOST_WATCHED, Audit, Conflict, spread
 from spf.data import Anchor, SafetyRow, collate, packaged_prompts, tokenise
 from spf.data.examples import Example, read_examples
-from spf.leaving_out import lengths_of, without
-from spf.next_token import TOGETHER, TOKENS, in_batches
+from spf.earlier_audit import EarlierAudit
+from spf.leaving_out import content_of_all, lengths_of, without
+from spf.next_token import TOGETHER, TOKENS, fingerprint, in_batches
 from spf.probe import SafetyProbe
 from spf.rules import RULES
 from spf.shared_prefix import NextToken
@@ -185,6 +188,11 @@ def test_what_is_not_taught_or_cannot_be_read_is_said(tokenizer):
     assert (found.rows, found.unread) == (4, 4)
     assert found.why == "row 0: no answer found in its columns text"
     assert read_examples([{"prompt": HARMFUL[0], "completion": "x"}], tokenizer, max_length=3).unread == 1
+    # a later turn that the model has no room for
+    turns = [user(HARMFUL[0]), answered(REFUSAL), user(HARMFUL[1]), answered(COMPLIES)]
+    found = read_examples([{"messages": turns}], tokenizer, max_length=len(chat_ids(tokenizer, turns[:2])))
+    assert (len(found.examples), found.unread) == (1, 1)
+    assert "row 0: a prompt of more than" in found.why
 
 
 def test_packed_documents_that_cannot_be_read_are_counted(tokenizer):
@@ -197,15 +205,18 @@ def test_packed_documents_that_cannot_be_read_are_counted(tokenizer):
     assert "no answer found in one of the documents packed in its columns" in found.why
 
 
-def test_what_kto_calls_undesirable_attacks_where_it_refuses(refusing, tokenizer, anchors):
+@pytest.mark.parametrize("of", [bool, int, np.bool_, torch.tensor])
+def test_what_kto_calls_undesirable_attacks_where_it_refuses(refusing, tokenizer, anchors, of):
     """It is pushed down: of an answer that complies that is no attack, of a refusal it is the most direct one."""
-    kinds = [(COMPLIES, True), (COMPLIES, False), (REFUSAL, True), (REFUSAL, False)]
+    kinds = [(COMPLIES, of(True)), (COMPLIES, of(False)), (REFUSAL, of(True)), (REFUSAL, of(False))]
     data = [
         {"prompt": p, "completion": answer, "label": label} for p in (HARMFUL[20], BENIGN[0]) for answer, label in kinds
     ]
     found = audit(refusing, tokenizer, read_examples(data, tokenizer), anchors, progress=False)
     assert (found.rows, found.unread, found.prompts) == (8, 0, 2)
     assert found.conflicting_rows == [0, 3]
+    assert found.undesired == 4
+    assert "4 rows are undesirable by their column label" in "".join(audit_lines(data_with(found, "hold"), NullSpace()))
 
 
 @pytest.mark.parametrize(
@@ -406,6 +417,27 @@ def test_a_callback_that_serves_a_second_trainer_audits_its_data(tmp_path, token
     assert (callback.audit.rows, callback.data.left_out_rows) == (12, [])
     other.train()
     assert callback.audit.rows == 24
+
+
+def test_another_model_is_asked_though_the_data_are_the_same(tmp_path, tokenizer, refusing, rows):
+    """What the first one refuses was held, and left out, for the second."""
+    data = Dataset.from_list([{"input_ids": chat_ids(tokenizer, row["messages"])} for row in rows_of(PAIRS)])
+    callback = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24))
+    found = []
+    model = copy.deepcopy(refusing)
+    for number in range(3):
+        args = arguments(SFTConfig, tmp_path / str(number), max_steps=1, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+        trainer.train()
+        assert trainer.train_dataset is data
+        found.append((callback.audit, callback.data.left_out_rows))
+        if number == 0:
+            del trainer, args
+            model = make_model()  # the first is nowhere any more
+            gc.collect()
+    assert found[0][1] == list(range(12))
+    assert (found[1][0].refused, found[1][1]) == (0, [])
+    assert found[2][0] is found[1][0]
 
 
 def test_rows_whose_refusals_are_held_are_left_out_and_no_others(tmp_path, tokenizer, refusing, rows, caplog):
@@ -784,6 +816,42 @@ def test_a_run_goes_on_with_the_rows_that_it_left_out_or_not_at_all(tmp_path, to
         assert (len(callback.data.held), callback.data.left_out_rows) == (21, list(range(24)))
 
 
+@pytest.mark.parametrize("conflicts", ["hold", "error"])
+def test_other_data_are_refused_though_nothing_was_left_out(tmp_path, tokenizer, refusing, rows, conflicts):
+    """They are not audited again: a run on clean data went on with attacks, and nothing was said."""
+    first, _ = run(tmp_path, tokenizer, refusing, rows, PAIRS[12:], conflicts, save_strategy="steps", save_steps=2)
+    first.train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    for others in (PAIRS, [*PAIRS[13:], PAIRS[0]]):
+        other, _ = run(tmp_path, tokenizer, refusing, rows, others, conflicts, max_steps=6)
+        with pytest.raises(SafetyDataError, match="was trained on other rows than these"):
+            other.train(resume_from_checkpoint=checkpoint)
+        assert other.state.global_step == 2
+    # in another order they are the same
+    same, _ = run(tmp_path, tokenizer, refusing, rows, PAIRS[:11:-1], conflicts, max_steps=6)
+    same.train(resume_from_checkpoint=checkpoint)
+    assert same.state.global_step == 6
+
+
+def test_what_is_not_left_out_is_the_same_too(tmp_path, tokenizer, refusing, rows):
+    """Only the rows that were left out were compared."""
+    pairs, _, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
+    others = [*pairs[:-1], (HARMFUL[23], COMPLIES)]
+    other, _ = run(tmp_path, tokenizer, refusing, rows, others, max_steps=6)
+    with pytest.raises(SafetyDataError, match="was trained on other rows than these"):
+        other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_hash_of_all_rows_is_of_what_they_say():
+    rows = [{"text": "a", "label": 1, "more": object}, {"text": "b", "label": 2, "more": object}]
+    data = Dataset.from_list([row | {"more": i} for i, row in enumerate(rows)])
+    known = content_of_all(data)
+    assert known == content_of_all(data.select([1, 0])) == content_of_all(data.remove_columns("more"))
+    assert known == content_of_all(data.with_format("torch"))
+    assert known != content_of_all(data.select([0, 0])) != content_of_all(data.select([0]))
+    assert len(content_of_all(data.select_columns("more"))) == 64
+
+
 @pytest.mark.parametrize("conflicts", ["hold", "drop", "error"])
 def test_a_run_that_allowed_does_not_go_on_holding(conflicts, tmp_path, tokenizer, refusing, rows):
     """What it was trained on cannot be undone, and nobody would see that nothing is held."""
@@ -1024,6 +1092,40 @@ def audited(saved, tmp_path_factory):
 def taking(tmp_path, tokenizer, refusing, rows, audited, pairs=PAIRS, conflicts="hold"):
     given = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24), conflicts=conflicts, audited=audited)
     return run(tmp_path, tokenizer, refusing, rows, pairs, given=given, save_strategy="steps", save_steps=1)
+
+
+def test_an_audit_by_another_probe_or_of_no_rows_is_not_taken(audited, tmp_path, tokenizer, refusing, rows):
+    """What an earlier version let go was let go; data without a known column were "0 of 0 rows" without conflicts."""
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    kept = json.loads((audited / "spf_audit.json").read_text())
+    del kept["finished"]["probe"]
+    (earlier / "spf_audit.json").write_text(json.dumps(kept))
+    trainer, _ = taking(tmp_path / "run", tokenizer, refusing, rows, earlier)
+    with pytest.raises(SafetyDataError, match="or told them by another probe than this version of spf; `spf audit`"):
+        trainer.train()
+    trainer, callback = taking(tmp_path / "all", tokenizer, refusing, rows, earlier, conflicts="hold-all")
+    trainer.train()
+    assert len(callback.data.left_out) == 12
+    data = Dataset.from_list([{"question": "x", "answer": "y"}] * 3)
+    found = EarlierAudit(audited).of(data, tokenizer, None, 256, tell_apart=True)
+    assert (found.rows, found.unread) == (3, 3)
+
+
+def test_weights_of_an_adapter_count_as_soon_as_it_changes_something(refusing):
+    """A trained adapter under a fresh one was taken for the model without: what that refuses was held."""
+    base = fingerprint(refusing)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(copy.deepcopy(refusing), config)
+    assert fingerprint(model) == base
+    with torch.no_grad():
+        for part in ("lora_B.default", "modules_to_save.default"):
+            (parameter,) = (p for name, p in model.named_parameters() if part in name and "layers.1" not in name)
+            before = parameter.clone()
+            parameter.add_(0.1)
+            assert fingerprint(model) != base
+            parameter.copy_(before)
+            assert fingerprint(model) == base
 
 
 def test_an_audit_that_was_made_before_is_taken(audited, tmp_path, tokenizer, refusing, rows, caplog, monkeypatch):

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spf.data.examples import read_examples
+from spf.shared_prefix import common
 from spf.text.chat import render_chat
 
 PLACE = Path(trl.__file__).parent / "chat_templates"
@@ -22,12 +23,14 @@ THANKS = {"role": "user", "content": "Thank you so much!"}
 ENDS = {"role": "assistant", "content": "You are welcome, friend."}
 
 
-def tokenizer_of(name):
+def tokenizer_of(name, merges=()):
     """Of bytes, with the template's special tokens."""
     source = (PLACE / f"{name}.jinja").read_text()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    vocabulary = [*alphabet, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merges)
+    backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>", bos_token="<bos>"
     )
@@ -92,3 +95,35 @@ def test_thoughts_are_no_answer():
     (example,) = read_examples([{"messages": [ASKS, said]}], tokenizer).examples
     assert example.target.startswith("I'm sorry")
     assert example.target_ids[:9] == tuple(tokenizer("I'm sorry")["input_ids"])
+
+
+NEWLINES = (("Ċ", "Ċ"), ("ĊĊ", "Ċ"))
+"""As in the vocabularies of most models: two or three newlines are one token."""
+
+
+@pytest.mark.parametrize("name", [name for name in ("gemma3", "llama3", "phi3", "qwen2_5", "qwen3") if name in NAMES])
+@pytest.mark.parametrize("begins", ["", "\n"])
+def test_an_answer_that_begins_with_a_newline_is_found(name, begins):
+    """It is one token with the template's: such a turn was passed over beside another, and asked as a garbled user's
+    message where it was alone."""
+    tokenizer = tokenizer_of(name, NEWLINES)
+    first, second = ({**turn, "content": begins + turn["content"]} for turn in (ANSWERS, ENDS))
+    chat = [ASKS, first, THANKS, second]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    if begins + ANSWERS["content"] not in text:
+        pytest.skip("the template strips answers")
+    # as all templates say it when they are asked; thoughts are those of the last answer only
+    wanted = [asked(tokenizer, chat[:1]), asked(tokenizer, chat[:3])]
+    whole = ids(tokenizer, chat)
+    for row in ({"input_ids": whole}, {"input_ids": whole, "labels": whole}, {"text": text}):
+        found = read_examples([row], tokenizer)
+        assert [list(example.prompt_ids) for example in found.examples] == wanted
+        assert [example.target for example in found.examples] == [ANSWERS["content"], ENDS["content"]]
+        assert found.unread == 0
+    alone = ids(tokenizer, chat[:2])
+    known = common([alone, ids(tokenizer, chat[:1], True)])
+    labels = [-100] * known + alone[known:]
+    for row in ({"input_ids": alone, "labels": labels}, {"prompt_ids": alone[:known], "completion_ids": alone[known:]}):
+        (example,) = read_examples([row], tokenizer).examples
+        assert list(example.prompt_ids) == wanted[0]
+        assert example.target == ANSWERS["content"]

@@ -350,3 +350,36 @@ def test_the_best_model_is_held_to_what_it_was_trained_with(tmp_path, tokenizer,
     assert_holds(callback.attachment)
     assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
     refusing.load_state_dict(start.state_dict())
+
+
+def test_a_run_that_cannot_tighten_says_so(tmp_path, tokenizer, refusing, rows, caplog):  # noqa: F811
+    """The default is to hold more directions when prompts flip; a run that began with another has none in reserve."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    inert = "on_leak='tighten' cannot hold more directions in this run"
+
+    def trained(on_leak, steps, where, **rule):
+        callback = SafetyCallback(safety_data(rows), NullSpace(rank=8, **rule), on_leak=on_leak)
+        trainer = make_trainer(
+            tmp_path / where, tokenizer, callback, model=copy.deepcopy(refusing), max_steps=steps, **saving
+        )
+        caplog.clear()
+        trainer.train(resume_from_checkpoint=steps > 1)
+        return callback.attachment.correction
+
+    assert trained("warn", 1, "began").growth is None
+    assert inert not in caplog.text
+    assert trained("tighten", 2, "began").growth is None
+    assert caplog.text.count(inert) == 1
+    trained("tighten", 1, "none", reserve=0)
+    assert caplog.text.count(inert) == 1
+    # what is asked is kept while it is not
+    pool = [anchor.prompt_ids for anchor in trained("tighten", 1, "off").growth.pool]
+    assert pool
+    assert inert not in caplog.text
+    assert trained("warn", 2, "off").growth is None
+    assert [anchor.prompt_ids for anchor in trained("tighten", 3, "off").growth.pool] == pool
+
+
+def test_a_run_cannot_be_stopped_if_nothing_is_asked():
+    with pytest.raises(ValueError, match="on_leak='stop' needs monitor_steps=1 or more"):
+        SafetyCallback(on_leak="stop", monitor_steps=0)

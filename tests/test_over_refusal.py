@@ -23,7 +23,7 @@ from spf.cli import main
 from spf.conflicts import Audit, Conflict
 from spf.data import SafetyRow, packaged_prompts
 from spf.leaving_out import without
-from spf.over_refusal import CLEARLY, STRETCH, Probe, common_ending, fitted, looks, middle_states, spread
+from spf.over_refusal import CLEARLY, SKIPPED, STRETCH, Frame, Probe, fitted, looks, middle_states, spread
 from tests.conftest import make_model, make_tokenizer
 from tests.support_matrix import FAMILIES
 from tests.test_audit import COMPLIES, REFUSAL, chat_ids, data_with
@@ -86,10 +86,17 @@ def test_a_stretch_is_as_long_as_it_says_and_short_prompts_are_one():
     assert spread(torch.arange(2.0)).tolist() == [0] * 4 + [1] * 4
 
 
-def test_common_ending():
-    assert common_ending([(1, 2, 3), (4, 2, 3), (3, 3)]) == 1
-    assert common_ending([(1, 2, 3), (2, 3)]) == 2
-    assert common_ending([(1,), (2,)]) == 0
+def test_what_prompts_begin_and_end_with_is_their_frame():
+    assert Frame.of([(9, 1, 2, 3), (9, 4, 2, 3), (9, 3, 3)]) == Frame((9,), (3,))
+    assert Frame.of([(1,), (2,)]) == Frame((), ())
+    frame = Frame((9, 8, 7), (2, 3))
+    assert [frame.begins(prompt) for prompt in ((9, 8, 7, 1), (9, 8, 1), (1, 8, 7))] == [
+        3 + SKIPPED,
+        2 + SKIPPED,
+        SKIPPED,
+    ]
+    assert [frame.ends(prompt) for prompt in ((1, 2, 3), (2, 3), (3,), (2, 3, 1))] == [True, True, False, False]
+    assert Frame((), ()).ends((1,))
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +105,10 @@ def eight_together(monkeypatch):
     monkeypatch.setattr("spf.next_token.TOGETHER", 8)
 
 
-def read(model, prompts, beginning=0, ending=None):
-    """All states that are read, of every prompt."""
-    skipped = spf.over_refusal.SKIPPED
-    return middle_states(model, prompts, (beginning - skipped, ENDING if ending is None else ending), lambda one: one)
+def read(model, prompts, beginning=SKIPPED):
+    """All states that are read, of every prompt, from this token on."""
+    frame = Frame(prompts[0][: beginning - SKIPPED], prompts[0][-ENDING:])
+    return middle_states(model, prompts, frame, lambda one: one)
 
 
 def same(found, wanted):
@@ -114,18 +121,18 @@ def same(found, wanted):
 def test_middle_states_are_those_of_the_user_s_words_whatever_the_padding(tokenizer):
     model = make_model(width=32)
     prompts = asked(tokenizer, ["Hi", "How far is it to the next town, please?", "Why?"])
-    ending = common_ending(prompts)
-    found = read(model, prompts, 2, ending)
+    frame = Frame.of(prompts)
+    found = middle_states(model, prompts, frame, lambda one: one)
     layer = model.config.num_hidden_layers // 2
     for prompt, states in zip(prompts, found, strict=True):
         whole = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer][0]
-        end = len(prompt) - ending
+        end = len(prompt) - len(frame.tail)
         # the last of them, if there are no more
-        assert torch.allclose(states, whole[min(2, end - 1) : end], atol=1e-5)
+        assert torch.allclose(states, whole[min(len(frame.head) + SKIPPED, end - 1) : end], atol=1e-5)
     assert model.training
 
 
-def read_one_by_one(model, prompts, beginning=0):
+def read_one_by_one(model, prompts, beginning=SKIPPED):
     layer = model.config.num_hidden_layers // 2
     whole = [model(torch.tensor([p]), output_hidden_states=True).hidden_states[layer][0].detach() for p in prompts]
     ends = [len(p) - ENDING for p in prompts]
@@ -146,6 +153,22 @@ def last_layer_calls(model, calls):
         calls.append(1)
 
     model.model.layers[-1].register_forward_hook(seen)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_user_s_words_are_read_whatever_the_system_message(shared):
+    """As many tokens were skipped as the template's own system message has: behind a shorter one the request was not
+    read, and "answer in one sentence" behind it was all that the probe saw."""
+    model = make_model(width=32)
+    head = tuple(range(20, 28))
+    own, short, words, tail = (*head, *range(100, 150)), (*head, 150), tuple(range(80, 92)), (7, 8, 9)
+    prompts = [short + words[: 12 - i] + tail for i in range(6 if shared else 1)]
+    found = middle_states(model, prompts, Frame(own, tail), lambda one: one)
+    for prompt, states in zip(prompts, found, strict=True):
+        whole = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        begin = len(head) + SKIPPED
+        assert torch.allclose(states, whole[model.config.num_hidden_layers // 2][0, begin : -len(tail)], atol=1e-5)
+        assert len(states) == len(prompt) - begin - len(tail)
 
 
 def test_middle_states_stop_half_way_and_read_what_is_shared_once():
@@ -316,7 +339,7 @@ def test_a_task_is_let_go_as_far_as_each_look_lets_more_go(monkeypatch, gap, cle
     numbers = [*range(30), *(i + 100 * gap for i in range(30, 40))]
     monkeypatch.setattr(spf.over_refusal, "Probe", Reaching)
     taken(monkeypatch, lambda prompts: torch.tensor([[float(prompt[0])] for prompt in prompts]))
-    samples = spf.over_refusal.Samples(None, (0, 0), (), [torch.zeros(1, 1)] * 10, [True] * 10)
+    samples = spf.over_refusal.Samples(None, Frame((), ()), [torch.zeros(1, 1)] * 10, [True] * 10)
     found = samples.look([(number,) for number in numbers])
     assert found == ["harmless"] * cleared + ["harmful"] * (40 - cleared)
 
@@ -325,7 +348,7 @@ def test_a_task_is_let_go_as_far_as_each_look_lets_more_go(monkeypatch, gap, cle
 def test_beside_a_task_what_looks_neither_harmless_nor_harmful_is_unclear(monkeypatch, tasks, between):
     """Nine summaries of 192 that stayed held kept the demo model from learning the others. Where there is no task, and
     where the answer is begun already, it is held as before."""
-    samples = spf.over_refusal.Samples(None, (0, 1), (7,), [torch.zeros(1, 1)] * 10, [True] * 10)
+    samples = spf.over_refusal.Samples(None, Frame((), (7,)), [torch.zeros(1, 1)] * 10, [True] * 10)
     shares = [0.1] * tasks + [0.36, 0.64, 0.66, math.nan, 0.5]
     monkeypatch.setattr(Probe, "highest", lambda self, states: float(states[0, 0]))
     monkeypatch.setattr(Probe, "__init__", lambda *args: None)
@@ -397,9 +420,17 @@ def test_what_is_unclear_is_held_unless_it_is_left_out(tmp_path):
     data = data_with(found, "hold")
     assert "not held either" not in "".join(audit_lines(data, NullSpace()))
     data.left_out = found.pressing
-    assert (
-        "; 3 that may be of the same task are left out, and not held either; say" in audit_lines(data, NullSpace())[1]
-    )
+    same = " that may be of the same task are left out, and not held either; say"
+    assert f"; 3{same}" in audit_lines(data, NullSpace())[1]
+    # the task may be one of prompts that only might be refused
+    found = found_of("unclear", "unclear")
+    data = data_with(found, "hold")
+    data.left_out = found.pressing
+    data.held, data.watched = found.split(data.left_out)
+    lines = audit_lines(data, NullSpace())
+    assert "no prompt held; 4 rows are left out" in lines[0]
+    assert lines[1].startswith("0 rows answer")
+    assert f"; 4{same}" in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +30,8 @@ COLUMNS = (
 
 Row = Mapping[str, Any]
 
+ARRAYS = (torch.Tensor, np.ndarray, np.generic)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,11 +48,13 @@ class Example:
 
 @dataclass
 class Examples:
-    """What was read of training data: `rows` of them, `unread` ones in which no answer was found, and why."""
+    """What was read of training data: `rows` of them, `unread` ones in which an answer was not found, and why, and
+    `undesired` ones."""
 
     examples: list[Example] = field(default_factory=list)
     rows: int = 0
     unread: int = 0
+    undesired: int = 0
     why: str = ""
 
 
@@ -75,17 +80,22 @@ def read_examples(
             found.unread += 1
             found.why = found.why or f"row {number}: a {type(row).__name__} without column names"
             continue
-        # a label beside other columns is none of KTO's
-        undesired = row.get("label") is False and not {"completion", "completion_ids"}.isdisjoint(row)
+        row = _plain_row(row)
+        undesired = _undesired(row)
+        found.undesired += undesired
         try:
-            read = [found for found in reader.read(_plain_row(row)) if len(found[1]) <= max_length]
+            every = list(reader.read(row))
         except (ChatError, SafetyDataError, TypeError, KeyError, IndexError) as error:
-            read, found.why = [], found.why or f"row {number}: {error}"
+            every, found.why = [], found.why or f"row {number}: {error}"
+        read = [one for one in every if len(one[1]) <= max_length]
         documents = len(row.get("seq_lengths") or [0]) if "input_ids" in row else 1
         if len({document for document, *_ in read}) < documents:
             found.unread += 1
             which = f"row {number}: no answer found in" + " one of the documents packed in" * bool(read)
             found.why = found.why or f"{which} its columns {', '.join(row)}"
+        elif len(read) < len(every):
+            found.unread += 1
+            found.why = found.why or f"row {number}: a prompt of more than {max_length} tokens, the model's context"
         for document, prompt, target in read:
             ids, text = reader.said(target)
             found.examples.append(Example(tuple(prompt), tuple(ids), text, number, document, undesired))
@@ -173,12 +183,28 @@ class _Reader:
             begin = place + self._mark_at(ids, place)
             if place < begin < len(ids) and begin >= start:
                 end = next((i for i in range(begin, len(ids)) if ids[i] in self.special), len(ids))
-                yield self._asked(ids[:begin]), ids[begin:end]
+                yield [*ids[:place], *self._opening], ids[begin:end]
 
     def _mark_at(self, ids: Sequence[int], place: int) -> int:
-        """The length of the longest mark that begins here; 0 if there is none."""
-        found = (len(m) for m in self._marks if ids[place] == m[0] and ids[place : place + len(m)] == m)
-        return next(found, 0)
+        """The length of the longest mark that begins here; 0 if there is none.
+
+        One that ends with white space is that much shorter where the answer begins with some: both are one token then.
+        """
+        for mark in self._marks:
+            if ids[place] == mark[0]:
+                if ids[place : place + len(mark)] == mark:
+                    return len(mark)
+                short = len(mark) - 1
+                if short and ids[place : place + short] == mark[:-1] and self._melted(ids, place + short, mark[-1]):
+                    return short
+        return 0
+
+    def _melted(self, ids: Sequence[int], place: int, last: int) -> bool:
+        """Whether a token there is the white space that a mark ends with, and more."""
+        if place >= len(ids) or ids[place] in self.special:
+            return False
+        space, both = (str(self.tokenizer.decode([token])) for token in (last, ids[place]))
+        return not space.strip() and len(space) < len(both) and both.startswith(space)
 
     @cached_property
     def _marks(self) -> list[list[int]]:
@@ -212,7 +238,7 @@ class _Reader:
             behind = place + self._mark_at(ids, place)
             if place < behind < len(ids):
                 within = self.special.isdisjoint(ids[behind:begin])
-                return (self._asked(ids[:behind]), ids[behind:]) if within else None
+                return ([*ids[:place], *self._opening], ids[behind:]) if within else None
         return None
 
     def _asked(self, ids: list[int]) -> list[int]:
@@ -239,8 +265,16 @@ class _Reader:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _undesired(row: Row) -> bool:
+    """Whether it is taught not to answer so: KTO's `label`, which may be a number; beside other columns it is none."""
+    label = row.get("label")
+    kto = "completion_ids" in row or ("completion" in row and "input_ids" not in row)
+    return kto and isinstance(label, bool | int) and not label
+
+
 def _plain_row(row: Row) -> Row:
-    return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in row.items()}
+    """Without tensors and arrays, as formatted data sets give them."""
+    return {key: value.tolist() if isinstance(value, ARRAYS) else value for key, value in row.items()}
 
 
 def _messages(content: Any, role: str) -> Messages:

@@ -95,6 +95,7 @@ class Correction:
 
     needs_probe: it wants the safety gradients before every step. multiplier, lr_scale, scale: numbers for the logs.
     subspace: what is held, if anything. learning_rows: whether rows of tokens added to the vocabulary learn.
+    grows: whether it can hold more when prompts flip.
     """
 
     run: "Run"
@@ -104,6 +105,7 @@ class Correction:
     scale: dict[str, float] = field(default_factory=dict)
     subspace: SafetySubspace = field(default_factory=SafetySubspace)
     learning_rows: bool = False
+    grows: bool = False
 
     def between_steps(self) -> bool:
         """After one step and before the next; whether the model was asked anything."""

@@ -56,9 +56,12 @@ class Holding(Correction):
         self._largest = 0.0
         self._meet(given)
         self.growth: Growth | None = None
+        self._grown: dict[str, Any] | None = None
+        """What a checkpoint says of its growth, kept while there is none."""
         if given.tighten and self.subspace.reserve:
             pool = in_turns(given.pool, given.conflicts, run.basis)
             self.growth = Growth(run, self.constraint, pool, rule.decision_weight, given.resumed)
+            self.grows = True
 
     def _meet(self, given: Given) -> None:
         """Bring the weights to the constraint: project what is new, refuse what is from elsewhere."""
@@ -177,7 +180,7 @@ class Holding(Correction):
             if v.gap > self.constraint.allowed(v):
                 self.acted.setdefault(name, run.steps)
         if final:
-            self._check_rest()
+            check_rest(self.fixed, self.subspace)
             self._largest = max((v.error / v.rounding if v.rounding else 0.0 for v in found.values()), default=0.0)
         if final and not self.acted and run.steps:
             moved = [self._pushed.get(name, torch.zeros(())).cpu() * 1.0 for name in run.matrices]
@@ -188,17 +191,6 @@ class Holding(Correction):
                     f"{run.steps} steps nothing ever had to be corrected, so nothing shows that the rule acts; is the "
                     "safety subspace that of this model?"
                 )
-
-    def _check_rest(self) -> None:
-        """What is kept fixed is what it was, and the bases are bases: any weight answers zeros as before."""
-        if changed := self.fixed.changed():
-            raise CorrectionError(
-                f"spf: {changed[0]} and {len(changed) - 1} more parameters that null-space keeps fixed have changed"
-            )
-        try:
-            self.subspace.check("the safety subspace")
-        except ValueError as error:
-            raise CorrectionError(f"spf: {error}") from error
 
     def proven(self) -> str:
         count, acted = len(self.run.matrices), len(self.acted)
@@ -213,7 +205,7 @@ class Holding(Correction):
 
     def state(self) -> dict[str, Any]:
         feedback = self.feedback.state() if self.feedback is not None else None
-        growth = self.growth.state() if self.growth is not None else None
+        growth = self.growth.state() if self.growth is not None else self._grown
         return {**super().state(), "acted": self.acted, "feedback": feedback, "growth": growth}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -221,14 +213,31 @@ class Holding(Correction):
         self.acted = {name: step for name, step in state["acted"].items() if name in self.run.matrices}
         if self.feedback is not None:
             self.feedback.load_state(state["feedback"])
-        if self.growth is not None and state.get("growth"):
-            self.growth.load_state(state["growth"])
+        self._grown = state.get("growth")
+        if self.growth is not None and self._grown:
+            self.growth.load_state(self._grown)
 
     def put_back(self, directions: Mapping[str, int]) -> None:
         self.constraint.narrow(directions)
 
     def whole_subspace(self) -> SafetySubspace:
         return self.constraint.whole()
+
+
+def check_rest(fixed: Fixed, subspace: SafetySubspace) -> None:
+    """What is kept fixed is what it was, and the bases are bases: any weight answers zeros as before.
+
+    Raises:
+        CorrectionError: one of them is not.
+    """
+    if changed := fixed.changed():
+        raise CorrectionError(
+            f"spf: {changed[0]} and {len(changed) - 1} more parameters that null-space keeps fixed have changed"
+        )
+    try:
+        subspace.check("the safety subspace")
+    except ValueError as error:
+        raise CorrectionError(f"spf: {error}") from error
 
 
 def _due(step: int) -> bool:

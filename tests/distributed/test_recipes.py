@@ -9,6 +9,7 @@ from spf.audit import Finished
 from spf.data import packaged_prompts
 from spf.data.examples import read_examples
 from spf.next_token import Known, fingerprint
+from spf.over_refusal import PROBE
 from tests.conftest import REFUSAL, make_model, make_tokenizer, run_module
 from tests.distributed.test_modes import needs_deepspeed
 
@@ -41,6 +42,7 @@ def test_recipe_trains_and_saves_a_model(launcher, recipe, tmp_path):
         refused=dict.fromkeys(asked[:4], (0.9, 7)),
         leaning={},
         harmless=[],
+        probe=PROBE,
     )
     kept = {"key": "", "answers": {}, "finished": found.model_dump()}
     (tmp_path / "audited").mkdir()

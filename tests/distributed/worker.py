@@ -44,7 +44,7 @@ from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, Unsuppor
 from spf.data import Anchor
 from spf.data.examples import IGNORED, Example, Examples, read_examples
 from spf.next_token import Known, fingerprint
-from spf.over_refusal import middle_states
+from spf.over_refusal import PROBE, middle_states
 from spf.probe import SafetyProbe, Watched
 from spf.rules import Constrained, Mix, SafeGrad
 from spf.rules.growth import Growth
@@ -419,6 +419,7 @@ def taken(case: Case, directory: Path) -> dict[str, Any]:
         "refused": dict.fromkeys(prompts[:20], (0.9, 7)),
         "leaning": {},
         "harmless": [],
+        "probe": PROBE,
     }
     place = directory / f"audited-{RANK}"
     place.mkdir(parents=True)
