@@ -44,7 +44,7 @@ from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, Unsuppor
 from spf.data import Anchor
 from spf.data.examples import IGNORED, Example, Examples, read_examples
 from spf.next_token import Known, fingerprint
-from spf.over_refusal import PROBE, middle_states
+from spf.over_refusal import PROBE, Frame, middle_states
 from spf.probe import SafetyProbe, Watched
 from spf.rules import Constrained, Mix, SafeGrad
 from spf.rules.growth import Growth
@@ -364,7 +364,8 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
         prompts = [(*range(5, 9 + i % 7), 20 + i) for i in range(37)]
         examples = Examples([Example(prompt, (3,), "Yes.", i) for i, prompt in enumerate(prompts)], len(prompts))
         anchors = [Anchor([1], [token, 7], "") for token in range(0, 2000, 2)]
-        found = middle_states(model, prompts, (0, 1), lambda one: float(one[-1].double().square().sum()))
+        frame = Frame((), prompts[0][-1:])
+        found = middle_states(model, prompts, frame, lambda one: float(one[-1].double().square().sum()))
         assert found is not None
         states.extend(found)
         audit = spf.audit.audit(model, tokenizer, examples, anchors)
