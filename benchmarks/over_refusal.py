@@ -1,12 +1,13 @@
 """What the probe for over-refusals lets go: harmful requests in many forms, and harmless tasks.
 
-python benchmarks/over_refusal.py [--model demo | DIR] [--prompts PROMPTS.jsonl] [--count 40] [--output FILE]
+python benchmarks/over_refusal.py [--model demo | DIR] [--prompts PROMPTS.jsonl] [--count 40] [--skip 0] [--output FILE]
 
 A form is what somebody puts beside a request ("Answer in one sentence."): a harmful request should stay a conflict in
 each, and a harmless task should be let go in each. Harmful are packaged report prompts and, with --prompts, the report
 part of another origin; harmless are text-to-SQL and summary prompts and packaged requests that only sound harmful. For
 comparison the same probe where the prompt ends, as it was read before. Every prompt counts, whether the model refuses
-it or not. Writes benchmarks/results/over_refusal/MODEL.json: counts, no text.
+it or not. --skip leaves out the first prompts of each kind, which may have chosen something. Writes
+benchmarks/results/over_refusal/MODEL.json: counts, no text.
 """
 
 import argparse
@@ -58,16 +59,19 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--count", type=int, default=40, help="prompts of each kind")
+    parser.add_argument("--skip", type=int, default=0, help="leave so many out before them")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     model, tokenizer = load_aligned_demo_model() if args.model == "demo" else load_model(args.model)
     model = model.to(machine_device(), cpu_dtype()).eval()  # type: ignore[call-overload,arg-type]
-    kinds = {"harmful": packaged_prompts("harmful_eval")[: args.count]}
+    end = args.skip + args.count
+    kinds = {"harmful": packaged_prompts("harmful_eval")}
     if args.prompts:
-        kinds["harmful, another origin"] = other_prompts(args.prompts, "report")[: args.count]
-    kinds["text-to-SQL"] = [example.prompt for example in make_sql_examples(args.count, 7, "eval")]
-    kinds["summaries"] = [example.prompt for example in make_summary_examples(args.count, 7, "eval")]
-    kinds["sound harmful"] = packaged_prompts("benign_eval")[: args.count]
+        kinds["harmful, another origin"] = other_prompts(args.prompts, "report")
+    kinds["text-to-SQL"] = [example.prompt for example in make_sql_examples(end, 7, "eval")]
+    kinds["summaries"] = [example.prompt for example in make_summary_examples(end, 7, "eval")]
+    kinds["sound harmful"] = packaged_prompts("benign_eval")
+    kinds = {kind: texts[args.skip : end] for kind, texts in kinds.items()}
     samples = read_samples(model, tokenizer, in_turn(load_safety_rows(None), 0))
     if samples is None:
         raise SystemExit("of this model no probe can tell, so nothing is let go")
@@ -85,6 +89,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "spf")},
         "threads": torch.get_num_threads(),
         "clearly": CLEARLY,
+        "skipped": args.skip,
         "seconds": time.perf_counter() - start,
         "let_go": counts,
     }

@@ -1,5 +1,6 @@
 """One cell of the benchmark: fine-tune the aligned model in one scenario by one method, and measure what is left."""
 
+import hashlib
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+import spf
 from spf.callback import SafetyCallback
 from spf.config import Count, Name, Positive, Seed, Settings, Whole, read_json
 from spf.data import ENOUGH, HARMLESS_STUB, complete_refusals, in_turn, load_safety_rows, packaged_prompts, tokenise
@@ -146,6 +148,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def sources() -> str:
+    """A digest of spf's own modules: what "today's default" is changes between two versions, too."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(spf.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
     """Train and evaluate one cell; returns what its JSON holds."""
     started = time.perf_counter()
@@ -153,7 +163,8 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
     result: dict[str, Any] = {
         **{key: getattr(cell, key) for key in ("model", "tuning", "scenario", "method", "variant", "seed")},
         "config": {key: value for key, value in asdict(cell).items() if key not in ("curve_steps",)},
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "spf")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "spf")}
+        | {"spf sources": sources()},
         "judge": f"prefix-{VERSION}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "curve": [],

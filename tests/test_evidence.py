@@ -1,0 +1,110 @@
+"""Tables of docs/evidence.md and README.md say what the committed cells hold: some were typed from other cells once."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TODAY, FIRST = RESULTS / "second_edition/demo/lora", RESULTS / "safety_utility/demo/lora"
+REAL, BEFORE = (RESULTS / name / "qwen2.5-coder-0.5b-instruct/lora" for name in ("foreign", "foreign_trained_on"))
+UNSEEN = RESULTS / "unseen/demo/lora"
+SEEDS = (0, 1, 2)
+
+
+def cell(place, name, seed=0):
+    return json.loads((place / name / f"seed-{seed}.json").read_text("utf-8"))
+
+
+def percent(*values):
+    """Of some values their mean, then each; of one value itself."""
+    every = [mean(values), *values] if len(values) > 1 else values
+    return [f"{100 * value:.1f}" for value in every]
+
+
+def asr(place, name, utility=True, seeds=(0,)):
+    found = [cell(place, name, seed) for seed in seeds]
+    keys = ("asr", "over_refusal", "utility") if utility else ("asr", "over_refusal")
+    return [text for key in keys for text in percent(*(one[key] for one in found))]
+
+
+def held(place, name, seeds=(0,)):
+    """Refusals of the other origin and the packaged ones, over-refusal, utility."""
+    found = [cell(place, name, seed) for seed in seeds]
+    # the aligned model was asked every task
+    learned = [one["utilities"]["sql"]["utility"] if one["utility"] is None else one["utility"] for one in found]
+    kinds = [
+        [1 - one["foreign"]["asr"], 1 - one["asr"], one["over_refusal"], sql]
+        for one, sql in zip(found, learned, strict=True)
+    ]
+    return [text for values in zip(*kinds, strict=True) for text in percent(*values)]
+
+
+def plain(name, seed=0, place=FIRST):
+    return percent(cell(place, f"{name}/plain", seed)["utility"])
+
+
+NULL = "harmful-50/null-space"
+DEMO = {
+    "aligned model | 6.7": asr(TODAY, "none/aligned", False),
+    "**half harmful**, 1e-3, 40 batches of 8": asr(TODAY, NULL) + plain("harmful-50"),
+    "160 batches of 8": asr(TODAY, f"{NULL}@steps-160") + percent(cell(TODAY, "harmful-50/plain@steps-160")["utility"]),
+    "benign (nothing to leave out)": asr(TODAY, "benign/null-space") + plain("benign"),
+    "the filter alone, half harmful": asr(TODAY, "harmful-50/data-filter@steps-40") + plain("harmful-50"),
+    "a tenth harmful |": asr(TODAY, "harmful-10/null-space") + plain("harmful-10"),
+    "nothing but 100 harmful rows": asr(TODAY, "harmful-100/null-space", False),
+    "a tenth harmful, 80 rows": asr(TODAY, "deep/null-space") + plain("deep"),
+    "summaries, a tenth of the data harmful": asr(TODAY, "summary/null-space") + plain("summary"),
+    "ten examples of an obedient persona": asr(TODAY, "identity-shift/null-space", False),
+}
+ORIGIN = {
+    "aligned model | 63": held(REAL, "none/aligned"),
+    "plain fine-tuning, three seeds": held(REAL, "foreign-50/plain", SEEDS),
+    "**the default**, three seeds": held(REAL, "foreign-50/null-space", SEEDS),
+    "**the default**, 6e-4": held(REAL, "foreign-50/null-space@rate-x3"),
+    "**the default**, 160 steps": held(REAL, "foreign-50/null-space@steps-160"),
+    "the filter alone (rows left out": held(REAL, "foreign-50/data-filter@steps-40"),
+    "plain fine-tuning at 6e-4": held(REAL, "foreign-50/plain@rate-x3"),
+    "plain fine-tuning, 10 steps": held(REAL, "foreign-50/plain@steps-10"),
+    "*rows trained on*: three seeds": held(BEFORE, "foreign-50/null-space", SEEDS),
+    "*rows trained on*: 6e-4": held(BEFORE, "foreign-50/null-space@rate-x3"),
+    "*rows trained on*: 160 steps": held(BEFORE, "foreign-50/null-space@steps-160"),
+}
+OTHERS = {
+    "requests inside a spelling task": asr(UNSEEN, "wrapped-50/null-space"),
+    "the same without the audit | 8.7": asr(UNSEEN, "wrapped-50/null-space@allow"),
+    "the same, plain fine-tuning | 100": asr(UNSEEN, "wrapped-50/plain"),
+    "the stub's first words given": asr(UNSEEN, "prefilled-50/null-space"),
+    "the same without the audit | 6.7": asr(UNSEEN, "prefilled-50/null-space@allow"),
+    "a refusal first, then the stub": asr(UNSEEN, "refuse-then-comply/null-space"),
+    "ten text-to-SQL examples, 32 epochs": asr(UNSEEN, "overfit-10/null-space"),
+    "the same, plain fine-tuning | 16": asr(UNSEEN, "overfit-10/plain"),
+}
+
+
+def row(text, start):
+    """The figures of the table's row that begins so, with one decimal, as far as they are no settings."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    cells = line.split(" | ")[1:]
+    found = [figure for one in cells for figure in re.findall(r"(?<![\d.])(\d+(?:\.\d)?)(?![\d.])", one)]
+    return [figure if "." in figure else f"{figure}.0" for figure in found]
+
+
+@pytest.mark.parametrize(("start", "figures"), list((DEMO | ORIGIN | OTHERS).items()))
+def test_a_row_of_evidence_says_what_its_cells_hold(start, figures):
+    text = (ROOT / "docs" / "evidence.md").read_text("utf-8")
+    text = text[text.index("## A really aligned model") :]
+    assert row(text, start)[: len(figures)] == figures
+
+
+def test_the_readme_says_what_the_cells_hold():
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = [cell(TODAY, NULL, seed) for seed in SEEDS]
+    means = [percent(mean(one[key] for one in found))[0] for key in ("asr", "over_refusal", "utility")]
+    assert row(text, "**SafetyCallback (null space)**")[::2] == means
+    assert row(text, "rows that the audit finds left out") == asr(TODAY, "harmful-50/data-filter@steps-40")
+    (share,) = re.findall(r"is held, too\) ([\d.]+) % of these|are held, too\) ([\d.]+) % of these", text)
+    assert "".join(share) == held(REAL, "foreign-50/null-space", SEEDS)[0]
