@@ -53,12 +53,18 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
     return lines
 
 
+EARLIER = "held to the directions of an earlier run: other samples and conflicts as far as these reach"
+"""Of a run that goes on with trained weights."""
+
+OTHER_BASE = (
+    "the weights below the adapter are not those that its directions were taken from (another base model, or another "
+    "precision), so what is held are not this model's answers"
+)
+
+
 def earlier_line(where: str) -> str:
     """Of a run that goes on with trained weights; `where` their subspace was found."""
-    return (
-        f"going on with trained weights: what they are held to is that of {where}; other prompts and conflicts are "
-        "held as far as its directions reach"
-    )
+    return f"going on with trained weights: what they are held to is that of {where}"
 
 
 def inert_line() -> str:

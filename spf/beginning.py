@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from spf.announce import audit_lines, earlier_line, first_lines, inert_line
+from spf.announce import EARLIER, OTHER_BASE, audit_lines, earlier_line, first_lines, inert_line
 from spf.checkpoint import LeftOut, Saved
 from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
-from spf.going_on import earlier_subspace
+from spf.going_on import earlier_subspace, mark, other_base
 from spf.leaving_out import name_of
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
@@ -92,6 +92,8 @@ def begin(
     earlier = None
     if rule.holds and saved is None:
         earlier = earlier_subspace(model, settings.subspace, callback.attachment, output)
+    if earlier is not None:
+        callback.keep.refuse_unheld(earlier.subspace.metadata.get("keep"))
     probe = SafetyProbe(
         model,
         anchors,
@@ -122,6 +124,9 @@ def begin(
     )
     if saved is not None:
         attachment.load_state_dict(saved.state)
+    other = other_base(model, attachment.subspace)
+    if rule.holds and saved is None and earlier is None:
+        mark(model, attachment.subspace, callback.keep.entry["prompts"])
     lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered)
     if data.found is not None:
         lines[-1:-1] = audit_lines(data, rule)
@@ -131,4 +136,8 @@ def begin(
     if tighten and rule.holds and not attachment.correction.grows:
         lines[-1:-1] = [inert_line()]
     lines[1:1] = callback.keep.lines
+    if earlier is not None:
+        lines[1:1] = [EARLIER]
+    if other:
+        lines[1:1] = [OTHER_BASE]
     return Begun(lines, [] if earlier is None else [earlier_line(earlier.where)])

@@ -124,7 +124,6 @@ class SafetyCallback(TrainerCallback):
         self.attachment: Attachment | None = None
         self.warned = False
         """Whether the run has said, at any of its steps, that refusals are being lost."""
-        self._proven_at = -1
         self._resume: str | bool | None = None
         self._saved: Saved | None = None
 
@@ -138,8 +137,7 @@ class SafetyCallback(TrainerCallback):
         trainer = calling_trainer()
         if trainer is not None:
             self.card.follow(trainer)
-            first = is_first()
-            around(trainer, self._begin, self._end, lambda place: leave_subspace(self.attachment, place, first))
+            around(trainer, self._begin, self._end, self._leave)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,7 +152,7 @@ class SafetyCallback(TrainerCallback):
         refuse_unfit(self.rule, args, goes_on)
         self._saved = read_checkpoint(resumed_from(args, state, self._resume)) if goes_on else None
         begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
-        self.warned, self._proven_at = False, -1
+        self.warned = False
         if is_first():
             self.card.begin(begun.lines)
             for line in [*begun.places, *begun.lines]:
@@ -175,7 +173,7 @@ class SafetyCallback(TrainerCallback):
             self._running.skip()  # float16 overflowed, nothing was updated
             return
         # before a checkpoint is written, not only after
-        self._prove(state, final=control.should_save)
+        self._running.verify(final=control.should_save)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the metrics; this callback stands before the reporting ones."""
@@ -187,7 +185,7 @@ class SafetyCallback(TrainerCallback):
         state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._prove(state, final=True)
+        self._running.verify(final=True)  # once more: another callback may have put other weights in
         subspace = self._running.whole_subspace()
         if not is_first():
             return
@@ -214,17 +212,15 @@ class SafetyCallback(TrainerCallback):
         if self in trainer.callback_handler.callbacks:
             self.data.prepare(trainer, named_checkpoint(trainer.args, resume), self.samples)
 
+    def _leave(self, place: Path) -> None:
+        """A model was written there that is no checkpoint's."""
+        if other := leave_subspace(self.attachment, place, is_first()):
+            logger.warning(f"spf: {other}")
+
     def _end(self, trainer: Any) -> None:
         """However the training has ended."""
         self._detach()
         self.data.restore(trainer)
-
-    def _prove(self, state: TrainerState, final: bool) -> None:
-        if self._proven_at == state.global_step:
-            return
-        self._running.verify(final)
-        if final:
-            self._proven_at = state.global_step
 
     def _tell(self, what: str, end: str = "") -> str:
         line = watched_line(self._running, what, end)

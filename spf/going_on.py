@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from spf.checkpoint import STATE_FILE, SUBSPACE_FILE, read_checkpoint, write_bases
+from spf.errors import CorrectionError
 from spf.linalg import exact_matmul
 from spf.optimizer import Attachment
-from spf.sharding import object_of_rank_0
+from spf.rules.frozen import frozen_fingerprint, local
+from spf.sharding import object_of_rank_0, shares_parameters
 from spf.subspace import SafetySubspace
 
 NEW_ADAPTER = "held"
@@ -34,6 +36,19 @@ class Earlier:
 
     subspace: SafetySubspace
     where: str
+
+
+def other_base(model: nn.Module, subspace: SafetySubspace) -> bool:
+    """Whether the weights below an adapter are known to be others than those that its subspace was made with."""
+    known = subspace.metadata.get("base")
+    return known is not None and not shares_parameters(model) and known != frozen_fingerprint(model)
+
+
+def mark(model: nn.Module, subspace: SafetySubspace, kept: str | None) -> None:
+    """Note in a new subspace which weights are below it, and which prompts `keep` named, by hashes."""
+    if not shares_parameters(model):
+        subspace.metadata["base"] = frozen_fingerprint(model)
+    subspace.metadata["keep"] = kept or ""
 
 
 def remember(model: nn.Module, subspace: SafetySubspace) -> None:
@@ -64,16 +79,25 @@ def earlier_subspace(model: nn.Module, given: str | None, before: Attachment | N
         return None
 
 
-def leave_subspace(running: Attachment | None, directory: Path, first: bool) -> None:
+def leave_subspace(running: Attachment | None, directory: Path, first: bool) -> str:
     """Write what an adapter is held to beside it, so that a later run can go on. All processes have to call it.
 
-    first: this process writes.
+    first: this process writes. What is said if the model that was written is not the one that is held, in words:
+    another callback may have put averaged weights in, or a step was broken off.
     """
-    if running is None or not any(name for name in running.subspace.right if ".lora_A." in name):
-        return
+    if running is None:
+        return ""
+    if running.steps and not running.sharding.split:
+        try:
+            running.correction.check(final=True)
+        except CorrectionError as error:
+            return f"{directory}: the model that was written is not what was held ({str(error).removeprefix('spf: ')})"
+    if not any(name for name in running.subspace.right if ".lora_A." in name):
+        return ""
     subspace = running.whole_subspace()
     if first and directory.is_dir():
         write_bases(directory, subspace)
+    return ""
 
 
 def add_adapter(model: PeftModel, config: LoraConfig | None = None) -> PeftModel:
@@ -98,13 +122,14 @@ def add_adapter(model: PeftModel, config: LoraConfig | None = None) -> PeftModel
 def _is_trained(model: nn.Module) -> bool:
     """Whether a trainable lora_B is not zero. ZeRO-3 has parameters elsewhere; there the user names the directory."""
     for name, parameter in model.named_parameters():
-        if ".lora_B." in name and parameter.requires_grad and bool(_local(parameter).any()):
+        if ".lora_B." in name and parameter.requires_grad and bool(local(parameter).any()):
             return True
     return False
 
 
 def _read(place: Path, model: nn.Module, strict: bool) -> Earlier:
-    """The newest subspace there that the model's adapter answers to; unless it is strict, else the newest."""
+    """Of the subspaces there that the model's adapter answers to the widest, then the newest; unless it is strict, else
+    the newest of all. (An adapter that was held to more directions later answers to fewer, too.)"""
     found = [(path, _own_names(subspace, model)) for path, subspace in _subspaces(place)]
     fitting = [one for one in found if _fits(model, one[1])]
     if not fitting and (strict or not found):
@@ -112,8 +137,18 @@ def _read(place: Path, model: nn.Module, strict: bool) -> Earlier:
             f"{place}: no {SUBSPACE_FILE.format(hash='*')} there; name the directory that the adapter was saved in, a "
             "checkpoint, or that file"
         )
-    path, subspace = (fitting or found)[0]
+    path, subspace = max(fitting, key=_width) if fitting and _is_seen(model) else (fitting or found)[0]
     return Earlier(subspace, str(path))
+
+
+def _width(found: tuple[Path, SafetySubspace]) -> int:
+    return sum(V.shape[1] for V in found[1].right.values())
+
+
+def _is_seen(model: nn.Module) -> bool:
+    """Whether this process sees adapters whole, and so whether they fit."""
+    parts = [parameter for name, parameter in model.named_parameters() if ".lora_A." in name]
+    return any(part.numel() for part in parts if not isinstance(part, DTensor))
 
 
 def _subspaces(place: Path) -> Iterator[tuple[Path, SafetySubspace]]:
@@ -169,8 +204,3 @@ def _own_names(subspace: SafetySubspace, model: nn.Module) -> SafetySubspace:
 
 def _bare(name: str) -> str:
     return re.sub(r"\.(lora_[AB]|modules_to_save)\.[^.]+", r".\1", name.removeprefix("base_model.model."))
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    tensor = parameter.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.data import Anchor, ask_refusals, check_source, in_turn, load_safety_rows, tokenise
+from spf.data import Anchor, SafetyDataError, ask_refusals, check_source, in_turn, load_safety_rows, tokenise
 from spf.rules import Rule
 from spf.sharding import object_of_rank_0
 
@@ -78,6 +78,19 @@ class Keep:
             what="answers to keep",
         )
         return tokenise(object_of_rank_0(found.rows), tokenizer, limit, self.options)
+
+    def refuse_unheld(self, held: str | None) -> None:
+        """held: the hash of the prompts that an earlier run's directions were taken from, which this one goes on with.
+
+        Raises:
+            SafetyDataError: they are others.
+        """
+        if self._prompts is not None and self._prompts != held:
+            raise SafetyDataError(
+                "keep: the adapter is held already, to the directions of an earlier run, and these prompts were not "
+                "among what those were taken from, so their answers would not be held; give the same prompts, or put a "
+                "fresh adapter above it (spf.going_on.add_adapter)"
+            )
 
     @property
     def entry(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from spf import NullSpace, SafetyCallback, UnsupportedModelError
+from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedModelError
 from spf.checkpoint import SUBSPACE_FILE
 from spf.going_on import add_adapter, earlier_subspace
 from spf.subspace import SafetySubspace
@@ -242,3 +242,44 @@ def test_a_callback_takes_nothing_from_its_last_run_with_another_model(tmp_path,
     callback = keep(rows)
     run(tmp_path / "first", tokenizer, callback, lora())
     assert earlier_subspace(lora(), None, callback.attachment, tmp_path / "second") is None
+
+
+def test_of_those_that_fit_the_widest_is_taken_whatever_the_times_of_the_files(saved, tmp_path):
+    """A copy of the directory may have the times in any order; an adapter held to more answers to fewer, too."""
+    directory, _ = saved
+    [path] = directory.glob(SUBSPACE_FILE.format(hash="*"))
+    whole = SafetySubspace.load(path)
+    narrow = {name: V[:, :3].contiguous() for name, V in whole.right.items()}
+    targets = {name: target[:, :3].contiguous() for name, target in whole.target.items()}
+    replace(whole, right=narrow, target=targets).save(directory / SUBSPACE_FILE.format(hash="7" * 12))
+    os.utime(path, (1, 1))
+    held = PeftModel.from_pretrained(make_model(width=64), directory, is_trainable=True)
+    found = earlier_subspace(held, None, None, directory).subspace
+    assert {V.shape[1] for V in found.right.values()} == {V.shape[1] for V in whole.right.values()}
+
+
+def test_what_the_earlier_directions_do_not_hold_is_not_said_to_be_kept(saved, tmp_path, tokenizer, rows):
+    """The second run said "3 of 3 prompts held with their answers", and its logits moved as without."""
+    directory, _ = saved
+    kept = Dataset.from_list([{"prompt": prompt, "completion": "It is a table ."} for prompt in PROMPTS[:3]])
+    held = PeftModel.from_pretrained(make_model(width=64), directory, is_trainable=True)
+    with pytest.raises(SafetyDataError, match=r"keep: the adapter is held already, .*add_adapter"):
+        run(tmp_path / "second", tokenizer, keep(rows, subspace=directory, keep=kept), held)
+    # the same prompts are held by the directions that they were taken from
+    callback, model = keep(rows, keep=kept), lora()
+    for _ in range(2):
+        run(tmp_path / "third", tokenizer, callback, model)
+    assert "keep: 3 of 3 prompts held with their answers, 0 the model's own" in callback.card.begun
+    assert any(line.startswith("held to the directions of an earlier run") for line in callback.card.begun)
+
+
+def test_another_model_below_the_adapter_is_said(saved, tmp_path, tokenizer, rows, caplog):
+    directory, _ = saved
+    for seed in (0, 5):
+        caplog.clear()
+        held = PeftModel.from_pretrained(make_model(width=64, seed=seed), directory, is_trainable=True)
+        callback = keep(rows, subspace=directory)
+        run(tmp_path / "second", tokenizer, callback, held)
+        said = [line for line in callback.card.begun if "the weights below the adapter are not those" in line]
+        assert len(said) == (seed != 0)
+        assert ("the weights below the adapter" in caplog.text) == (seed != 0)

@@ -7,7 +7,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from spf import CorrectionError, NullSpace, SafetyCallback, SafetyProbe, UnsupportedModelError, attach
+from spf import (
+    CorrectionError,
+    NullSpace,
+    SafetyCallback,
+    SafetyOptimizer,
+    SafetyProbe,
+    UnsupportedModelError,
+    attach,
+)
 from spf.rules.constraint import Constraint
 from spf.rules.fixed import Fixed
 from spf.rules.holding import Holding
@@ -216,3 +224,119 @@ def test_the_best_model_is_proven_when_it_is_loaded_at_the_end(tmp_path, tokeniz
     trainer = Trainer(tiny("lora", "float32"), args, None, data, data, processing_class=tokenizer, callbacks=[callback])
     trainer.train()
     assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
+
+
+class Average(TrainerCallback):
+    """Puts averaged weights in: for a checkpoint, or at the end."""
+
+    def __init__(self, when, model):
+        self.when = when
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def put(self, model, values):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in values:
+                    parameter.copy_(values[name])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.when == "save" and control.should_save:
+            self.put(model, self.shadow)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.when == "end":
+            self.put(model, self.shadow)
+
+
+@pytest.mark.parametrize("when", ["save", "end"])
+def test_averaged_weights_are_not_saved_as_proven(when, tmp_path, tokenizer, rows, caplog):
+    """The average began before the adapter was held: it was written, and nothing was said."""
+    callback = SafetyCallback(safety_data(rows[:1]), NullSpace(rank=40, reworded=0))
+    model = get_peft_model(make_model(width=64), LoraConfig(r=4, target_modules="all-linear"))
+    average = Average(when, model)
+    settings = {"save_strategy": "steps", "save_steps": 2} if when == "save" else {}
+    trainer = make_trainer(tmp_path, tokenizer, callback, model, max_steps=4, **settings)
+    trainer.add_callback(average)
+    if when == "save":
+        with pytest.raises(CorrectionError, match="answers the held inputs differently"):
+            trainer.train()
+        return
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert "the model that was written is not what was held" in caplog.text
+    assert not list((tmp_path / "adapter").glob("spf_subspace-*"))
+
+
+class Merge(TrainerCallback):
+    """As TRL does before it gives the weights to vLLM."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.merge_adapter()
+        model.unmerge_adapter()
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_changed_frozen_weights_are_said(merges, tmp_path, tokenizer, rows):
+    """W + B A - B A is not W in bfloat16, and the adapter alone was looked at."""
+    callback = SafetyCallback(safety_data(rows[:1]), NullSpace(rank=40, reworded=0))
+    base = make_model(width=64).to(torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    trainer = make_trainer(tmp_path, tokenizer, callback, model, max_steps=6, learning_rate=5e-3)
+    trainer.add_callback(Merge() if merges else TrainerCallback())
+    trainer.train()
+    assert ("weights that are not trained have been changed" in callback.card._section) == merges
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_second_optimizer_does_not_train_what_is_kept_fixed(first, anchors):
+    """Norms and embeddings that are not in the optimizer were not looked at: the order of the two decided."""
+    model = make_model(width=64)
+    linear = {id(p) for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()}
+    probe = SafetyProbe(model, anchors[:1], pad_token_id=1)
+    mine = torch.optim.SGD([p for p in model.parameters() if id(p) in linear], lr=1e-2)
+    optimizer = SafetyOptimizer(mine, probe, NullSpace(rank=40, reworded=0))
+    other = torch.optim.AdamW([p for p in model.parameters() if id(p) not in linear], lr=1e-2)
+    for _ in range(3):
+        ids = torch.randint(5, 900, (2, 9), generator=torch.Generator().manual_seed(1))
+        model(input_ids=ids, labels=ids).loss.backward()
+        for one in (other, optimizer) if first else (optimizer, other):
+            one.step()
+        optimizer.zero_grad()
+        other.zero_grad()
+    if first:
+        with pytest.raises(CorrectionError, match="that null-space keeps fixed have changed"):
+            optimizer.finish()
+    else:
+        assert "proven" in optimizer.finish()
+
+
+class Rounded(torch.nn.Linear):
+    """As layers for quantisation-aware training: the weight is rounded in the forward pass."""
+
+    def forward(self, x):
+        scale = self.weight.detach().abs().amax(-1, keepdim=True) / 7
+        rounded = (self.weight / scale).round() * scale
+        return torch.nn.functional.linear(x, self.weight + (rounded - self.weight).detach(), self.bias)
+
+
+class Renamed(torch.nn.Linear):
+    """Answers W x, in its own words."""
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("kind", [Rounded, Renamed])
+def test_layers_that_answer_otherwise_are_refused(kind, anchors):
+    """W V stayed what it was, and the answers did not: Q(W) V is not Q(W_0) V."""
+    model = make_model(width=64)
+    for layer in model.model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.__class__ = kind
+    probe = SafetyProbe(model, anchors[:1], pad_token_id=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    if kind is Renamed:
+        assert SafetyOptimizer(optimizer, probe, NullSpace(rank=20, reworded=0))
+        return
+    with pytest.raises(UnsupportedModelError, match=r"more are in layers \(Rounded\) that answer otherwise than W x"):
+        SafetyOptimizer(optimizer, probe, NullSpace(rank=20, reworded=0))

@@ -9,6 +9,7 @@ from torch import Tensor
 from spf.data import Anchor
 from spf.errors import UnsupportedModelError, UnsupportedSetupError
 from spf.matrices import is_embedding
+from spf.rules.frozen import bit_sum
 from spf.run import Run
 
 
@@ -99,17 +100,17 @@ class Fixed:
         return [name for name, count in zip(now, self.run.total(differ), strict=True) if count > 0]
 
     def _checksums(self) -> dict[str, Tensor]:
-        """The sum of a parameter's bits in this process, as whole numbers: any one that changes shows."""
+        """Of each the sum of its bits in this process."""
         sums = {}
-        for name in self._others:
+        for name, parameter in self._others.items():
             part = self.run.sharding.parts.get(name)
-            if part is None:
+            if part is None and self.run.sharding.split:
                 continue
-            values = self._piece(name, part.holder.detach())
+            # one that is not in this optimizer may be in another
+            values = self._piece(name, part.holder.detach()) if part is not None else parameter.detach()
             if name in self._new_rows:
                 values = values.index_fill(0, self._new_rows[name].to(values.device), 0)
-            whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[values.element_size()]
-            sums[name] = values.contiguous().view(whole).sum(dtype=torch.int64)
+            sums[name] = bit_sum(values)
         return sums
 
     def _rows_of(self, tokens: Sequence[int]) -> dict[str, Tensor]:

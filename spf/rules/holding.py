@@ -15,6 +15,7 @@ from spf.rules.adapters import refuse_started
 from spf.rules.base import Correction, Given
 from spf.rules.constraint import Constraint, null_space_violation
 from spf.rules.fixed import Fixed
+from spf.rules.frozen import Frozen
 from spf.rules.growth import Growth, in_turns
 from spf.run import Run
 from spf.subspace import SafetySubspace
@@ -62,6 +63,7 @@ class Holding(Correction):
             pool = in_turns(given.pool, given.conflicts, run.basis)
             self.growth = Growth(run, self.constraint, pool, rule.decision_weight, given.resumed)
             self.grows = True
+        self.frozen = Frozen(run)
 
     def _meet(self, given: Given) -> None:
         """Bring the weights to the constraint: project what is new, refuse what is from elsewhere."""
@@ -200,7 +202,7 @@ class Holding(Correction):
         return (
             f"proven on the model's own parameters: all {count} matrices answer the held inputs as before training "
             f"({self._largest:.1f} times what rounding leaves, at most); {acted} were seen to be pushed and put back"
-            f"{rest}{self.growth.told() if self.growth is not None else ''}"
+            f"{rest}{self.growth.told() if self.growth is not None else ''}{self.frozen.told()}"
         )
 
     def state(self) -> dict[str, Any]:

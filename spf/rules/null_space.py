@@ -20,6 +20,7 @@ from spf.probe import SafetyProbe
 from spf.rules.base import Given, Rule
 from spf.rules.combining import DualAscent, Mix
 from spf.rules.holding import Holding
+from spf.rules.otherwise import refuse_otherwise
 from spf.run import Run
 from spf.sharding import same_on_all_ranks
 from spf.subspace import SafetySubspace
@@ -139,6 +140,7 @@ class NullSpace(Rule):
             raise ValueError("null-space: contrast needs benign samples; give them as `calibration`")
         refuse_fixed_adapters(run.probe.model, run.probe.others)
         refuse_rounded((name, run.holder(name).dtype) for name in run.matrices)
+        refuse_otherwise(run, run.basis)
         held = [*run.basis, *given.reworded, *given.conflicts]
         subspace = given.subspace or _estimate(run, self, held, given.calibration, given.tighten)
         run.keep_fixed(json.loads(subspace.metadata.get("kept", "{}")))

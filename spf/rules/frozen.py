@@ -1,0 +1,57 @@
+"""Weights that are not trained: what a layer answers rests on them, too."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from spf.run import Run
+
+
+class Frozen:
+    """The weights that a run does not train, as they are when it begins; what others write there is said at its end."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._start = self._sums()
+
+    def told(self) -> str:
+        """Which are not what they were, in words, over all processes, which have to call it; nothing if all are."""
+        now = self._sums()
+        names = [name for name in self._start if name in now]
+        differ = [(now[name] != self._start[name]).float().reshape(()) for name in names]
+        changed = [name for name, count in zip(names, self.run.total(differ), strict=True) if count > 0]
+        if not changed:
+            return ""
+        return (
+            f"; but {len(changed)} weights that are not trained have been changed by others than the optimizer, among "
+            f"them {changed[0]} (an adapter merged and unmerged, say), and with them what the layers answer"
+        )
+
+    def _sums(self) -> dict[str, Tensor]:
+        parameters = self.run.probe.model.named_parameters()
+        return {name: bit_sum(local(p)) for name, p in parameters if not (p.requires_grad or p.is_meta)}
+
+
+def bit_sum(values: Tensor) -> Tensor:
+    """The sum of a tensor's bits as whole numbers: any one that changes shows."""
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[values.element_size()]
+    return values.contiguous().view(whole).sum(dtype=torch.int64)
+
+
+def local(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of it."""
+    tensor = parameter.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """A hash of some numbers of every weight that is not trained, in bfloat16."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not (parameter.requires_grad or parameter.is_meta):
+            numbers = parameter.detach().flatten()
+            some = numbers[:: max(1, numbers.numel() // 8)].to(torch.bfloat16)
+            digest.update(repr(some.float().cpu().tolist()).encode())
+    return digest.hexdigest()
