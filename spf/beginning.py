@@ -17,6 +17,7 @@ from spf.leaving_out import name_of
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import Rule
+from spf.source import CHANGED
 from spf.text.generation import context_length, pad_id
 from spf.trainers import calling_trainer
 from spf.training_data import data_of, source_of
@@ -135,6 +136,8 @@ def begin(
         lines[-1:-1] = [f"{left_out}, as in the run that goes on"]
     if tighten and rule.holds and not attachment.correction.grows:
         lines[-1:-1] = [inert_line()]
+    if data.source.changed:
+        lines[-1:-1] = [CHANGED]
     lines[1:1] = callback.keep.lines
     if earlier is not None:
         lines[1:1] = [EARLIER]

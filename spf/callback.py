@@ -212,9 +212,9 @@ class SafetyCallback(TrainerCallback):
         if self in trainer.callback_handler.callbacks:
             self.data.prepare(trainer, named_checkpoint(trainer.args, resume), self.samples)
 
-    def _leave(self, place: Path) -> None:
+    def _leave(self, trainer: Any, place: Path) -> None:
         """A model was written there that is no checkpoint's."""
-        if other := leave_subspace(self.attachment, place, is_first()):
+        if other := leave_subspace(self.attachment, trainer.model, place, is_first()):
             logger.warning(f"spf: {other}")
 
     def _end(self, trainer: Any) -> None:

@@ -79,25 +79,33 @@ def earlier_subspace(model: nn.Module, given: str | None, before: Attachment | N
         return None
 
 
-def leave_subspace(running: Attachment | None, directory: Path, first: bool) -> str:
+def leave_subspace(running: Attachment | None, model: nn.Module, directory: Path, first: bool) -> str:
     """Write what an adapter is held to beside it, so that a later run can go on. All processes have to call it.
 
-    first: this process writes. What is said if the model that was written is not the one that is held, in words:
-    another callback may have put averaged weights in, or a step was broken off.
+    first: this process writes. What is given is to be said: that the parameters of the model that was written, if they
+    are those that were trained and of the same type, are not what was held, since another callback has put averaged
+    weights in, or a step was broken off.
     """
     if running is None:
         return ""
-    if running.steps and not running.sharding.split:
+    said = ""
+    if running.steps and not running.sharding.split and _is_same(running, model):
         try:
             running.correction.check(final=True)
         except CorrectionError as error:
-            return f"{directory}: the model that was written is not what was held ({str(error).removeprefix('spf: ')})"
+            said = f"{directory}: the model that was written is not what was held ({str(error).removeprefix('spf: ')})"
     if not any(name for name in running.subspace.right if ".lora_A." in name):
-        return ""
+        return said
     subspace = running.whole_subspace()
     if first and directory.is_dir():
         write_bases(directory, subspace)
-    return ""
+    return said
+
+
+def _is_same(running: Attachment, model: nn.Module) -> bool:
+    """Whether what was trained are still the model's parameters, of the types that they had."""
+    there = {id(parameter): parameter.dtype for parameter in model.parameters()}
+    return running.run.trained.items() <= there.items()
 
 
 def add_adapter(model: PeftModel, config: LoraConfig | None = None) -> PeftModel:

@@ -62,6 +62,7 @@ class Run:
         rest = anchors[held:] or anchors
         self.rotation = AnchorRotation(rest, min(probe.rotation.size, len(rest)), probe.rotation.seed)
         self.watched: list[Anchor] = rest[:WATCHED]
+        self.trained = {id(parameter): parameter.dtype for parameter in trainable.values()}
         self.result: ProbeResult | None = None
         self.comparison: Comparison | None = None
         self.steps = 0

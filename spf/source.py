@@ -11,6 +11,11 @@ from spf.checkpoint import LeftOut
 from spf.errors import SafetyDataError
 from spf.leaving_out import content_of_all
 
+CHANGED = (
+    "the run that goes on was trained on other rows than these (a chat template with today's date in it renders the "
+    "same ones otherwise), and what they attack was not audited"
+)
+
 
 class Source:
     """A data set that something was found in, for a model as it was before training wrapped it."""
@@ -18,7 +23,10 @@ class Source:
     def __init__(self, data: Any = None):
         self.data = data
         self._refs: tuple[Callable[[], Any], Callable[[], Any]] | None = None
-        self._content = ""
+        self.content = ""
+        """A hash of all rows, once they were compared; nothing of what is no `Dataset`."""
+        self.changed = False
+        """Whether a run that goes on had other rows, of which nobody knows what they attack."""
 
     def is_of(self, data: Any, trainer: Trainer | None) -> bool:
         """Whether these are the data, and this is the same trainer, or another one of that model; none says nothing."""
@@ -33,19 +41,13 @@ class Source:
         if trainer is not None and (self._refs is None or self._refs[0]() is not trainer):
             self._refs = weakref.ref(trainer), weakref.ref(trainer.model)
 
-    def content(self, rows: Any) -> str:
-        """A hash of all rows, the first time that it is needed; nothing of what is no `Dataset`."""
-        if isinstance(rows, Dataset):
-            self._content = self._content or content_of_all(rows)
-        return self._content
+    def compare(self, rows: Any, was: LeftOut | None, strict: bool) -> None:
+        """Hash the rows (a minute for a million long ones), and note whether the run that goes on had others.
 
-    def refuse_others(self, rows: Any, was: LeftOut | None) -> None:
-        """
         Raises:
-            SafetyDataError: the run that goes on had other rows.
+            SafetyDataError: it had, and it is strict.
         """
-        if was is not None and was.data and was.data != self.content(rows):
-            raise SafetyDataError(
-                "the run that goes on was trained on other rows than these, and what they attack was not audited; give "
-                "the same data set to go on, or start a new run"
-            )
+        self.content = self.content or (content_of_all(rows) if isinstance(rows, Dataset) else "")
+        self.changed = was is not None and bool(was.data) and was.data != self.content
+        if self.changed and strict:
+            raise SafetyDataError(f"{CHANGED}; give the same data set to go on, or start a new run")

@@ -45,11 +45,11 @@ def around(
     trainer: Trainer,
     begin: Callable[[Trainer, str | bool | None], None],
     end: Callable[[Trainer], None],
-    saved: Callable[[Path], None],
+    saved: Callable[[Trainer, Path], None],
 ) -> None:
     """Have `train` call `begin` with what it goes on from, and `end` however it ends: an error calls no event.
 
-    saved: called when `save_model` has written a model that is no checkpoint's, with its directory.
+    saved: called with its directory when `save_model` has written a model that is no checkpoint's.
     """
     train, save = trainer.train, trainer.save_model
 
@@ -65,7 +65,7 @@ def around(
     def saving(output_dir: str | None = None, _internal_call: bool = False) -> None:
         save(output_dir, _internal_call)
         if not _internal_call:
-            saved(Path(str(output_dir or trainer.args.output_dir)))
+            saved(trainer, Path(str(output_dir or trainer.args.output_dir)))
 
     trainer.train, trainer.save_model = guarded, saving  # type: ignore[method-assign]
 

@@ -49,14 +49,13 @@ class TrainingData:
         """
         self.earlier = EarlierAudit(Path(audited)) if audited is not None else None
         self.conflicts: Conflicts = conflicts
-        self.holds = holds
-        self.options = options
+        self.holds, self.options = holds, options
         self.found: Audit | None = None
         self.left_out: list[Place] = []
         self.obstacle = LATE
         self.held: list[Anchor] = []
         self.watched: list[Anchor] = []
-        self._source = Source()
+        self.source = Source()
         self._read: Any = None
         """The data set as the Trainer's loader reads it, all of its rows."""
         self._content = ""
@@ -66,11 +65,11 @@ class TrainingData:
 
     def turn_to(self, source: Any, trainer: Trainer | None) -> None:
         """Forget what was found in another data set, or of another model; a callback may serve several trainers."""
-        whole = self._source.data if source is self._short else source
-        if not self._source.is_of(whole, trainer):
-            self._source, self._read, self._short, self.found = Source(whole), None, None, None
+        whole = self.source.data if source is self._short else source
+        if not self.source.is_of(whole, trainer):
+            self.source, self._read, self._short, self.found = Source(whole), None, None, None
             self._content, self.left_out, self.obstacle = "", [], LATE
-        self._source.serve(trainer)
+        self.source.serve(trainer)
 
     def audit(
         self,
@@ -154,7 +153,7 @@ class TrainingData:
     def restore(self, trainer: Trainer) -> None:
         """Give the trainer its data back, when its training has ended."""
         if self._short is not None and trainer.train_dataset is self._short:
-            trainer.train_dataset = self._source.data
+            trainer.train_dataset = self.source.data
         self._short = None
 
     def _ask(self, trainer: Trainer, samples: SafetySamples) -> Audit:
@@ -193,7 +192,8 @@ class TrainingData:
                 "constructor, callbacks=[...], with the same conflicts= and rule"
             )
         self._read = self._read if self._read is not None else data_of(loader)
-        self._source.refuse_others(self._read, was)
+        rows = self._read if self.leaves_out or self.conflicts == "error" else None
+        self.source.compare(rows, was, self.conflicts == "error")
 
     def _reads_short(self, data: Any) -> bool:
         if self._short is None or not isinstance(data, Sized) or len(data) != len(self._short):
@@ -224,7 +224,7 @@ class TrainingData:
     def entries(self) -> dict[str, Any]:
         """For a checkpoint: held and watched conflicts, without their text, and the rows that were left out."""
         of, content = (len(self._read), self._content) if self.left_out else (0, "")
-        whole = self._source.content(self._read if self.leaves_out or self.conflicts == "error" else None)
+        whole = self.source.content
         left_out = LeftOut(conflicts=self.conflicts, places=self.left_out, of=of, content=content, data=whole)
         return {
             "held": anchor_entries(self.held),

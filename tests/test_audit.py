@@ -817,29 +817,38 @@ def test_a_run_goes_on_with_the_rows_that_it_left_out_or_not_at_all(tmp_path, to
 
 
 @pytest.mark.parametrize("conflicts", ["hold", "error"])
-def test_other_data_are_refused_though_nothing_was_left_out(tmp_path, tokenizer, refusing, rows, conflicts):
+def test_other_data_are_said_or_refused_though_nothing_was_left_out(
+    tmp_path, tokenizer, refusing, rows, conflicts, caplog
+):
     """They are not audited again: a run on clean data went on with attacks, and nothing was said."""
     first, _ = run(tmp_path, tokenizer, refusing, rows, PAIRS[12:], conflicts, save_strategy="steps", save_steps=2)
     first.train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
     for others in (PAIRS, [*PAIRS[13:], PAIRS[0]]):
-        other, _ = run(tmp_path, tokenizer, refusing, rows, others, conflicts, max_steps=6)
-        with pytest.raises(SafetyDataError, match="was trained on other rows than these"):
+        caplog.clear()
+        other, _ = run(tmp_path, tokenizer, refusing, rows, others, conflicts, max_steps=3)
+        if conflicts == "error":
+            with pytest.raises(SafetyDataError, match="was trained on other rows than these"):
+                other.train(resume_from_checkpoint=checkpoint)
+            assert other.state.global_step == 2
+        else:
             other.train(resume_from_checkpoint=checkpoint)
-        assert other.state.global_step == 2
+            assert "was trained on other rows than these" in caplog.text
     # in another order they are the same
+    caplog.clear()
     same, _ = run(tmp_path, tokenizer, refusing, rows, PAIRS[:11:-1], conflicts, max_steps=6)
     same.train(resume_from_checkpoint=checkpoint)
     assert same.state.global_step == 6
+    assert "was trained on other rows" not in caplog.text
 
 
-def test_what_is_not_left_out_is_the_same_too(tmp_path, tokenizer, refusing, rows):
-    """Only the rows that were left out were compared."""
+def test_what_is_not_left_out_is_compared_too(tmp_path, tokenizer, refusing, rows, caplog):
+    """Only the rows that were left out were."""
     pairs, _, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
     others = [*pairs[:-1], (HARMFUL[23], COMPLIES)]
-    other, _ = run(tmp_path, tokenizer, refusing, rows, others, max_steps=6)
-    with pytest.raises(SafetyDataError, match="was trained on other rows than these"):
-        other.train(resume_from_checkpoint=checkpoint)
+    other, _ = run(tmp_path, tokenizer, refusing, rows, others, max_steps=3)
+    other.train(resume_from_checkpoint=checkpoint)
+    assert "was trained on other rows than these" in caplog.text
 
 
 def test_a_hash_of_all_rows_is_of_what_they_say():
@@ -850,6 +859,16 @@ def test_a_hash_of_all_rows_is_of_what_they_say():
     assert known == content_of_all(data.with_format("torch"))
     assert known != content_of_all(data.select([0, 0])) != content_of_all(data.select([0]))
     assert len(content_of_all(data.select_columns("more"))) == 64
+    tokens = Dataset.from_list([{"input_ids": [1, 2, 3]}, {"input_ids": [4]}, {"input_ids": []}])
+    known = content_of_all(tokens)
+    assert known == content_of_all(tokens.select([2, 0, 1])) == content_of_all(tokens.with_format("torch"))
+    apart = [
+        [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}, {"input_ids": []}],
+        [{"input_ids": [1, 2, 3, 4]}, {"input_ids": []}],
+    ]
+    assert known not in {content_of_all(Dataset.from_list(rows)) for rows in apart}
+    chats = Dataset.from_list([{"messages": [user("a"), answered(text)]} for text in "bc"])
+    assert content_of_all(chats) == content_of_all(chats.select([1, 0])) != content_of_all(chats.select([0, 0]))
 
 
 @pytest.mark.parametrize("conflicts", ["hold", "drop", "error"])

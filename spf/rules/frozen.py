@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from spf.run import Run
+from spf.sharding import is_partitioned, reshard
 
 
 class Frozen:
@@ -17,7 +18,7 @@ class Frozen:
         self._start = self._sums()
 
     def told(self) -> str:
-        """Which are not what they were, in words, over all processes, which have to call it; nothing if all are."""
+        """Which are not what they were, in words; nothing if all are. All processes call it where they hold parts."""
         now = self._sums()
         names = [name for name in self._start if name in now]
         differ = [(now[name] != self._start[name]).float().reshape(()) for name in names]
@@ -30,8 +31,14 @@ class Frozen:
         )
 
     def _sums(self) -> dict[str, Tensor]:
-        parameters = self.run.probe.model.named_parameters()
-        return {name: bit_sum(local(p)) for name, p in parameters if not (p.requires_grad or p.is_meta)}
+        """Of what this process holds between two passes; ZeRO-3 may or may not hold what it has cut up."""
+        model = self.run.probe.model
+        reshard(model)
+        return {
+            name: bit_sum(local(parameter))
+            for name, parameter in model.named_parameters()
+            if not (parameter.requires_grad or parameter.is_meta or is_partitioned(parameter))
+        }
 
 
 def bit_sum(values: Tensor) -> Tensor:
@@ -47,10 +54,14 @@ def local(parameter: nn.Parameter) -> Tensor:
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
-    """A hash of some numbers of every weight that is not trained, in bfloat16."""
+    """A hash of some numbers of every weight that is neither trained nor an adapter's, in bfloat16.
+
+    TRL copies adapters for its reference model.
+    """
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if not (parameter.requires_grad or parameter.is_meta):
+    for name, parameter in model.named_parameters():
+        adapter = any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save."))
+        if not (adapter or parameter.requires_grad or parameter.is_meta):
             numbers = parameter.detach().flatten()
             some = numbers[:: max(1, numbers.numel() // 8)].to(torch.bfloat16)
             digest.update(repr(some.float().cpu().tolist()).encode())

@@ -10,7 +10,7 @@ from spf.sharding.ranks import (
     same_on_all_ranks,
     spread_over_ranks,
 )
-from spf.sharding.zero import full_shape
+from spf.sharding.zero import full_shape, is_partitioned
 
 __all__ = [
     "Block",
@@ -20,6 +20,7 @@ __all__ = [
     "gather_objects",
     "innermost_optimizer",
     "is_first",
+    "is_partitioned",
     "object_of_rank_0",
     "rank_and_ranks",
     "refuse_sharded",

@@ -234,6 +234,9 @@ def record(trainer: Trainer, callback: SafetyCallback) -> dict[str, Any]:
     attachment = callback.attachment
     assert attachment is not None
     logs = trainer.state.log_history
+    frozen = vars(attachment.correction).get("frozen")
+    # parts that a pass left gathered were taken for changed weights
+    assert frozen is None or not frozen.told(), frozen.told()
     return {
         "parameters": parameters(trainer),
         "losses": [log["loss"] for log in logs if "loss" in log],
