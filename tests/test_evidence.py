@@ -66,12 +66,30 @@ ORIGIN = {
     "**the default**, three seeds": held(REAL, "foreign-50/null-space", SEEDS),
     "**the default**, 6e-4": held(REAL, "foreign-50/null-space@rate-x3"),
     "**the default**, 160 steps": held(REAL, "foreign-50/null-space@steps-160"),
+    "**the packaged anchors alone**": held(REAL, "foreign-50/null-space@allow"),
     "the filter alone (rows left out": held(REAL, "foreign-50/data-filter@steps-40"),
     "plain fine-tuning at 6e-4": held(REAL, "foreign-50/plain@rate-x3"),
     "plain fine-tuning, 10 steps": held(REAL, "foreign-50/plain@steps-10"),
     "*rows trained on*: three seeds": held(BEFORE, "foreign-50/null-space", SEEDS),
     "*rows trained on*: 6e-4": held(BEFORE, "foreign-50/null-space@rate-x3"),
     "*rows trained on*: 160 steps": held(BEFORE, "foreign-50/null-space@steps-160"),
+}
+SECOND = RESULTS / "second_model_second_edition/second/lora"
+
+
+def second(name):
+    """ASR and plain's, over-refusal, SQL accuracy and plain's."""
+    ours, theirs = cell(SECOND, f"{name}/null-space"), cell(SECOND, f"{name}/plain")
+    values = (ours["asr"], theirs["asr"], ours["over_refusal"], ours["utility"], theirs["utility"])
+    return [percent(value)[0] for value in values]
+
+
+AGAIN = {
+    "it itself, aligned": asr(SECOND, "none/aligned", False),
+    "half of the data harmful": second("harmful-50"),
+    "a tenth of them harmful": second("harmful-10"),
+    "none of them harmful": second("benign"),
+    "its persona, ten examples": asr(SECOND, "identity-shift/null-space", False),
 }
 OTHERS = {
     "requests inside a spelling task": asr(UNSEEN, "wrapped-50/null-space"),
@@ -93,7 +111,7 @@ def row(text, start):
     return [figure if "." in figure else f"{figure}.0" for figure in found]
 
 
-@pytest.mark.parametrize(("start", "figures"), list((DEMO | ORIGIN | OTHERS).items()))
+@pytest.mark.parametrize(("start", "figures"), list((DEMO | ORIGIN | AGAIN | OTHERS).items()))
 def test_a_row_of_evidence_says_what_its_cells_hold(start, figures):
     text = (ROOT / "docs" / "evidence.md").read_text("utf-8")
     text = text[text.index("## A really aligned model") :]
