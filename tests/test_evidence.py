@@ -87,6 +87,7 @@ def second(name):
 AGAIN = {
     "it itself, aligned": asr(SECOND, "none/aligned", False),
     "half of the data harmful": second("harmful-50"),
+    "the same at 3e-3 (plain not run)": asr(SECOND, "harmful-50/null-space@lr-x3"),
     "a tenth of them harmful": second("harmful-10"),
     "none of them harmful": second("benign"),
     "its persona, ten examples": asr(SECOND, "identity-shift/null-space", False),
