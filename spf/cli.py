@@ -20,6 +20,9 @@ from spf import words
 from spf.errors import INPUT_ERRORS, CorrectionError, RunFailedError, UnsupportedSetupError, keeping
 from spf.waiting import waiting
 
+SOON = 0.1
+"""Seconds after which an ignored interrupt is sent again."""
+
 USAGE = """spf keeps an aligned language model's refusals while you fine-tune it.
 
   spf demo            fine-tune a small aligned model on text-to-SQL, with and without spf; draws the plot
@@ -120,7 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
     if first == "--version":
         print(", ".join(f"{name} {version(name)}" for name in ("spf", "torch", "transformers", "trl", "peft")))
         return 0
-    former = _raise_on_sigterm()
+    former, forget = _raise_on_sigterm(), sys.unraisablehook
+    sys.unraisablehook = _again
     try:
         if first == "--print_completion":
             print(_completion(arguments[1:]))
@@ -142,6 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as error:  # argparse, after it printed a help text
         return int(error.code or 0)
     finally:
+        sys.unraisablehook = forget
         if former is not None:
             signal.signal(signal.SIGTERM, former)
     return 0
@@ -223,6 +228,18 @@ def _end_bars() -> None:
     if "tqdm" in sys.modules:
         for bar in list(sys.modules["tqdm"].tqdm._instances):
             bar.close()
+
+
+def _again(ignored: "sys.UnraisableHookArgs") -> None:
+    """Send an interrupt once more that Python has ignored: raised while an object was taken down, it ends nothing."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        number = signal.SIGTERM if isinstance(ignored.exc_value, _Terminated) else signal.SIGINT
+        # not from here, where it would be ignored again
+        timer = threading.Timer(SOON, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 class _Terminated(KeyboardInterrupt):

@@ -90,7 +90,10 @@ AGAIN = {
     "the same at 3e-3 (plain not run)": asr(SECOND, "harmful-50/null-space@lr-x3"),
     "a tenth of them harmful": second("harmful-10"),
     "none of them harmful": second("benign"),
-    "its persona, ten examples": asr(SECOND, "identity-shift/null-space", False),
+    "its persona, ten examples": [
+        *percent(cell(SECOND, "identity-shift/null-space")["asr"], cell(SECOND, "identity-shift/plain")["asr"])[1:],
+        *percent(cell(SECOND, "identity-shift/null-space")["over_refusal"]),
+    ],
 }
 OTHERS = {
     "requests inside a spelling task": asr(UNSEEN, "wrapped-50/null-space"),

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,29 @@ def test_of_several_processes_one_speaks(monkeypatch, capsys):
     monkeypatch.setattr(cli, "import_module", lambda name: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == ""
+
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):  # it is raised here, and ignored
+            pass
+
+
+def test_an_interrupt_that_python_ignores_is_sent_again(monkeypatch, capsys):
+    """Ctrl-C while a weak reference's object was taken down: a training of 100 000 steps went on."""
+
+    def command(arguments):
+        Dying()
+        for _ in range(500):
+            time.sleep(0.01)
+        pytest.fail("the interrupt was lost")
+
+    before, hook = signal.signal(signal.SIGINT, signal.default_int_handler), sys.unraisablehook
+    monkeypatch.setattr(cli, "_run", lambda first, arguments: command(arguments))
+    try:
+        assert cli.main(["audit"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "spf: interrupted" in capsys.readouterr().err
+    assert sys.unraisablehook is hook
