@@ -61,19 +61,17 @@ OTHER_BASE = (
     "precision), so what is held are not this model's answers"
 )
 
+INERT = (
+    "on_leak='tighten' cannot hold more directions in this run, since its subspace has none in reserve "
+    "(NullSpace(reserve=0), energy or contrast, or a run that began with on_leak='warn' or 'stop'): that refusals are "
+    "being lost is only said"
+)
+"""Of a run that is to hold more directions when prompts flip, and has none."""
+
 
 def earlier_line(where: str) -> str:
     """Of a run that goes on with trained weights; `where` their subspace was found."""
     return f"going on with trained weights: what they are held to is that of {where}"
-
-
-def inert_line() -> str:
-    """Of a run that is to hold more directions when prompts flip, and has none."""
-    return (
-        "on_leak='tighten' cannot hold more directions in this run, since its subspace has none in reserve "
-        "(NullSpace(reserve=0), energy or contrast, or a run that began with on_leak='warn' or 'stop'): that refusals "
-        "are being lost is only said"
-    )
 
 
 def audit_lines(data: TrainingData, rule: Rule) -> list[str]:

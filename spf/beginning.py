@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from spf.announce import EARLIER, OTHER_BASE, audit_lines, earlier_line, first_lines, inert_line
+from spf.announce import EARLIER, INERT, OTHER_BASE, audit_lines, earlier_line, first_lines
 from spf.checkpoint import LeftOut, Saved
 from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
@@ -135,7 +135,7 @@ def begin(
         left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
         lines[-1:-1] = [f"{left_out}, as in the run that goes on"]
     if tighten and rule.holds and not attachment.correction.grows:
-        lines[-1:-1] = [inert_line()]
+        lines[-1:-1] = [INERT]
     if data.source.changed:
         lines[-1:-1] = [CHANGED]
     lines[1:1] = callback.keep.lines

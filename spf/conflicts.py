@@ -165,9 +165,7 @@ class Audit:
         return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"
 
     def labelled(self) -> str:
-        """How the column `label` was read, in words; nothing where there is none of KTO's."""
-        if not self.undesired:
-            return ""
+        """How the column `label` was read where it is KTO's, in words."""
         return (
             f"{self.undesired} rows are undesirable by their column label, as KTO reads it: of these, refusals are the "
             "conflicts; if it is another label, leave the column out"
@@ -177,8 +175,13 @@ class Audit:
         """A JSON line each without its text: row, probability, refused or only leaning to it, over-refusal, unclear."""
         kinds = ((True, False, self.conflicts), (False, False, self.leaning), (True, True, self.over_refusals))
         records = [
-            {"row": c.row, "probability": round(c.probability, 4), "refused": refused, "over_refusal": over}
-            | {"unclear": c.unclear}
+            {
+                "row": c.row,
+                "probability": round(c.probability, 4),
+                "refused": refused,
+                "over_refusal": over,
+                "unclear": c.unclear,
+            }
             for refused, over, found in kinds
             for c in found
         ]

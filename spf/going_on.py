@@ -16,8 +16,8 @@ from spf.checkpoint import STATE_FILE, SUBSPACE_FILE, read_checkpoint, write_bas
 from spf.errors import CorrectionError
 from spf.linalg import exact_matmul
 from spf.optimizer import Attachment
-from spf.rules.frozen import frozen_fingerprint, local
-from spf.sharding import object_of_rank_0, shares_parameters
+from spf.rules.frozen import frozen_fingerprint
+from spf.sharding import local, object_of_rank_0, shares_parameters
 from spf.subspace import SafetySubspace
 
 NEW_ADAPTER = "held"
@@ -130,7 +130,7 @@ def add_adapter(model: PeftModel, config: LoraConfig | None = None) -> PeftModel
 def _is_trained(model: nn.Module) -> bool:
     """Whether a trainable lora_B is not zero. ZeRO-3 has parameters elsewhere; there the user names the directory."""
     for name, parameter in model.named_parameters():
-        if ".lora_B." in name and parameter.requires_grad and bool(local(parameter).any()):
+        if ".lora_B." in name and parameter.requires_grad and bool(local(parameter.detach()).any()):
             return True
     return False
 

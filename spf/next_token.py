@@ -63,14 +63,18 @@ class Known:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of some numbers of every weight, in bfloat16; an adapter that changes nothing yet does not count."""
-    digest = hashlib.sha256()
+    """A hash of the weights; an adapter that changes nothing yet does not count, nor do trained rows of tokens."""
     weights = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in weights.items():
-        if _counts(name, parameter, weights):
-            numbers = parameter.detach().flatten()
-            some = numbers[:: max(1, numbers.numel() // 8)].to(torch.bfloat16)
-            digest.update(repr(some.float().cpu().tolist()).encode())
+    return hash_of(parameter for name, parameter in weights.items() if _counts(name, parameter, weights))
+
+
+def hash_of(weights: Iterable[Tensor]) -> str:
+    """A hash of some numbers of each, in bfloat16."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        numbers = weight.detach().flatten()
+        some = numbers[:: max(1, numbers.numel() // 8)].to(torch.bfloat16)
+        digest.update(repr(some.float().cpu().tolist()).encode())
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from spf.data import Anchor
 from spf.errors import UnsupportedModelError, UnsupportedSetupError
 from spf.matrices import is_embedding
-from spf.rules.frozen import bit_sum
+from spf.rules.frozen import bit_sum, differing
 from spf.run import Run
 
 
@@ -95,9 +95,7 @@ class Fixed:
 
     def changed(self) -> list[str]:
         """Those that are not what they were when the run began, over all processes."""
-        now = self._checksums()
-        differ = [(now[name] != self._start[name]).float().reshape(()) for name in now]
-        return [name for name, count in zip(now, self.run.total(differ), strict=True) if count > 0]
+        return differing(self.run, self._start, self._checksums())
 
     def _checksums(self) -> dict[str, Tensor]:
         """Of each the sum of its bits in this process."""

@@ -1,13 +1,13 @@
 """Weights that are not trained: what a layer answers rests on them, too."""
 
-import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from spf.next_token import hash_of
 from spf.run import Run
-from spf.sharding import is_partitioned, reshard
+from spf.sharding import is_partitioned, local, reshard
 
 
 class Frozen:
@@ -19,10 +19,7 @@ class Frozen:
 
     def told(self) -> str:
         """Which are not what they were, in words; nothing if all are. All processes call it where they hold parts."""
-        now = self._sums()
-        names = [name for name in self._start if name in now]
-        differ = [(now[name] != self._start[name]).float().reshape(()) for name in names]
-        changed = [name for name, count in zip(names, self.run.total(differ), strict=True) if count > 0]
+        changed = differing(self.run, self._start, self._sums())
         if not changed:
             return ""
         return (
@@ -35,7 +32,7 @@ class Frozen:
         model = self.run.probe.model
         reshard(model)
         return {
-            name: bit_sum(local(parameter))
+            name: bit_sum(local(parameter.detach()))
             for name, parameter in model.named_parameters()
             if not (parameter.requires_grad or parameter.is_meta or is_partitioned(parameter))
         }
@@ -47,10 +44,11 @@ def bit_sum(values: Tensor) -> Tensor:
     return values.contiguous().view(whole).sum(dtype=torch.int64)
 
 
-def local(parameter: nn.Parameter) -> Tensor:
-    """What this process holds of it."""
-    tensor = parameter.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def differing(run: Run, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+    """Names whose sums are not what they were, in any process."""
+    names = [name for name in before if name in now]
+    differ = [(now[name] != before[name]).float().reshape(()) for name in names]
+    return [name for name, count in zip(names, run.total(differ), strict=True) if count > 0]
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
@@ -58,11 +56,9 @@ def frozen_fingerprint(model: nn.Module) -> str:
 
     TRL copies adapters for its reference model.
     """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        adapter = any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save."))
-        if not (adapter or parameter.requires_grad or parameter.is_meta):
-            numbers = parameter.detach().flatten()
-            some = numbers[:: max(1, numbers.numel() // 8)].to(torch.bfloat16)
-            digest.update(repr(some.float().cpu().tolist()).encode())
-    return digest.hexdigest()
+    adapters = ("lora_", "trainable_tokens", "modules_to_save.")
+    return hash_of(
+        parameter
+        for name, parameter in model.named_parameters()
+        if not (parameter.requires_grad or parameter.is_meta or any(part in name for part in adapters))
+    )

@@ -1,6 +1,6 @@
 """What the model runs on: the one package that knows DTensors, ZeRO partitions and process groups."""
 
-from spf.sharding.blocks import Block, Part
+from spf.sharding.blocks import Block, Part, local
 from spf.sharding.layout import Sharding, innermost_optimizer, refuse_sharded, reshard, shares_parameters
 from spf.sharding.ranks import (
     gather_objects,
@@ -21,6 +21,7 @@ __all__ = [
     "innermost_optimizer",
     "is_first",
     "is_partitioned",
+    "local",
     "object_of_rank_0",
     "rank_and_ranks",
     "refuse_sharded",

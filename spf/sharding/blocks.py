@@ -60,8 +60,8 @@ class Part:
         """The part of the holder, its gradient or its optimizer state: flat, or the matrix's rows; a view."""
         if self.offset is not None:
             return tensor[self.offset : self.offset + self.size]
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return local if self.among is None else local[self.among]
+        own = local(tensor)
+        return own if self.among is None else own[self.among]
 
     def one_of_many(self, among: int | slice) -> "Part":
         """The part of a matrix that is one of many in this parameter, all of which is in this process."""
@@ -109,3 +109,8 @@ def flat_part(
     columns = shape[-1] if len(shape) > 1 else 1
     cut = sorted({b // columns for b in borders if 0 < b < numel and b % columns})
     return Part(parameter, holder, shape, start if size else 0, size, start + shift if size else 0, tuple(cut))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
