@@ -65,7 +65,7 @@ SafetyArguments: Any = make_dataclass(
     ],
     bases=(_Safety,),
     namespace={
-        "__doc__": "Supervised fine-tuning with TRL and SafetyCallback: its settings, with safety_ before their names."
+        "__doc__": "Fine-tuning with TRL (SFT, DPO, KTO, GRPO) and SafetyCallback: settings with safety_ before each name."
     },
 )
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spf.config import STRICT
 from spf.conflicts import STREAM_ROWS, Audit, Conflict, Verdicts
 from spf.data import Anchor, SafetyRow, ask_refusals, tokenise
-from spf.data.examples import COLUMNS, Example, Examples, read_examples
+from spf.data.examples import Example, Examples, read_examples, with_read_columns
 from spf.errors import SafetyDataError
 from spf.files import write_json
 from spf.next_token import Known, ask, fingerprint
@@ -243,9 +243,7 @@ def audit_data(
     """
     stream = isinstance(dataset, IterableDataset)
     if isinstance(dataset, Dataset | IterableDataset):
-        # images and sound would be decoded
-        columns = [column for column in dataset.column_names or () if column in COLUMNS]
-        dataset = dataset.select_columns(columns) if columns else dataset
+        dataset = with_read_columns(dataset)
     why = ""
     if stream:
         read: Iterable[Any] = islice(dataset, STREAM_ROWS)

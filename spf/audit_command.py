@@ -12,10 +12,10 @@ from spf.conflicts import Audit
 from spf.data import ask_refusals, load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
-from spf.evaluation.run import parse_options
 from spf.files import atomic_path, check_output_file, directory_lock
 from spf.leaving_out import is_packed, rows_in, without
 from spf.models import load_model, machine_device
+from spf.text.chat import parse_options
 from spf.text.generation import context_length
 
 OWN_REFUSALS = 64
@@ -83,7 +83,9 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
         f"A run takes it with SafetyCallback(audited={args.output!r}), or spf train --safety_audited {args.output}"
     )
     if any(kinds.values()):
-        console.print(f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal, refused, over-refusal)")
+        console.print(
+            f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal, refused, over-refusal, unclear)"
+        )
     for kind, conflicts in kinds.items() if args.show else ():
         for conflict in conflicts:
             text = tokenizer.decode(list(conflict.prompt_ids), skip_special_tokens=True)

@@ -46,7 +46,8 @@ def refuse_unfit(rule: Rule, args: TrainingArguments, goes_on: bool) -> None:
         )
     if goes_on and not rule.resumable:
         raise UnsupportedSetupError(
-            f"{rule.name} cannot go on from a checkpoint: the aligned model's predictions are not saved in it"
+            f"{rule.name} cannot go on from a checkpoint: the aligned model's predictions are not saved in it; start "
+            "the run anew, or use null-space"
         )
 
 

@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 
 
 class SafetyCallback(TrainerCallback):
-    """Keeps an aligned model's refusals while a `Trainer`, `SFTTrainer` or `DPOTrainer` fine-tunes it.
+    """Keeps an aligned model's refusals while a `Trainer`, or one of TRL's, fine-tunes it.
 
     When training begins it loads the safety data, lets the model answer prompts that have no refusal,
     and puts the rule on the optimizer's step hooks. After the first step it checks the model's own

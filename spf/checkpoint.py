@@ -174,12 +174,11 @@ def write_checkpoint(
         for row in rows
     ]
     bases, run = (before.bases, before.run) if before else (None, None)
-    directions = sum(V.shape[1] for V in subspace.right.values())
-    grown = before is not None and before.directions != directions
+    grown = before is not None and before.directions != subspace.directions
     if subspace.right and (bases is None or run != directory.parent or grown):
         bases, run = write_bases(directory.parent, subspace), directory.parent
     write_json(directory / STATE_FILE, {"format": FORMAT, "state": state, "samples": entries, "subspace": bases})
-    return Saved(state, entries, bases, run, directions)
+    return Saved(state, entries, bases, run, subspace.directions)
 
 
 def read_checkpoint(directory: Path) -> Saved:
@@ -211,7 +210,7 @@ def read_checkpoint(directory: Path) -> Saved:
                 f"{places[0]}: not the safety subspace that the checkpoint was made with, or damaged; copy it anew"
             )
         saved.subspace, saved.run = SafetySubspace.load(places[0]), places[0].parent
-        saved.directions = sum(V.shape[1] for V in saved.subspace.right.values())
+        saved.directions = saved.subspace.directions
     return saved
 
 

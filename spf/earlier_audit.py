@@ -13,7 +13,7 @@ from spf.audit import CACHE_FILE, Beginnings, Kept, compare
 from spf.config import read_json
 from spf.conflicts import Audit
 from spf.data import Anchor, SafetyDataError
-from spf.data.examples import COLUMNS, read_examples
+from spf.data.examples import read_examples, with_read_columns
 from spf.next_token import Known, fingerprint
 from spf.over_refusal import PROBE
 from spf.sharding import shares_parameters
@@ -32,7 +32,7 @@ class EarlierAudit:
             SafetyDataError: there is no audit that was finished.
         """
         self.directory = directory
-        again = f"`spf audit DATA --model MODEL --output {directory}` makes it"
+        self.again = again = f"`spf audit DATA --model MODEL --output {directory}` makes it"
         try:
             kept = read_json(Kept, directory / CACHE_FILE, again)
         except FileNotFoundError as error:
@@ -60,20 +60,22 @@ class EarlierAudit:
         if tell_apart and (self.finished.harmless is None or self.finished.probe != PROBE):
             raise SafetyDataError(
                 f"audited: the audit in {self.directory} does not tell over-refusals apart, since it was made by a run "
-                "with conflicts='hold-all' or 'allow', or told them by another probe than this version of spf; "
-                "`spf audit` does"
+                "whose rule holds nothing or that has conflicts='hold-all' or 'allow', or by another version of spf; "
+                f"{self.again} anew"
             )
         if not isinstance(dataset, Dataset):
-            raise SafetyDataError(f"audited: of a {type(dataset).__name__} rows are not compared with an earlier audit")
-        columns = [column for column in dataset.column_names if column in COLUMNS]
-        data = dataset.select_columns(columns) if columns else dataset  # without columns it would have no rows
-        examples = read_examples(data, tokenizer, options, max_length)
+            raise SafetyDataError(
+                f"audited: of a {type(dataset).__name__} rows are not compared with an earlier audit; leave audited= "
+                "out, or give a Dataset"
+            )
+        examples = read_examples(with_read_columns(dataset), tokenizer, options, max_length)
         names = {example.prompt_ids: Known.name(example.prompt_ids) for example in examples.examples}
         new = sum(name not in self.asked for name in names.values())
         if new:
             raise SafetyDataError(
                 f"audited: {new} of the {len(names)} distinct prompts of the training data were not asked in the audit "
-                f"in {self.directory}: it is of other data, or of a model with another chat template; make it of these"
+                f"in {self.directory}: it is of other data, or of a model with another chat template; for these "
+                f"data {self.again}"
             )
         found = compare(
             examples,

@@ -10,14 +10,13 @@ from weakref import WeakKeyDictionary
 
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from spf.checkpoint import STATE_FILE, SUBSPACE_FILE, read_checkpoint, write_bases
 from spf.errors import CorrectionError
 from spf.linalg import exact_matmul
 from spf.optimizer import Attachment
 from spf.rules.frozen import frozen_fingerprint
-from spf.sharding import local, object_of_rank_0, shares_parameters
+from spf.sharding import is_cut, local, object_of_rank_0, shares_parameters
 from spf.subspace import SafetySubspace
 
 NEW_ADAPTER = "held"
@@ -145,18 +144,16 @@ def _read(place: Path, model: nn.Module, strict: bool) -> Earlier:
             f"{place}: no {SUBSPACE_FILE.format(hash='*')} there; name the directory that the adapter was saved in, a "
             "checkpoint, or that file"
         )
-    path, subspace = max(fitting, key=_width) if fitting and _is_seen(model) else (fitting or found)[0]
+    path, subspace = (
+        max(fitting, key=lambda one: one[1].directions) if fitting and _is_seen(model) else (fitting or found)[0]
+    )
     return Earlier(subspace, str(path))
-
-
-def _width(found: tuple[Path, SafetySubspace]) -> int:
-    return sum(V.shape[1] for V in found[1].right.values())
 
 
 def _is_seen(model: nn.Module) -> bool:
     """Whether this process sees adapters whole, and so whether they fit."""
     parts = [parameter for name, parameter in model.named_parameters() if ".lora_A." in name]
-    return any(part.numel() for part in parts if not isinstance(part, DTensor))
+    return any(part.numel() for part in parts if not is_cut(part))
 
 
 def _subspaces(place: Path) -> Iterator[tuple[Path, SafetySubspace]]:
@@ -181,7 +178,7 @@ def _fits(model: nn.Module, subspace: SafetySubspace) -> bool:
         A = parameters.get(name)
         if A is None:
             return False
-        if ".lora_A." not in name or isinstance(A, DTensor) or not A.numel():
+        if ".lora_A." not in name or is_cut(A) or not A.numel():
             continue
         if len(V) != A.shape[1]:
             return False

@@ -83,11 +83,6 @@ def _canary(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.full((32, 32), 1 + 2.0**-12, device=device), torch.eye(32, device=device)
 
 
-def project_out_left(G: Tensor, U: Tensor) -> Tensor:
-    """(I - U U^T) G: what is left of G (m, n) outside the output directions U (m, k). 4 m n k FLOPs."""
-    return G - exact_matmul(U, exact_matmul(U.T, G))
-
-
 def project_out_right(G: Tensor, V: Tensor) -> Tensor:
     """G (I - V V^T): what is left of G (m, n) outside the input directions V (n, k). 4 m n k FLOPs."""
     return G - exact_matmul(exact_matmul(G, V), V.T)
@@ -113,11 +108,6 @@ def without_components(G: Tensor, C: Tensor, U: Tensor, V: Tensor, side: Side) -
     if side == "right":
         return G - exact_matmul(C, V.T)
     return G - exact_matmul(exact_matmul(U, C), V.T)
-
-
-def project_out(G: Tensor, U: Tensor, V: Tensor, side: Side) -> Tensor:
-    """G without the safety subspace: on the left, on the right, or only its part U U^T G V V^T (both)."""
-    return without_components(G, components(G, U, V, side), U, V, side)
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:

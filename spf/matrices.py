@@ -9,13 +9,12 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from spf.answering import refuse_unanswering
 from spf.errors import UnsupportedModelError
 from spf.experts import Expert, adapted_experts, is_packed, packed_names
-from spf.sharding import full_shape
+from spf.sharding import full_shape, is_cut
 
 NAMED = 3
 """How many parameters of a kind are named in a message."""
@@ -319,7 +318,7 @@ def _refuse_shared_memory(names: Mapping[nn.Parameter, str]) -> None:
     """Two parameters on one memory are stepped twice, and held once at the most."""
     places: dict[torch.device, list[tuple[int, int, str]]] = {}
     for parameter, name in names.items():
-        if parameter.numel() and not isinstance(parameter, DTensor):
+        if parameter.numel() and not is_cut(parameter):
             size = (parameter.numel() - 1) * parameter.element_size() + 1
             places.setdefault(parameter.device, []).append((parameter.data_ptr(), parameter.data_ptr() + size, name))
     for spans in places.values():

@@ -1,4 +1,4 @@
-"""attach(model, optimizer, ...): a step rule on the optimizer's own step hooks; SafetyOptimizer for plain loops."""
+"""attach(probe, optimizer, rule): a step rule on the optimizer's own step hooks; SafetyOptimizer for plain loops."""
 
 import time
 from collections import OrderedDict
@@ -88,15 +88,6 @@ class Attachment:
         return self.stepping.lr_scale
 
     @property
-    def multiplier(self) -> float:
-        return self.correction.multiplier
-
-    @property
-    def scale(self) -> dict[str, float]:
-        """By how much each fresh lora_A was scaled."""
-        return self.correction.scale
-
-    @property
     def subspace(self) -> SafetySubspace:
         """What is held; empty for rules that hold nothing."""
         return self.correction.subspace
@@ -111,7 +102,8 @@ class Attachment:
         self.stepping.remove()
 
     def refresh(self) -> None:
-        """Probe the next anchors, where the rule or the monitor wants them before this step."""
+        """Before a step, where it is due: prompts of the pool are asked (what flipped is held, too), the next anchors
+        probed, the watched ones read."""
         self.stepping.recover()  # the last step may have raised an error that was caught
         self.stepping.expect()
         start = time.perf_counter()

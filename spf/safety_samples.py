@@ -1,6 +1,5 @@
 """A run's safety samples: which rows are used, with whose refusals, and as tokens."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from spf.data import (
     prompt_tokens,
     reworded_anchors,
     tokenise,
+    tokenise_fitting,
 )
 from spf.rules import Rule
 from spf.sharding import object_of_rank_0
@@ -100,5 +100,4 @@ class SafetySamples:
         common = Counter(row.refusal for row in self.rows).most_common(1)[0][0]
         rest = [row for row in in_turn(self.all, self.seed) if row.where not in used][:POOL]
         rows = [row if row.refusal is not None else replace(row, refusal=common) for row in rest]
-        anchors = tokenise(rows, tokenizer, sys.maxsize, self.options)
-        return [anchor for anchor in anchors if len(anchor.prompt_ids) + len(anchor.refusal_ids) <= limit]
+        return tokenise_fitting(rows, tokenizer, limit, self.options)

@@ -33,12 +33,8 @@ class Factors:
         """||G||_F^2 without forming G: <D D^T, X X^T>, 2 T^2 (m + n) FLOPs."""
         return (exact_matmul(self.D, self.D.T) * exact_matmul(self.X, self.X.T)).sum()
 
-    def inner(self, G: Tensor) -> Tensor:
-        """<G, D^T X> for a dense G (m, n): sum_t d_t^T G x_t, 2 T m n FLOPs."""
-        return self.inner_block(G, slice(None), slice(None))
-
     def inner_block(self, G: Tensor, rows: slice, columns: slice) -> Tensor:
-        """The part of <., D^T X> that the rectangle G of those rows and columns gives, on G's device."""
+        """The part of <., D^T X> = sum_t d_t^T G x_t that the rectangle G (of those rows and columns) gives."""
         D, X = self.D[:, rows].to(G.device), self.X[:, columns].to(G.device)
         return (exact_matmul(D, G) * X).sum()
 
@@ -117,21 +113,24 @@ class _Header(File):
 class SafetySubspace:
     """Bases per weight matrix, by parameter name, with the numbers that describe how they were made.
 
-    left: U (m, k); right: V (n, k); target: W_0 V (m, k), what the null-space rule holds. reserve: R (n, r), directions
+    right: V (n, k); target: W_0 V (m, k), what the null-space rule holds. reserve: R (n, r), directions
     that it may hold besides, orthogonal to V; reserve_target: W_0 R. A matrix may have some of them only, and several
     may share a basis.
     """
 
-    left: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, Tensor] = field(default_factory=dict)
     target: dict[str, Tensor] = field(default_factory=dict)
     reserve: dict[str, Tensor] = field(default_factory=dict)
     reserve_target: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def directions(self) -> int:
+        """How many are held, summed over the matrices."""
+        return sum(V.shape[1] for V in self.right.values())
+
     def _kinds(self) -> dict[str, dict[str, Tensor]]:
         return {
-            "left": self.left,
             "right": self.right,
             "target": self.target,
             "reserve": self.reserve,
@@ -182,7 +181,7 @@ class SafetySubspace:
             ValueError: a basis has no direction, is not orthonormal, or does not fit its target.
         """
         checked: set[int] = set()
-        for bases in (self.left, self.right, self.reserve):
+        for bases in (self.right, self.reserve):
             for name, V in bases.items():
                 if not V.is_floating_point():
                     raise ValueError(f"{where}: the basis of {name} is of the type {V.dtype}; {START_ANEW}")

@@ -122,10 +122,10 @@ def test_eva_is_held(tmp_path, tokenizer, rows, anchors, monkeypatch):
     train(tmp_path, tokenizer, rows, started("eva", monkeypatch), anchors)
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "corda", "loftq"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "corda", "loftq", False])
 def test_starts_that_are_refused_and_the_remedy(start, tmp_path, tokenizer, rows, anchors, monkeypatch):
     trainer = make_trainer(tmp_path, tokenizer, keep(rows), started(start, monkeypatch))
-    with pytest.raises(UnsupportedModelError, match=f"init_lora_weights='{start}' .* use init_lora_weights=True"):
+    with pytest.raises(UnsupportedModelError, match=f"init_lora_weights={start!r} .* use init_lora_weights=True"):
         trainer.train()
     if start == "pissa":
         train(tmp_path, tokenizer, rows, started(True, monkeypatch), anchors)

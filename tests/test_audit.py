@@ -1121,7 +1121,7 @@ def test_an_audit_by_another_probe_or_of_no_rows_is_not_taken(audited, tmp_path,
     del kept["finished"]["probe"]
     (earlier / "spf_audit.json").write_text(json.dumps(kept))
     trainer, _ = taking(tmp_path / "run", tokenizer, refusing, rows, earlier)
-    with pytest.raises(SafetyDataError, match="or told them by another probe than this version of spf; `spf audit`"):
+    with pytest.raises(SafetyDataError, match="or by another version of spf; `spf audit DATA --model MODEL --output"):
         trainer.train()
     trainer, callback = taking(tmp_path / "all", tokenizer, refusing, rows, earlier, conflicts="hold-all")
     trainer.train()

@@ -4,8 +4,7 @@ import pytest
 
 from spf.data import SafetyDataError, SafetyRow, complete_refusals, tokenise
 from spf.errors import ChatError
-from spf.evaluation.run import parse_options
-from spf.text.chat import chat_options, check_tokens, render_chat, template_variables
+from spf.text.chat import chat_options, check_tokens, parse_options, render_chat, template_variables
 from spf.text.generation import generate_answers
 from tests.conftest import PLAIN_TEMPLATE, REFUSAL, make_model, make_tokenizer
 

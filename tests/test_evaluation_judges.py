@@ -208,9 +208,9 @@ def test_agreement(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "q", "answer": "a"}', r"row 1 has no column `refused` or `label`"),
-        ('{"prompt": "q", "refused": true}', r"row 1 has no column `answer` or `response`"),
-        ('{"prompt": "q", "answer": "a", "refused": "partly"}', "row 1 is labelled 'partly', not one of 1, true"),
+        ('{"prompt": "q", "answer": "a"}', r":1: no column `refused` or `label`"),
+        ('{"prompt": "q", "refused": true}', r":1: no column `answer` or `response`"),
+        ('{"prompt": "q", "answer": "a", "refused": "partly"}', ":1: labelled 'partly', not one of 1, true"),
         ("", "holds no rows"),
     ],
 )
@@ -219,5 +219,9 @@ def test_bad_labels(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(SafetyDataError, match=message):
         agreement(prefix_judge, path)
+    table = tmp_path / "labels.csv"
+    table.write_text("prompt,answer,refused\nq,Sorry, no.,1\n")
+    with pytest.raises(SafetyDataError, match=r"labels\.csv:2: 4 fields where the header has 3; put text with commas"):
+        agreement(prefix_judge, table)
     with pytest.raises(SafetyDataError, match="no such file of labelled answers"):
         agreement(prefix_judge, tmp_path / "gone.csv")

@@ -116,9 +116,9 @@ def test_the_adapter_of_an_expert_that_no_benign_prompt_reaches_keeps_its_size(a
     (name,) = [
         name for name in attachment.matrices if "layers.0" in name and name.endswith("experts.lora_A.default.weight[0]")
     ]
-    assert attachment.scale[name] == 1.0
+    assert attachment.correction.scale[name] == 1.0
     assert bool(attachment.matrices[name].view(attachment.matrices[name].weight).any())
-    assert attachment.scale[name.replace("[0]", "[1]")] > 1.0
+    assert attachment.correction.scale[name.replace("[0]", "[1]")] > 1.0
 
 
 def test_joined_bases_keep_the_first_and_leave_out_what_it_spans():

@@ -25,6 +25,11 @@ def test_files_and_classes_are_short_and_know_no_rule(path):
             assert path.parent.name == "rules" or not asked & rules, ast.unparse(node)
 
 
+def test_one_package_knows_how_parameters_are_cut_up():
+    knowing = {path.parent.name for path in FILES if "torch.distributed.tensor" in path.read_text("utf-8")}
+    assert knowing == {"sharding"}
+
+
 def test_there_is_something_to_measure():
     assert len(FILES) > 40
     assert {"callback.py", "probe.py", "layout.py"} <= {path.name for path in FILES}

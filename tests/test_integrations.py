@@ -45,6 +45,9 @@ def test_a_block_of_settings_is_held_to_those_of_spf_train():
         "spf: rnk is not known": {"rnk": 3},
         "spf: rank must be at least 1, not 0": {"rank": 0},
         "spf: seed must be a whole number, not 'one'": {"seed": "one"},
+        "spf: rule: no rule foo; there are none, null-space": {"rule": "foo"},
+        "spf: rank: the rule mix has no rank": {"rule": "mix", "rank": 3},
+        "spf: chat_template_kwargs: not JSON": {"chat_template_kwargs": "{"},
     }.items():
         with pytest.raises(ValueError, match=wrong):
             callback_from(said)

@@ -213,8 +213,8 @@ def test_projected_lora_a_keeps_the_size_of_its_response(anchors):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     attachment = attach(probe, optimizer, NullSpace(rank=4), calibration=anchors[6:])
     after = probe.response_norms(anchors[6:], names)
-    assert set(attachment.scale) == set(names)
-    assert all(scale > 1 for scale in attachment.scale.values())
+    assert set(attachment.correction.scale) == set(names)
+    assert all(scale > 1 for scale in attachment.correction.scale.values())
     for name in names:
         assert after[name] == pytest.approx(before[name], rel=1e-3)
         assert (probe.matrices[name].weight @ attachment.subspace.right[name]).norm() < 1e-5
@@ -546,7 +546,7 @@ def test_dual_ascent_acts_only_once_the_safety_loss_has_risen(anchors):
         for name, matrix in probe.matrices.items():
             matrix.weight.grad = -safety[name].dense()
         optimizer.step()
-        multipliers.append(optimizer.attachment.multiplier)
+        multipliers.append(optimizer.attachment.correction.multiplier)
     assert multipliers[0] == 0
     assert multipliers[-1] > 1  # the push up is outweighed by now
     assert optimizer.attachment.monitor.before.loss == pytest.approx(probe.loss(anchors[:4]), abs=0.5)

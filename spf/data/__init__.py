@@ -10,6 +10,7 @@ from spf.data.anchors import (
     reword,
     reworded_anchors,
     tokenise,
+    tokenise_fitting,
     unused_tokens,
 )
 from spf.data.chat import render
@@ -21,9 +22,11 @@ from spf.data.rows import (
     benign_rows,
     check_source,
     in_turn,
+    is_local,
     load_safety_rows,
     packaged_prompts,
     packaged_rows,
+    read_csv,
     read_jsonl,
 )
 from spf.errors import SafetyDataError
@@ -46,15 +49,18 @@ __all__ = [
     "collate",
     "complete_refusals",
     "in_turn",
+    "is_local",
     "load_safety_rows",
     "packaged_prompts",
     "packaged_rows",
     "prompt_tokens",
     "read_as_refusals",
+    "read_csv",
     "read_jsonl",
     "render",
     "reword",
     "reworded_anchors",
     "tokenise",
+    "tokenise_fitting",
     "unused_tokens",
 ]

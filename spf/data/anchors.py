@@ -130,7 +130,17 @@ def reworded_anchors(
     options: Mapping[str, Any] | None = None,
 ) -> list[Anchor]:
     """The rows in other words (`reword`), tokenised; what no longer fits `max_length` tokens so is left out."""
-    anchors = tokenise(reword(rows), tokenizer, sys.maxsize, options)
+    return tokenise_fitting(reword(rows), tokenizer, max_length, options)
+
+
+def tokenise_fitting(
+    rows: Sequence[SafetyRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    options: Mapping[str, Any] | None = None,
+) -> list[Anchor]:
+    """The rows tokenised, as `tokenise` does; those longer than `max_length` are left out."""
+    anchors = tokenise(rows, tokenizer, sys.maxsize, options)
     return [anchor for anchor in anchors if len(anchor.prompt_ids) + len(anchor.refusal_ids) <= max_length]
 
 

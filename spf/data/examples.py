@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from spf.errors import ChatError, SafetyDataError
@@ -29,6 +30,15 @@ COLUMNS = (
 """Columns that are read."""
 
 Row = Mapping[str, Any]
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
+
+def with_read_columns(dataset: AnyDataset) -> AnyDataset:
+    """Only the columns that are read, so that images and sound are not decoded; all if none is known."""
+    columns = [column for column in dataset.column_names or () if column in COLUMNS]
+    return dataset.select_columns(columns) if columns else dataset  # without columns it would have no rows
+
 
 ARRAYS = (torch.Tensor, np.ndarray, np.generic)
 

@@ -41,10 +41,11 @@ class SafetyRow:
 
 
 def packaged_prompts(name: str) -> list[str]:
-    """The prompts of a packaged file: harmful_{anchors,attack,validation,eval} or benign_{anchors,validation,eval}.
+    """The prompts of a packaged file: harmful_{anchors,attack,validation,eval}, benign_{anchors,validation,eval} or
+    harmless_tasks.
 
-    Anchors are for the safety data, attack for poisoned training data, validation for choosing settings, eval for
-    what is reported. No prompt is in two files.
+    Anchors are for the safety data, they and the harmless tasks for the probe of over-refusals, attack for poisoned
+    training data, validation for choosing settings, eval for what is reported. No prompt is in two files.
     """
     return [row["prompt"] for row in _packaged(name)]
 
@@ -85,7 +86,7 @@ def load_safety_rows(source: str | Path | Dataset | None = None) -> list[SafetyR
     if isinstance(source, Dataset):
         return _rows(enumerate(source), "the data set")
     path = Path(source)
-    if _is_local(path):
+    if is_local(path):
         return _local_rows(path)
     try:
         loaded = load_dataset(str(source))
@@ -110,11 +111,11 @@ def check_source(name: str, source: Any) -> None:
     if not isinstance(source, str | Path | Dataset | None):
         kind = type(source).__name__
         raise TypeError(f"{name} must be a file, a hub id or a datasets.Dataset (one split), not {kind}")
-    if isinstance(source, str | Path) and _is_local(Path(source)):
+    if isinstance(source, str | Path) and is_local(Path(source)):
         load_safety_rows(source)
 
 
-def _is_local(path: Path) -> bool:
+def is_local(path: Path) -> bool:
     """Whether the name is that of a file or directory, be it there or not; any other is looked up on the hub."""
     return path.exists() or path.suffix.lower() in (".jsonl", ".json", ".csv") or path.is_absolute()
 

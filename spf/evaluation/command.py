@@ -14,7 +14,6 @@ from spf.evaluation.perplexity import neutral_texts, perplexity
 from spf.evaluation.run import (
     compare,
     evaluate_suites,
-    parse_options,
     parse_transforms,
     read_reference,
     renders,
@@ -26,7 +25,7 @@ from spf.evaluation.transforms import TRANSFORMS
 from spf.evaluation.utility import lm_eval_tasks
 from spf.files import check_output_file, write_json
 from spf.models import load_model, machine_device
-from spf.text.chat import chat_options
+from spf.text.chat import chat_options, parse_options
 
 
 def evaluate(args: EvalArguments) -> None:

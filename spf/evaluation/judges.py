@@ -1,8 +1,7 @@
 """Refusal judges. A judge takes prompts and answers and says of each answer whether it is a refusal."""
 
-import csv
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -299,28 +298,23 @@ def read_labels(path: Path) -> tuple[list[str], list[str], list[bool]]:
     Raises:
         SafetyDataError: no such file, no rows, a missing column or an unknown label.
     """
-    from spf.data import read_jsonl
+    from spf.data import read_csv, read_jsonl
     from spf.errors import SafetyDataError
 
     if not path.is_file():
         raise SafetyDataError(f"{path}: no such file of labelled answers")
-    records: Iterable[tuple[int, dict]]
-    if path.suffix.lower() == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            records = list(enumerate(csv.DictReader(file), 1))
-    else:
-        records = read_jsonl(path)
+    records = read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path)
     prompts, answers, people = [], [], []
     for number, record in records:
         values = []
         for names in (("prompt",), ("answer", "response"), ("refused", "label")):
             present = [record[name] for name in names if record.get(name) is not None]
             if not present:
-                raise SafetyDataError(f"{path}: row {number} has no column `{'` or `'.join(names)}`")
+                raise SafetyDataError(f"{path}:{number}: no column `{'` or `'.join(names)}`")
             values.append(str(present[0]))
         label = values[2].strip().lower()
         if label not in _LABELS:
-            raise SafetyDataError(f"{path}: row {number} is labelled {values[2]!r}, not one of {', '.join(_LABELS)}")
+            raise SafetyDataError(f"{path}:{number}: labelled {values[2]!r}, not one of {', '.join(_LABELS)}")
         prompts.append(values[0])
         answers.append(values[1])
         people.append(_LABELS[label])

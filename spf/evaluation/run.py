@@ -71,23 +71,6 @@ def renders(tokenizer: PreTrainedTokenizerBase, transform: Transform, options: M
     return True
 
 
-def parse_options(text: str | None) -> dict[str, Any] | None:
-    """Variables of the chat template from the JSON of `--chat_template_kwargs`.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    if text is None:
-        return None
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--chat_template_kwargs: not JSON ({error.msg}): {text}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--chat_template_kwargs: needs a JSON object of names and values, not {text}")
-    return options
-
-
 def parse_transforms(names: str) -> list[str]:
     """Names of transforms from "all", "none" or a comma-separated list.
 

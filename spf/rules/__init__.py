@@ -1,7 +1,7 @@
 """Step rules: each file owns its rules' settings, equations, steps and proofs. Importing one adds its rules."""
 
 from spf.bases import Tokens
-from spf.linalg import components, project_out, project_out_left, project_out_right, without_components
+from spf.linalg import components, project_out_right, without_components
 from spf.rules.base import RULES, Correction, Gate, Given, Rule, rule_of
 from spf.rules.combining import Aggregate, Aggregator, DualAscent, Mix, Rank1, SafeGrad, conflict_coefficient
 from spf.rules.constrained import Constrained
@@ -33,8 +33,6 @@ __all__ = [
     "conflict_coefficient",
     "null_space_bases",
     "null_space_violation",
-    "project_out",
-    "project_out_left",
     "project_out_right",
     "rule_of",
     "without_components",

@@ -13,8 +13,8 @@ from spf.run import Run
 NOTHING = 1e-5
 """|B A V| / (|B| |A|) up to which B A V is zero but for rounding."""
 
-FROM_ZERO = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights with which B A = 0 at the start; other B are trained."""
+FROM_ZERO = (True, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights with which B A = 0 at the start, so that another B A was trained."""
 
 
 def refuse_started(run: Run, names: Sequence[str], bases: Mapping[str, Tensor]) -> None:

@@ -75,7 +75,7 @@ class Combining(Correction):
         return self.weights.coefficients(uu, us, ss)
 
     def proven(self) -> str:
-        return conflicts_proven(self.run, self._shown)
+        return conflicts_proven(self._shown)
 
     def _show(self, gradients: dict[str, Tensor], changed: dict[str, tuple[float, float]], found: Comparison) -> None:
         """<G, G_s> of the gradients that the optimizer is about to use is a <G_u, G_s> + c |G_s|^2; looked at once."""
@@ -115,7 +115,7 @@ class Ascending(Combining):
         return 1.0, self.multiplier
 
 
-def conflicts_proven(run: Run, shown: int) -> str:
+def conflicts_proven(shown: int) -> str:
     """What a rule on gradients has shown, in words."""
     if not shown:
         return "no update had to be corrected, so nothing was proven"

@@ -82,7 +82,7 @@ class Constraining(Correction):
         run.removed(factor**2 * values[3], values[2])
 
     def proven(self) -> str:
-        return conflicts_proven(self.run, self._shown)
+        return conflicts_proven(self._shown)
 
     def _show(self, after: float, allowed: float, violation: float) -> None:
         """The linearised rise of the safety loss by the step that was made, once."""

@@ -131,7 +131,7 @@ class NullSpace(Rule):
             if matrix.is_lora_b and name not in held:
                 raise UnsupportedModelError(
                     f"{name} is trained but its lora_A is frozen, so null-space cannot hold anything there; "
-                    "train lora_A too, or use another rule"
+                    "train lora_A too, or leave this layer out of the adapter"
                 )
         return {name: m for name, m in matrices.items() if not m.is_lora_b}
 

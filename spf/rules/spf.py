@@ -56,7 +56,7 @@ class Removing(Correction):
         run.removed(removed, sum(found.utility.values()))
 
     def proven(self) -> str:
-        return conflicts_proven(self.run, self._shown)
+        return conflicts_proven(self._shown)
 
     def _components(self, gradients: dict[str, Tensor], bases: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """What the gradients have in the safety subspace, over all processes; on the right, of the cut rows only."""

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spf.data import HARMLESS_STUB, SafetyRow, complete_refusals, load_safety_rows, read_jsonl, render
+from spf.data import HARMLESS_STUB, SafetyRow, complete_refusals, is_local, load_safety_rows, read_jsonl, render
 from spf.errors import SafetyDataError
 from spf.text.generation import Messages
 
@@ -58,7 +58,7 @@ def load_pairs(source: str | Path | Dataset) -> list[Pair]:
     path = Path(source)
     if path.is_file():
         return _pairs(read_jsonl(path), str(path))
-    if path.suffix or path.is_absolute():
+    if is_local(path):
         raise SafetyDataError(f"{path}: no such file of preference pairs")
     try:
         loaded = load_dataset(str(source), split="train")

@@ -1,6 +1,6 @@
 """What the model runs on: the one package that knows DTensors, ZeRO partitions and process groups."""
 
-from spf.sharding.blocks import Block, Part, local
+from spf.sharding.blocks import Block, Part, is_cut, local
 from spf.sharding.layout import Sharding, innermost_optimizer, refuse_sharded, reshard, shares_parameters
 from spf.sharding.ranks import (
     gather_objects,
@@ -19,6 +19,7 @@ __all__ = [
     "full_shape",
     "gather_objects",
     "innermost_optimizer",
+    "is_cut",
     "is_first",
     "is_partitioned",
     "local",

@@ -111,6 +111,11 @@ def flat_part(
     return Part(parameter, holder, shape, start if size else 0, size, start + shift if size else 0, tuple(cut))
 
 
+def is_cut(tensor: Tensor) -> bool:
+    """Whether FSDP2 or tensor parallelism has cut it up, so that this process sees a part."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

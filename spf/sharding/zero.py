@@ -111,12 +111,16 @@ def _stage12_parts(zero: Any) -> dict[int, Part]:
 
     The layout is read from the round-robin lists: `_hp_mapping` is wrong under round_robin_gradients (0.19.8).
     """
-    _refuse(zero.zenflow, "ZenFlow")
-    _refuse(zero.has_moe_layers, "mixture-of-experts layers with DeepSpeed")
+    _refuse(zero.zenflow, "ZenFlow", "leave zenflow out of the DeepSpeed configuration")
+    _refuse(zero.has_moe_layers, "DeepSpeed's own mixture of experts", "use the model's own experts")
     parts = {}
     for i, holder in enumerate(zero.single_partition_of_fp32_groups):
         group = zero.real_dp_process_group[i]
-        _refuse(dist.get_world_size(group) != dist.get_world_size(), "model or sequence parallelism with DeepSpeed")
+        _refuse(
+            dist.get_world_size(group) != dist.get_world_size(),
+            "model or sequence parallelism with DeepSpeed",
+            "give all processes to data parallelism",
+        )
         length, low = holder.numel(), dist.get_rank(group) * holder.numel()
         borders = [rank * length for rank in range(1, dist.get_world_size(group))]
         for parameter, begin in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
@@ -130,15 +134,19 @@ def _stage12_parts(zero: Any) -> dict[int, Part]:
 
 def _stage3_parts(zero: Any) -> dict[int, Part]:
     """Stage 3: every parameter is cut into equal slices, and those of a sub-group lie one after the other."""
-    _refuse(zero.zenflow, "ZenFlow")
-    _refuse(zero.swap_optimizer or zero.params_in_nvme_and_cpu, "NVMe offload")
-    _refuse(zero.offload_optimizer and zero.partial_offload != 1.0, "partial offload (ratio below 1)")
-    _refuse(zero.use_muon, "DeepSpeed's Muon")
+    _refuse(zero.zenflow, "ZenFlow", "leave zenflow out of the DeepSpeed configuration")
+    _refuse(zero.swap_optimizer or zero.params_in_nvme_and_cpu, "NVMe offload", "offload to the CPU instead")
+    _refuse(zero.offload_optimizer and zero.partial_offload != 1.0, "partial offload", "set its ratio to 1")
+    _refuse(zero.use_muon, "DeepSpeed's Muon", "use another optimizer, AdamW say")
     parts = {}
     for group, holder in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         for parameter in group:
             processes = dist.get_world_size(parameter.ds_process_group)
-            _refuse(processes != dist.get_world_size(), "hierarchical partitioning or model parallelism with DeepSpeed")
+            _refuse(
+                processes != dist.get_world_size(),
+                "hierarchical partitioning or model parallelism with DeepSpeed",
+                "let all processes share each parameter",
+            )
             _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
             low = dist.get_rank(parameter.ds_process_group) * length
             borders = [rank * length for rank in range(1, processes)]
@@ -148,6 +156,6 @@ def _stage3_parts(zero: Any) -> dict[int, Part]:
     return parts
 
 
-def _refuse(condition: bool, what: str) -> None:
+def _refuse(condition: bool, what: str, remedy: str) -> None:
     if condition:
-        raise UnsupportedSetupError(f"{what} is not supported by spf")
+        raise UnsupportedSetupError(f"{what} is not supported by spf; {remedy}")

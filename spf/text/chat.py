@@ -1,6 +1,7 @@
 """Chats in a model's own template, and whether what was said is really in the tokens."""
 
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -116,6 +117,23 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[
 def _missing(whole: str, texts: Sequence[str]) -> int | None:
     """The first of these texts that is not in the whole, or not as often as it is said; None if all are there."""
     return next((i for i, text in enumerate(texts) if whole.count(text) < texts[: i + 1].count(text)), None)
+
+
+def parse_options(text: str | None, option: str = "--chat_template_kwargs") -> dict[str, Any] | None:
+    """Variables of the chat template from JSON; option: what the user calls the setting that it came from.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option}: not JSON ({error.msg}): {text}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{option}: needs a JSON object of names and values, not {text}")
+    return options
 
 
 def chat_options(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any] | None) -> dict[str, Any]:
