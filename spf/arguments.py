@@ -65,7 +65,7 @@ SafetyArguments: Any = make_dataclass(
     ],
     bases=(_Safety,),
     namespace={
-        "__doc__": "Fine-tuning with TRL (SFT, DPO, KTO, GRPO) and SafetyCallback: settings with safety_ before each name."
+        "__doc__": "Fine-tuning by TRL (SFT, DPO, KTO, GRPO) with SafetyCallback: its settings begin with safety_."
     },
 )
 
