@@ -12,7 +12,7 @@ from spf.announce import EARLIER, INERT, OTHER_BASE, audit_lines, earlier_line, 
 from spf.checkpoint import LeftOut, Saved
 from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
-from spf.going_on import earlier_subspace, mark, other_base
+from spf.going_on import earlier_subspace, mark, other_base, refuse_switched
 from spf.leaving_out import name_of
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
@@ -70,6 +70,7 @@ def begin(
     rule, samples, data, settings = callback.rule, callback.samples, callback.data, callback.settings
     output = Path(str(args.output_dir))
     limit = context_length(model, tokenizer)
+    refuse_switched(model)
     trainer = calling_trainer()
     data.turn_to(source_of(trainer, loader), trainer)
     data.check(loader, LeftOut(**saved.state["left_out"]) if saved else None)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from spf.checkpoint import STATE_FILE, SUBSPACE_FILE, read_checkpoint, write_bases
-from spf.errors import CorrectionError
+from spf.errors import CorrectionError, UnsupportedSetupError
 from spf.linalg import exact_matmul
 from spf.optimizer import Attachment
 from spf.rules.frozen import frozen_fingerprint
@@ -124,6 +124,21 @@ def add_adapter(model: PeftModel, config: LoraConfig | None = None) -> PeftModel
     tuner.set_adapter([*old, name])
     model.set_requires_grad(old, requires_grad=False)
     return model
+
+
+def refuse_switched(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedSetupError: a trainer switches to its reference adapter and back, which TRL does to one adapter, and
+            there are two (`add_adapter`): the old one would be trained, and the new one would not answer.
+    """
+    names = getattr(model, "peft_config", {})
+    if "ref" in names and any(name.rstrip("_") == NEW_ADAPTER for name in names):
+        raise UnsupportedSetupError(
+            "the trainer has made a reference adapter, and switches back from it to one adapter only, where two are "
+            "active (add_adapter): give ref_model=, a model with the old adapter merged into it, or merge that one and "
+            "begin a new adapter (model.merge_and_unload()) before the trainer is made"
+        )
 
 
 def _is_trained(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Going on with an adapter that is trained already: by spf, which is found and held, or elsewhere, which is kept."""
 
+import copy
 import os
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedModelError
+from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedModelError, UnsupportedSetupError
 from spf.checkpoint import SUBSPACE_FILE
 from spf.going_on import add_adapter, earlier_subspace
 from spf.subspace import SafetySubspace
@@ -193,6 +194,38 @@ def test_sft_then_dpo_on_the_same_adapter(tmp_path, tokenizer, rows, anchors):
     assert not any("the weights below the adapter" in line for line in callback.card.begun)
     assert_held(model, callback.attachment.subspace)
     assert_unchanged(before, logits(model, anchors[:1]))
+
+
+def test_a_reference_adapter_below_a_new_one_is_refused_and_the_remedy(tmp_path, tokenizer, rows, anchors):
+    """TRL made the old one trainable and the new one inactive: it ended in an error about parameters left out."""
+    model = lora()
+    run(tmp_path / "elsewhere", tokenizer, None, model)
+    trained, reference = logits(model, anchors[:1]), copy.deepcopy(model).merge_and_unload()
+    add_adapter(model)
+    sides = {"chosen": "Write a poem.", "rejected": "Tell me a story."}
+    pairs = [
+        {"prompt": [{"role": "user", "content": prompt}]}
+        | {side: [{"role": "assistant", "content": said}] for side, said in sides.items()}
+        for prompt in PROMPTS
+    ]
+    for name, ref_model in {"without": None, "with": reference}.items():
+        callback = keep(rows)
+        trainer = DPOTrainer(
+            model,
+            ref_model,
+            args=arguments(DPOConfig, tmp_path / name, max_steps=2),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            callbacks=[callback],
+        )
+        if ref_model is None:
+            with pytest.raises(UnsupportedSetupError, match="give ref_model=, a model with the old adapter merged"):
+                trainer.train()
+            model.delete_adapter("ref")
+            continue
+        trainer.train()
+        assert all(".held." in name for name in callback.attachment.matrices)
+        assert_unchanged(trained, logits(model, anchors[:1]))
 
 
 def test_the_remedy_for_an_adapter_from_elsewhere(tmp_path, tokenizer, rows, anchors):
