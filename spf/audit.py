@@ -116,6 +116,14 @@ def audit(
     return found
 
 
+def answered_of(examples: Examples, found: Audit) -> list[tuple[int, ...]]:
+    """Distinct prompts of the data that the model is not likely to refuse."""
+    said = found.verdicts
+    assert said is not None, "the audit of these examples"
+    kept = said.refused.keys() | said.leaning.keys()
+    return list(dict.fromkeys(e.prompt_ids for e in examples.examples if e.prompt_ids not in kept))
+
+
 def compare(
     examples: Examples,
     begins: Beginnings,
@@ -259,7 +267,17 @@ def audit_data(
     if tell_apart:
         start = time.perf_counter()
         refused = list(dict.fromkeys(conflict.prompt_ids for conflict in [*found.conflicts, *found.leaning]))
-        seen = looks(model, tokenizer, refused, rows, options=options, max_length=max_length, progress=progress)
+        answered = answered_of(examples, found)
+        seen = looks(
+            model,
+            tokenizer,
+            refused,
+            rows,
+            answered=answered,
+            options=options,
+            max_length=max_length,
+            progress=progress,
+        )
         harmless, unclear = (
             {prompt for prompt, look in zip(refused, seen, strict=True) if look == kind}
             for kind in ("harmless", "unclear")

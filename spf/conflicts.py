@@ -35,7 +35,7 @@ class Conflict:
 
     row: of the data set; document: of a packed row. probability: that the answer begins as a refusal.
     refusal_ids: the refusal of the model's own that begins so. prompt_ids: the prompt as tokens. unclear: much of what
-    the model refuses in these data is a harmless task, and this looks neither clearly harmless nor clearly harmful.
+    the model refuses in these data is a harmless task, and this is like it as a whole, though some of it looks harmful.
     """
 
     row: int
@@ -100,7 +100,7 @@ class Audit:
     def split(self, left_out: Collection[Place] = ()) -> tuple[list[Anchor], list[Anchor]]:
         """Those to hold, and those to watch instead, as safety samples.
 
-        What is unclear and left out of training is neither: if it is more of the task, holding it keeps the task from
+        What is unclear and left out of training is neither: if it is of the task, holding it keeps the task from
         being learned, and if it is an attack, it is not trained on.
         """
         neither = set(self.unclear(left_out))

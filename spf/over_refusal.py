@@ -7,7 +7,7 @@ that ends alone, "answer in one sentence" behind a harmful request looked harmle
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ T = TypeVar("T")
 Look = Literal["harmful", "unclear", "harmless"]
 """What a refused prompt looks like to the model; only beside a task of the user's some are called unclear."""
 
-PROBE = 2
+PROBE = 3
 """To be raised with every change of what is let go: what an earlier audit let go by another probe is not taken."""
 
 HARMFUL = 104
@@ -36,8 +36,7 @@ HARMLESS = ("harmless_tasks", "benign_anchors")
 """Packaged prompts of tasks, and such as sound harmful: without these the probe would go by how a request is put."""
 
 CLEARLY = 0.35
-"""A prompt is clearly harmless if the probe gives no stretch of it more than this probability of being harmful, and
-beside a task clearly harmful if it gives one more than 1 - this."""
+"""A prompt is clearly harmless if the probe gives no stretch of it more than this probability of being harmful."""
 
 STRETCH = 8
 """Tokens. A request is that long; what stands beside it ("answer in one sentence") must not hide it."""
@@ -55,11 +54,17 @@ PENALTY = 100.0
 """Of the squared weights, in standardised inputs (scikit-learn's C = 0.01)."""
 
 TASK = 3
-"""If more than one in so many refused prompts are clearly harmless, they are a task of the user's. Of harmful ones one
-in forty was, whatever stood beside them (`benchmarks/over_refusal.py`)."""
+"""If more than one in so many refused prompts are clearly harmless, or of those that the model answers, they are a task
+of the user's. Of harmful ones one in ten was at most, whatever stood beside them (`benchmarks/over_refusal.py`)."""
 
 MORE = 20
-"""It is asked again as long as that lets one in so many go."""
+"""The probe is fitted again as long as one in so many more are clearly harmless."""
+
+ANSWERED = 104
+"""As many prompts of the data that the model answers tell what its task looks like."""
+
+MOST_FITTED = 256
+"""As many clearly harmless prompts of the data the probe is fitted on, spread over them."""
 
 MISTAKEN = 0.1
 """If of harmful prompts that the probe was not fitted on more are called clearly harmless, it is not used."""
@@ -71,19 +76,22 @@ def looks(
     prompts: Sequence[Sequence[int]],
     rows: Sequence[SafetyRow],
     *,
+    answered: Sequence[Sequence[int]] = (),
     options: Mapping[str, Any] | None = None,
     max_length: int = 1 << 30,
     progress: bool = True,
 ) -> list[Look]:
     """What each prompt (token ids, up to where the answer begins) looks like to the model, wherever one looks.
 
-    rows: safety samples, examples of what it should refuse. Where the probe cannot tell, all are called harmful.
-    All processes of a run have to call it.
+    rows: safety samples, examples of what it should refuse. answered: prompts of the same data that it answers. Where
+    the probe cannot tell, all are called harmful. All processes of a run have to call it.
     """
     if not prompts:
         return []
     samples = read_samples(model, tokenizer, rows, options=options, max_length=max_length, progress=progress)
-    return ["harmful"] * len(prompts) if samples is None else samples.look(prompts, progress)
+    if samples is None:
+        return ["harmful"] * len(prompts)
+    return samples.look(prompts, spread_over(answered, ANSWERED), progress)
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,20 @@ class Frame:
         return tuple(prompt[len(prompt) - len(self.tail) :]) == self.tail
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt that was asked: the probability of being harmful that any stretch of it gets at most, `some` of its
+    states (`PLACES`, n), and their `mean` (n,)."""
+
+    share: float
+    some: Tensor
+    mean: Tensor
+
+    @property
+    def clear(self) -> bool:
+        return self.share < CLEARLY  # NaN is not
+
+
 @dataclass
 class Samples:
     """What the probe is fitted on: states (T, n) of prompts that are `harmful` or not, in a `frame`."""
@@ -118,31 +140,62 @@ class Samples:
     states: list[Tensor]
     harmful: list[bool]
 
-    def look(self, prompts: Sequence[Sequence[int]], progress: bool = True) -> list[Look]:
-        """What the prompts (token ids) look like; the same on all processes, which have to call it."""
-        probe = Probe(self.states, self.harmful)
-        found = self._read(prompts, lambda states: (probe.highest(states), spread(states)), progress)
-        shares = [share for share, _ in found]
-        clear = [share < CLEARLY for share in shares]  # NaN is not
-        task = more = TASK * sum(clear) > len(prompts)
-        while more and not all(clear):
-            # a task of the user's, so what is like it is no attack, either
-            let_go = [some for (_, some), is_clear in zip(found, clear, strict=True) if is_clear]
-            again = Probe([*self.states, *let_go], self.harmful + [False] * len(let_go))
-            left = [i for i, is_clear in enumerate(clear) if not is_clear]
-            for i, share in zip(left, self._read([prompts[i] for i in left], again.highest, progress), strict=True):
-                shares[i], clear[i] = share, share < CLEARLY
-            more = MORE * sum(clear[i] for i in left) > len(prompts)
-        return [self._look(prompt, share, task) for prompt, share in zip(prompts, shares, strict=True)]
+    def look(
+        self, prompts: Sequence[Sequence[int]], answered: Sequence[Sequence[int]] = (), progress: bool = True
+    ) -> list[Look]:
+        """What the prompts (token ids) look like; the same on all processes, which have to call it.
 
-    def _look(self, prompt: Sequence[int], share: float, task: bool) -> Look:
-        """What a prompt with this probability looks like; task: more than a third are a task of the user's."""
+        answered: prompts of the same data that the model answers. Those of them that look harmless the probe is fitted
+        on, too: they tell what the task looks like.
+        """
+        harmless, task, _ = self._told(answered, [], progress)
+        known = harmless if task else []
+        let_go, task, found = self._told(prompts, known, progress)
+        like_task = [False] * len(prompts)
+        if task:
+            # whether harmful was asked; now whether of the task, as a whole
+            harmful = [states for states, kind in zip(self.states, self.harmful, strict=True) if kind]
+            fitted_on = [*known, *let_go]
+            apart = Probe([*harmful, *fitted_on], [True] * len(harmful) + [False] * len(fitted_on))
+            like_task = [apart.highest(asked.mean[None]) < 0.5 for asked in found]
+        return [self._look(*said) for said in zip(prompts, found, like_task, strict=True)]
+
+    def _told(
+        self, prompts: Sequence[Sequence[int]], known: Sequence[Tensor], progress: bool
+    ) -> tuple[list[Tensor], bool, list["Asked"]]:
+        """Of what is clearly harmless states to fit on, whether that is a task of the user's, and each prompt.
+
+        known: states (`PLACES`, n) of other harmless prompts of the data.
+        """
+
+        if not prompts:
+            return [], False, []
+
+        def fitted_on(harmless: Sequence[Tensor]) -> Probe:
+            return Probe([*self.states, *known, *harmless], self.harmful + [False] * (len(known) + len(harmless)))
+
+        probe = fitted_on([])
+        found = self._read(
+            prompts, lambda states: Asked(probe.highest(states), spread(states), states.mean(0)), progress
+        )
+        task = more = TASK * sum(asked.clear for asked in found) > len(prompts)
+        while more and (left := [i for i, asked in enumerate(found) if not asked.clear]):
+            # a task of the user's, so what is like it is no attack, either
+            again = fitted_on(self._some(found))
+            for i, share in zip(left, self._read([prompts[i] for i in left], again.highest, progress), strict=True):
+                found[i] = replace(found[i], share=share)
+            more = MORE * sum(found[i].clear for i in left) > len(prompts)
+        return self._some(found), task, found
+
+    def _some(self, found: Sequence["Asked"]) -> list[Tensor]:
+        """To fit on, of what is clearly harmless."""
+        return list(spread_over([asked.some for asked in found if asked.clear], MOST_FITTED))
+
+    def _look(self, prompt: Sequence[int], asked: "Asked", like_task: bool) -> Look:
+        """What a prompt looks like; like_task: as a whole like the user's task more than like an attack."""
         if not self.frame.ends(prompt):
             return "harmful"
-        if share < CLEARLY:
-            return "harmless"
-        # of such a task more than of an attack; NaN is not
-        return "unclear" if task and share <= 1 - CLEARLY else "harmful"
+        return "harmless" if asked.clear else "unclear" if like_task else "harmful"
 
     def _read(self, prompts: Sequence[Sequence[int]], take: Callable[[Tensor], T], progress: bool) -> list[T]:
         found = middle_states(self.model, prompts, self.frame, take, progress)
@@ -178,6 +231,11 @@ def read_samples(
     if object_of_rank_0(not tried or mistaken > MISTAKEN * len(tried)):
         return None
     return Samples(model, frame, states, kinds)
+
+
+def spread_over(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many of them, from the first to the last."""
+    return items[:: -(-len(items) // most)] if len(items) > most else items
 
 
 def spread(states: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from spf.cli import main
 from spf.conflicts import Audit, Conflict
 from spf.data import SafetyRow, packaged_prompts
 from spf.leaving_out import without
-from spf.over_refusal import CLEARLY, SKIPPED, STRETCH, Frame, Probe, fitted, looks, middle_states, spread
+from spf.over_refusal import SKIPPED, STRETCH, Frame, Probe, fitted, looks, middle_states, spread
 from tests.conftest import make_model, make_tokenizer
 from tests.support_matrix import FAMILIES
 from tests.test_audit import COMPLIES, REFUSAL, chat_ids, data_with
@@ -344,18 +344,52 @@ def test_a_task_is_let_go_as_far_as_each_look_lets_more_go(monkeypatch, gap, cle
     assert found == ["harmless"] * cleared + ["harmful"] * (40 - cleared)
 
 
-@pytest.mark.parametrize(("tasks", "between"), [(9, "unclear"), (2, "harmful")])
-def test_beside_a_task_what_looks_neither_harmless_nor_harmful_is_unclear(monkeypatch, tasks, between):
-    """Nine summaries of 192 that stayed held kept the demo model from learning the others. Where there is no task, and
-    where the answer is begun already, it is held as before."""
-    samples = spf.over_refusal.Samples(None, Frame((), (7,)), [torch.zeros(1, 1)] * 10, [True] * 10)
-    shares = [0.1] * tasks + [0.36, 0.64, 0.66, math.nan, 0.5]
-    monkeypatch.setattr(Probe, "highest", lambda self, states: float(states[0, 0]))
-    monkeypatch.setattr(Probe, "__init__", lambda *args: None)
-    taken(monkeypatch, lambda prompts: torch.tensor([[shares[prompt[0]]] for prompt in prompts]))
-    prompts = [*((i, 7) for i in range(tasks + 4)), (tasks + 4, 8)]
-    assert samples.look(prompts) == ["harmless"] * tasks + [between] * 2 + ["harmful"] * 3
-    assert CLEARLY < 1 - CLEARLY
+WIDTH = 32
+
+
+def of(kind, tokens, seed, task=False):
+    """States (tokens, n) of what looks harmful (1) or harmless (-1), of the user's task or not."""
+    states = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+    states[:, 0] += 6.0 * kind
+    states[:, 1] += 6.0 * task
+    return states
+
+
+def samples_of(monkeypatch, prompts):
+    """The samples of a probe, and a model that gives the states of `prompts` by their first token."""
+    known = [of(kind, 9, seed) for seed, kind in enumerate([1, -1] * 12)]
+    monkeypatch.setattr(
+        spf.over_refusal,
+        "middle_states",
+        lambda model, asked, frame, take, progress: [take(prompts[prompt[0]]) for prompt in asked],
+    )
+    return spf.over_refusal.Samples(None, Frame((), (7,)), known, [True, False] * 12)
+
+
+@pytest.mark.parametrize(("tasks", "like_it"), [(9, "unclear"), (2, "harmful")])
+def test_beside_a_task_what_is_like_it_but_for_a_stretch_is_unclear(monkeypatch, tasks, like_it):
+    """Two summaries of 206 that stayed held flipped while the others were learned, so more and more was held: ROUGE-L
+    61 where plain fine-tuning has 89. Where there is no task, or the answer is begun already, they are held."""
+    prompts = [of(-1, 24, 100 + i, task=True) for i in range(tasks)]
+    mixed = torch.cat([of(-1, 24, 200, task=True), of(1, 9, 201)])
+    prompts += [mixed, mixed.flip(0), of(1, 24, 202), torch.full((9, WIDTH), math.nan), mixed]
+    samples = samples_of(monkeypatch, prompts)
+    asked = [*((i, 7) for i in range(tasks + 4)), (tasks + 4, 8)]
+    assert samples.look(asked) == ["harmless"] * tasks + [like_it] * 2 + ["harmful"] * 3
+
+
+@pytest.mark.parametrize("answers", [0, 6, 20])
+def test_what_is_like_a_task_that_the_model_answers_is_let_go(monkeypatch, answers):
+    """Another choice of the probe's samples found 41 of 183 refused summaries harmless, fewer than a third: none of the
+    rest was let go. The others, which this model answers, say what the task looks like; harmful prompts that it answers
+    do not, and without more than a third that looks harmless they say nothing."""
+    refused = [of(-0.3, 24, 300 + i, task=True) for i in range(9)] + [of(1, 24, 320), of(1, 24, 321)]
+    answered = [of(-1, 24, 400 + i, task=True) for i in range(answers)] + [of(1, 24, 450 + i) for i in range(12)]
+    samples = samples_of(monkeypatch, [*refused, *answered])
+    asked = [(i, 7) for i in range(len(refused) + len(answered))]
+    found = samples.look(asked[: len(refused)], asked[len(refused) :])
+    assert found[:9].count("harmless") == (9 if answers == 20 else 0)
+    assert found[9:] == ["harmful"] * 2
 
 
 def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
