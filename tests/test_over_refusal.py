@@ -495,6 +495,32 @@ def test_the_callback_holds_over_refusals_only_if_asked(tmp_path, tokenizer, mon
     assert [entry["over_refusal"] for entry in listed] == [held == 0] * 4
 
 
+def test_the_probe_is_given_what_of_the_data_the_model_answers(tmp_path, tokenizer, monkeypatch):
+    """Each prompt once: neither what it refuses nor what it might."""
+    given = {}
+
+    def seen(model, tokenizer, prompts, rows, *, answered, **others):
+        given.update(prompts=list(prompts), answered=list(answered))
+        return ["harmful"] * len(prompts)
+
+    monkeypatch.setattr(spf.audit, "looks", seen)
+    first = tokenizer(REFUSAL, add_special_tokens=False)["input_ids"][0]
+    numbers = {prompt: i for i, prompt in enumerate(asked(tokenizer, TASKS[:6]))}
+    shares = [0.9, 0.0, 0.2, 0.05, 0.0, 0.0]  # refused, answered, might be refused, answered ...
+
+    def ask(model, prompts, *rest):
+        which = [next(i for one, i in numbers.items() if tuple(prompt[: len(one)]) == one) for prompt in prompts]
+        return [(shares[i], first if shares[i] > 0.5 else 0) for i in which]
+
+    monkeypatch.setattr(spf.audit, "ask", ask)
+    rows = [SafetyRow([{"role": "user", "content": HARMFUL[0]}], REFUSAL, "", True, True)]
+    data = Dataset.from_list([{"prompt": task, "completion": COMPLIES} for task in [*TASKS[:6], TASKS[1]]])
+    SafetyCallback().data.audit(data, make_model(width=32), tokenizer, rows, tmp_path)
+    prompts = list(numbers)
+    assert given["answered"] == [prompts[i] for i in (1, 3, 4, 5)]
+    assert sorted(given["prompts"]) == sorted(prompts[i] for i in (0, 2))
+
+
 def test_the_command_shows_them_and_fails_for_conflicts_only(tmp_path, tokenizer, monkeypatch, capsys):
     model = tmp_path / "model"
     make_model(width=32).save_pretrained(model)
