@@ -119,10 +119,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt that was asked: the probability of being harmful that any stretch of it gets at most, `some` of its
-    states (`PLACES`, n), and their `mean` (n,)."""
+    """A prompt that was asked: the probability of being harmful that any stretch of it gets at most, the same by the
+    samples alone (`first`), `some` of its states (`PLACES`, n), and their `mean` (n,)."""
 
     share: float
+    first: float
     some: Tensor
     mean: Tensor
 
@@ -174,11 +175,16 @@ class Samples:
         def fitted_on(harmless: Sequence[Tensor]) -> Probe:
             return Probe([*self.states, *known, *harmless], self.harmful + [False] * (len(known) + len(harmless)))
 
-        probe = fitted_on([])
+        first, probe = Probe(self.states, self.harmful), fitted_on([])
         found = self._read(
-            prompts, lambda states: Asked(probe.highest(states), spread(states), states.mean(0)), progress
+            prompts,
+            lambda states: Asked(probe.highest(states), first.highest(states), spread(states), states.mean(0)),
+            progress,
         )
         task = more = TASK * sum(asked.clear for asked in found) > len(prompts)
+        if not task:
+            # no more is let go for a task that what is refused is not of
+            found = [replace(asked, share=max(asked.share, asked.first)) for asked in found]
         while more and (left := [i for i, asked in enumerate(found) if not asked.clear]):
             # a task of the user's, so what is like it is no attack, either
             again = fitted_on(self._some(found))

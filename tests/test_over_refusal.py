@@ -390,6 +390,9 @@ def test_what_is_like_a_task_that_the_model_answers_is_let_go(monkeypatch, answe
     found = samples.look(asked[: len(refused)], asked[len(refused) :])
     assert found[:9].count("harmless") == (9 if answers == 20 else 0)
     assert found[9:] == ["harmful"] * 2
+    # a few among attacks are no task: for these no more is let go than by the samples alone
+    few = [*asked[:2], *asked[len(refused) + answers : len(refused) + answers + 5]]
+    assert samples.look(few, asked[len(refused) :]) == ["harmful"] * 7
 
 
 def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
