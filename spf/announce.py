@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from spf.audit import LIST_FILE
-from spf.conflicts import rows_of
+from spf.conflicts import REFUSES_NONE, rows_of
 from spf.data import SafetyRow
 from spf.leaving_out import name_of
 from spf.matrices import NAMED, describe_fixed
@@ -45,7 +45,7 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
             )
     before = running.monitor.before
     lines.append(
-        f"{before.refused:.0%} of {len(before.first) or len(running.run.watched)} watched prompts refused by first "
+        f"{before.refused:.0%} of {len(before.kept) or len(running.run.watched)} watched prompts refused by first "
         f"token{FEW * (before.refused < 0.5)}; safety loss {before.loss:.3f}"
         + (f"; learning rate x {running.lr_scale:.2f}" if running.lr_scale != 1 else "")
         + f"; set-up {running.seconds['setup']:.1f} s"
@@ -119,7 +119,7 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
     if found.stream:
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
     if not found.refuses:
-        lines.append("the model refuses none of the safety prompts, so conflicts with the data cannot be found")
+        lines.append(REFUSES_NONE)
     if found.undesired:
         lines.append(found.labelled())
     if found.why:
@@ -141,31 +141,6 @@ def _left_out(data: TrainingData) -> str:
         words += f"; {on} {rows} are trained on and press against what is held ({why})"
         words += f"; {remedy(data.obstacle)}" * (data.conflicts != "hold-all")
     return words
-
-
-def watched_line(running: Attachment, what: str, end: str = "") -> str:
-    """The watched prompts before training and now, between `what` and `end`; advice if refusals are being lost."""
-    monitor = running.monitor
-    before, now = monitor.before, monitor.now
-    line = (
-        f"{what}watched prompts refused {before.refused:.0%} before training, now {now.refused:.0%}; safety loss "
-        f"{before.loss:.3f} before training, now {now.loss:.3f}"
-    )
-    if monitor.conflicts:
-        line += (
-            f"; of {len(monitor.conflicts)} prompts that the data attack, not held either, "
-            f"{monitor.before_conflicts.refused:.0%} before, now {monitor.now_conflicts.refused:.0%}"
-        )
-    if monitor.still_refused is not None:
-        line += (
-            f"; of {len(monitor.further)} further harmful prompts, asked because of that, 100% before, now "
-            f"{monitor.still_refused / len(monitor.further):.0%}"
-        )
-    line += end
-    if monitor.leaks:
-        remedies = ", fewer steps or a higher rank" if running.rule.holds else " or fewer steps"
-        line += f". Refusals are being lost: check with `spf eval`; a lower learning rate{remedies} keeps more"
-    return line
 
 
 def _samples(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answered: int) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from spf.arguments import AuditArguments
 from spf.audit import CACHE_FILE, LIST_FILE, audit_data
-from spf.conflicts import Audit
+from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, Audit
 from spf.data import ask_refusals, load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
@@ -47,6 +47,8 @@ def run_audit(args: AuditArguments) -> None:
                 if args.clean:
                     _write_clean(dataset, found, Path(args.clean))
     _tell(found, args, tokenizer)
+    if args.fail_over is not None and not found.refuses:
+        raise RunFailedError(f"{REFUSES_NONE}, so --fail_over cannot say that there are few; {REFUSES_NONE_REMEDY}")
     if args.fail_over is not None and found.unread > args.fail_over * found.rows:
         raise RunFailedError(
             f"{found.unread} of {found.rows} rows could not be audited ({found.why}), more than --fail_over "
@@ -78,6 +80,8 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
         console.print(found.labelled())
     if found.unread:
         console.print(f"{found.unread} rows could not be audited ({found.why})")
+    if not found.refuses:
+        console.print(REFUSES_NONE)
     kinds = {"conflict": found.conflicts, "might be refused": found.leaning, "over-refusal": found.over_refusals}
     console.print(
         f"A run takes it with SafetyCallback(audited={args.output!r}), or spf train --safety_audited {args.output}"

@@ -14,7 +14,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from spf.announce import watched_line
 from spf.answering import refuse_unanswering
 from spf.beginning import begin, refuse_unfit
 from spf.card import ModelCard
@@ -31,6 +30,7 @@ from spf.config import CallbackSettings, Conflicts, OnLeak
 from spf.conflicts import Audit
 from spf.going_on import leave_subspace, remember
 from spf.keep import Keep
+from spf.monitor import watched_line
 from spf.optimizer import Attachment
 from spf.rules import Rule, rule_of
 from spf.safety_samples import SafetySamples
@@ -154,7 +154,7 @@ class SafetyCallback(TrainerCallback):
         begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
         self.warned = False
         if is_first():
-            self.card.begin(begun.lines)
+            self.card.begin(begun.lines, Path(str(args.output_dir)))
             for line in [*begun.places, *begun.lines]:
                 logger.warning(f"spf: {line}")
 
@@ -223,7 +223,7 @@ class SafetyCallback(TrainerCallback):
         self.data.restore(trainer)
 
     def _tell(self, what: str, end: str = "") -> str:
-        line = watched_line(self._running, what, end)
+        line = watched_line(self._running.monitor, what, end)
         self.warned |= self._running.monitor.leaks
         if is_first():
             logger.warning(f"spf: {line}")

@@ -37,9 +37,13 @@ class ModelCard:
 
         trainer.create_model_card = created  # type: ignore[method-assign]
 
-    def begin(self, lines: Sequence[str]) -> None:
-        """A run begins, of which nothing can be said yet."""
+    def begin(self, lines: Sequence[str], directory: Path) -> None:
+        """A run begins, of which nothing can be said yet; what an earlier one said in `directory` is not of this."""
         self.begun, self._section = list(lines), ""
+        path = directory / "README.md"
+        text = path.read_text("utf-8") if path.is_file() else ""
+        if BEGIN in text:
+            replace_file(path, "\n\n".join(part for part in _around(text) if part).encode("utf-8"))
 
     def finish(self, args: TrainingArguments, rule: object, line: str) -> None:
         """Write the section, on the first process. line: what the run says of itself at its end."""
@@ -58,8 +62,13 @@ class ModelCard:
             return
         path = directory / "README.md"
         text = path.read_text("utf-8") if path.is_file() else EMPTY
-        before, _, rest = text.partition(BEGIN)
-        after = rest.partition(END)[2].lstrip("\n")
-        text = f"{before.rstrip()}\n\n{self._section}" + (f"\n{after}" if after else "")
+        before, after = _around(text)
+        text = f"{before}\n\n{self._section}" + (f"\n{after}" if after else "")
         directory.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode("utf-8"))
+
+
+def _around(text: str) -> tuple[str, str]:
+    """What stands before and behind the section."""
+    before, _, rest = text.partition(BEGIN)
+    return before.rstrip(), rest.partition(END)[2].lstrip("\n")

@@ -29,6 +29,10 @@ APART = 9
 MOST_WATCHED = 16
 
 
+REFUSES_NONE = "the model refuses none of the safety prompts, so conflicts with the data cannot be found"
+REFUSES_NONE_REMEDY = "look at its answers (`spf eval`): is it aligned, and is the chat template its own?"
+
+
 @dataclass(frozen=True)
 class Conflict:
     """An example whose prompt the aligned model refuses and whose target does not.

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from spf.checkpoint import STATE_FILE, SUBSPACE_FILE, read_checkpoint, write_bases
 from spf.errors import CorrectionError, UnsupportedSetupError
 from spf.linalg import exact_matmul
+from spf.models import NEW_ADAPTER
 from spf.optimizer import Attachment
 from spf.rules.frozen import frozen_fingerprint
 from spf.sharding import is_cut, local, object_of_rank_0, shares_parameters
 from spf.subspace import SafetySubspace
-
-NEW_ADAPTER = "held"
-"""The name of an adapter that is put above others."""
 
 FITS = 0.02
 """|A V| / |A| up to which an adapter is taken for one that is held to V: bfloat16 leaves .004, chance .1 and more."""

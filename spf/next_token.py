@@ -22,6 +22,10 @@ TOGETHER, TOKENS = 64, 2048
 """So many prompts are asked together at most, and so many tokens with their padding, or one prompt. Many short ones
 keep a GPU busy; few long ones fit where training does."""
 
+CONFIRM = 0.2
+"""A prompt is refused if the likeliest first token begins a refusal, and it goes on as one with this probability. A
+token such as "I" begins other answers, too."""
+
 SAVE_SECONDS = 20.0
 """How often what was asked is written, so that an interrupted audit goes on."""
 

@@ -10,7 +10,7 @@ import torch
 from spf.config import Whole, check
 from spf.data import Anchor
 from spf.errors import CorrectionError, UnsupportedSetupError
-from spf.monitor import Monitor, Reads
+from spf.monitor import Monitor, Reads, watched_line
 from spf.probe import SafetyProbe
 from spf.rules import Given, NullSpace, Rule
 from spf.run import Run
@@ -291,8 +291,10 @@ class SafetyOptimizer(torch.optim.Optimizer):
         return loss
 
     def finish(self) -> str:
-        """What was proven, in words; see `Attachment.finish`."""
-        return self.attachment.finish()
+        """How many watched prompts were refused before and are now, and what was proven, in words."""
+        proven = self.attachment.finish()
+        self.attachment.monitor.look()
+        return watched_line(self.attachment.monitor, "", f"; {proven}")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)

@@ -1,6 +1,6 @@
 """SafetyProbe: one small forward/backward pass -> safety loss and factored safety gradients."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from spf.errors import UnsupportedModelError
 from spf.fused import FUSED
 from spf.inputs import Inputs
 from spf.matrices import used_tokens
+from spf.next_token import CONFIRM
 from spf.progress import tracked
 from spf.sharding import object_of_rank_0
 from spf.shared_prefix import NextToken
@@ -44,12 +45,12 @@ class ProbeResult:
 class Watched:
     """What was seen of watched prompts.
 
-    loss: mean NLL of the refusal tokens, nats. first: the likeliest first token of each answer. refused: the share of
-    these that begins a refusal.
+    loss: mean NLL of the refusal tokens, nats. kept: whether each answer begins as a refusal. refused: the share that
+    does.
     """
 
     loss: float
-    first: tuple[int, ...]
+    kept: tuple[bool, ...]
     refused: float
 
 
@@ -173,24 +174,32 @@ class SafetyProbe(Inputs):
 
     def loss(self, anchors: Sequence[Anchor]) -> float:
         """The safety loss on these anchors: mean NLL of the refusal tokens, nats. A forward pass for every eight."""
-        return self.watch(anchors).loss
+        return self.watch(anchors, {}).loss
 
     @torch.no_grad()
-    def watch(self, anchors: Sequence[Anchor], begins: Collection[int] = ()) -> "Watched":
-        """Ask these prompts for their answer's first token, and measure the safety loss: one forward pass for both.
+    def watch(self, anchors: Sequence[Anchor], begins: Mapping[int, Collection[int]]) -> "Watched":
+        """Ask these prompts for how their answer begins, and measure the safety loss: one forward pass for both.
 
-        begins: token ids that begin a refusal; a prompt whose likeliest first token is one of them counts as refused.
+        begins: token ids that begin a refusal, and which follow each. A prompt whose likeliest first token is one of
+        them counts as refused, unless it is that of the sample's refusal and does not go on as one (`CONFIRM`): "I"
+        begins other answers, too.
         """
         total = weight = 0.0
-        first: list[int] = []
+        kept: list[bool] = []
         with self._quiet():
             for start in tracked(range(0, len(anchors), 8), "watched prompts"):
                 chunk = anchors[start : start + 8]
                 nll, weights, logits = self._token_nll(self._weighted(chunk))
                 total, weight = total + float((nll * weights).sum()), weight + float(weights.sum())
                 begin = torch.tensor([0, *(len(a.refusal_ids) for a in chunk[:-1])]).cumsum(0)
-                first += logits[begin.to(logits.device)].argmax(-1).tolist()
-        return Watched(total / weight, tuple(first), sum(token in begins for token in first) / len(first))
+                first = logits[begin.to(logits.device)].argmax(-1).tolist()
+                for anchor, token, place in zip(chunk, first, begin.tolist(), strict=True):
+                    seconds = list(begins.get(token, ()))
+                    goes_on = True
+                    if seconds and len(anchor.refusal_ids) > 1 and token == anchor.refusal_ids[0]:
+                        goes_on = float(logits[place + 1].softmax(-1)[seconds].sum()) >= CONFIRM
+                    kept.append(token in begins and goes_on)
+        return Watched(total / weight, tuple(kept), sum(kept) / len(kept))
 
     def first_answer_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """The likeliest first token of the answer to each prompt, in batches of eight."""

@@ -12,7 +12,7 @@ from spf.answering import refuse_unanswering
 from spf.audit import LIST_FILE, audit_data
 from spf.checkpoint import LeftOut, read_left_out
 from spf.config import Conflicts
-from spf.conflicts import Audit, anchor_entries, anchors_again
+from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, Audit, anchor_entries, anchors_again
 from spf.data import Anchor, SafetyDataError, SafetyRow
 from spf.earlier_audit import EarlierAudit
 from spf.errors import UnsupportedSetupError
@@ -259,6 +259,10 @@ def refuse_conflicts(found: Audit, listed: Path) -> None:
         raise SafetyDataError(
             f"{found.counts()}; they are listed in {listed}: conflicts='hold' keeps these "
             "refusals, 'drop' leaves the rows out, 'allow' lets them be unlearned"
+        )
+    if not found.refuses:
+        raise SafetyDataError(
+            f"{REFUSES_NONE}, and conflicts='error' cannot say that there are none; {REFUSES_NONE_REMEDY}"
         )
     if found.why:
         which = f"{found.unread} of {found.rows} training rows" if found.rows else "the training data"

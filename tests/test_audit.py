@@ -138,6 +138,12 @@ def forms(tokenizer):
             "labels": [token if i >= len(asked) - 1 else -100 for i, token in enumerate(whole)],
         },
         "a label of other data": {"messages": [user(prompt), answered(answer)], "label": False},
+        # as ORPO's trainer makes it of a conversation: asked was a chat within a chat
+        "a chat as text": {
+            "prompt": tokenizer.decode(asked),
+            "chosen": tokenizer.decode(whole[len(asked) :]),
+            "rejected": REFUSAL,
+        },
         "no chat": {
             "prompt_ids": tokenizer(prompt)["input_ids"],
             "completion_ids": tokenizer(answer)["input_ids"],
@@ -884,7 +890,7 @@ def test_lost_conflicts_are_a_leak_though_anchors_hold(tmp_path, tokenizer, refu
     class Damage(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             monitor = callback.attachment.monitor
-            monitor._begins = set() if state.global_step == 2 else monitor._begins
+            monitor._begins = {} if state.global_step == 2 else monitor._begins
             monitor.reads = None
 
     pairs = [(p, COMPLIES) for p in [*HARMFUL, BENIGN[0]]]
@@ -948,7 +954,7 @@ def saved(refusing, tokenizer, tmp_path_factory):
     return directory
 
 
-def test_the_command(saved, tmp_path, capsys, monkeypatch):
+def test_the_command(saved, tmp_path, capsys, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
     data, safety = tmp_path / "data.jsonl", tmp_path / "safety.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(PAIRS)))
@@ -970,6 +976,16 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     assert main([*command, "--fail_over", "0.5"]) == 1
     assert "4 of 4 rows could not be audited (row 0: no answer found in its columns instr" in capsys.readouterr().err
+    # refusals are given, and the model refuses nothing (another template, say): no conflict was found, exit code 0
+    make_model().save_pretrained(tmp_path / "willing")
+    tokenizer.save_pretrained(tmp_path / "willing")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(PAIRS)))
+    safety.write_text("".join(json.dumps({"prompt": p, "refusal": REFUSAL}) + "\n" for p in HARMFUL[:12]))
+    willing = [*command[:3], str(tmp_path / "willing"), *command[4:]]
+    assert main(willing) == 0
+    assert "the model refuses none of the safety prompts, so conflicts" in capsys.readouterr().out
+    assert main([*willing, "--fail_over", "0.5"]) == 1
+    assert "--fail_over cannot say that there are few; look at its answers" in capsys.readouterr().err
     assert main(["audit", str(tmp_path / "none.jsonl"), "--model", str(saved)]) == 2
     assert main(["audit", str(data)]) == 2
 

@@ -88,6 +88,22 @@ def test_a_prompt_and_its_answer_are_found_once(kind, name):
     assert example.target == ANSWERS["content"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chat_that_is_text_already_is_asked_as_it_is(name):
+    """As ORPO and CPO trainers, and many scripts, make `prompt`: it was asked as a message, in a chat again."""
+    tokenizer = tokenizer_of(name)
+    given = {"generation_prompt": True, "options": None}
+    prompt = render_chat(tokenizer, [ASKS], **given)
+    whole = render_chat(tokenizer, [ASKS, ANSWERS], **given | {"generation_prompt": False})
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else ANSWERS["content"]
+    (example,) = read_examples([{"prompt": prompt, "completion": answer}], tokenizer).examples
+    assert list(example.prompt_ids) == asked(tokenizer, [ASKS])
+    assert example.target == ANSWERS["content"]
+    # words that are no chat are
+    (example,) = read_examples([{"prompt": ASKS["content"], "completion": answer}], tokenizer).examples
+    assert list(example.prompt_ids) == asked(tokenizer, [ASKS])
+
+
 def test_thoughts_are_no_answer():
     """They may be long, and say neither yes nor no."""
     tokenizer = tokenizer_of("qwen3")

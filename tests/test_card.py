@@ -8,7 +8,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from spf import NullSpace, SafetyCallback
-from spf.card import BEGIN
+from spf.card import BEGIN, END
 from tests.conftest import make_model
 from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
 
@@ -76,6 +76,12 @@ def test_a_run_that_breaks_off_writes_no_section(tmp_path, tokenizer, rows, monk
     with pytest.raises(RuntimeError, match="broken"):
         trainer.train()
     assert not (tmp_path / "README.md").exists()
+    # nor does an earlier run's section stand there for it
+    mine, rest = "# My model\n\nText.", "More text.\n"
+    (tmp_path / "README.md").write_text(f"{mine}\n\n{BEGIN}\nproven\n{END}\n\n{rest}")
+    with pytest.raises(RuntimeError, match="broken"):
+        make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows))).train()
+    assert (tmp_path / "README.md").read_text() == f"{mine}\n\n{rest}"
 
 
 def test_only_the_first_process_writes_and_speaks(tmp_path, tokenizer, rows, monkeypatch, caplog):

@@ -1,6 +1,7 @@
 """Going on with an adapter that is trained already: by spf, which is found and held, or elsewhere, which is kept."""
 
 import copy
+import json
 import os
 import re
 from dataclasses import replace
@@ -18,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedModelError, UnsupportedSetupError
 from spf.checkpoint import SUBSPACE_FILE
 from spf.going_on import add_adapter, earlier_subspace
+from spf.models import load_model
 from spf.subspace import SafetySubspace
 from tests.conftest import make_model
 from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
@@ -248,6 +250,18 @@ def test_the_remedy_for_an_adapter_from_elsewhere(tmp_path, tokenizer, rows, anc
     # both are saved, and a run goes on with both
     trainer.save_model(str(tmp_path / "both"))
     assert Path(tmp_path / "both" / "held" / "adapter_model.safetensors").is_file()
+    # `spf eval` asked the model without the new one, which is the one before this training
+    make_model(width=64).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    about = tmp_path / "both" / "adapter_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids).logits
+        found = load_model(str(tmp_path / "both"), torch.float32)[0].eval()(input_ids=ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(wanted, model(input_ids=ids).logits, atol=1e-3)
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_a_fresh_adapter_takes_nothing_from_an_old_run_in_its_directory(saved, tmp_path):

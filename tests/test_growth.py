@@ -271,7 +271,7 @@ def test_a_warning_is_remembered_when_prompts_are_refused_again(tmp_path, tokeni
             monitor = callback.attachment.monitor
             monitor.reads = None
             if state.global_step == 2:
-                self.begins, monitor._begins = monitor._begins, set()
+                self.begins, monitor._begins = monitor._begins, {}
             if state.global_step == 4:
                 monitor._begins = self.begins
 
@@ -290,7 +290,7 @@ def test_a_leak_ends_the_run_only_if_that_was_asked_for(tmp_path, tokenizer, ref
     class Leak(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                callback.attachment.monitor._begins = set()
+                callback.attachment.monitor._begins = {}
                 callback.attachment.monitor.reads = None
 
     trainer.add_callback(Leak())
@@ -311,12 +311,12 @@ def test_refusals_that_begin_with_another_token_are_read(tmp_path, tokenizer, re
 
     class Other(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            callback.attachment.monitor._begins = set()
+            callback.attachment.monitor._begins = {}
 
     trainer.add_callback(Other())
     trainer.train()
     monitor = callback.attachment.monitor
-    assert set(monitor.now.first)  # asked, and none of them counted
+    assert not any(monitor.now.kept)  # asked, and none of them counted
     rates = [entry["spf/refusal_rate"] for entry in trainer.state.log_history if "spf/refusal_rate" in entry]
     assert rates == [1, 1, 1, 1]
     assert not callback.warned

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from spf.announce import watched_line
 from spf.data import Anchor
-from spf.monitor import FEWEST, Monitor
+from spf.monitor import FEWEST, Monitor, watched_line
 from spf.probe import Watched
 
 REFUSES, ANSWERS = 7, 8
@@ -26,8 +25,8 @@ class Model:
         return [ANSWERS if tuple(prompt) in self.flipped else REFUSES for prompt in prompts]
 
     def watch(self, anchors, begins):
-        first = [ANSWERS if tuple(anchor.prompt_ids) in self.flipped else REFUSES for anchor in anchors]
-        return Watched(self.loss, tuple(first), sum(token in begins for token in first) / len(first))
+        kept = [REFUSES in begins and tuple(anchor.prompt_ids) not in self.flipped for anchor in anchors]
+        return Watched(self.loss, tuple(kept), sum(kept) / len(kept))
 
     def flip(self, watched=0, further=0, conflicts=0):
         self.flipped = pairs(1, watched) | pairs(2, further) | pairs(3, conflicts)
@@ -49,7 +48,7 @@ def pairs(kind, count):
 
 
 def made(model, conflicts=0, further=FURTHER, **options):
-    run = SimpleNamespace(probe=model, watched=WATCHED, note=lambda *_: None)
+    run = SimpleNamespace(probe=model, watched=WATCHED, note=lambda *_: None, rule=SimpleNamespace(holds=True))
     return Monitor(run, [Anchor([3, i], [REFUSES], "") for i in range(conflicts)], further, **options)
 
 
@@ -76,7 +75,7 @@ def test_further_prompts_tell_chance_from_a_leak(flipped, leaks):
     suspicious = flipped.get("watched", 0) > 1
     assert model.asked == 1 + suspicious
     assert monitor.still_refused == (40 - flipped.get("further", 0) if suspicious else None)
-    line = watched_line(SimpleNamespace(monitor=monitor, rule=SimpleNamespace(holds=True)), "")
+    line = watched_line(monitor, "")
     assert ("of 40 further harmful prompts, asked because of that, 100% before, now" in line) == suspicious
     assert ("Refusals are being lost" in line) == leaks
     model.flip()
@@ -223,7 +222,7 @@ def test_all_processes_see_what_rank_0_saw(monkeypatch):
     """Rank 0 saw prompts flip, this one none: asking may gather parameters and a run is stopped by all, so it does."""
     model, reader = Model(), Reader(pairs(1, 2))
     monitor = made(model, reads=reader)
-    seen = Watched(0.5, (ANSWERS,) * 4 + (REFUSES,) * 12, 0.75)
+    seen = Watched(0.5, (False,) * 4 + (True,) * 12, 0.75)
     monkeypatch.setattr("spf.monitor.object_of_rank_0", lambda value: seen)
     monitor.look()
     assert set(reader.asked) == pairs(1, 4)

@@ -165,7 +165,7 @@ class _BareProbe(SafetyProbe):
         self.V = V
 
     def watch(self, anchors, begins=()):
-        return Watched(0.0, (1,), 1.0)
+        return Watched(0.0, (True,), 1.0)
 
     def first_answer_tokens(self, prompts):
         return [0] * len(prompts)

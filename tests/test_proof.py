@@ -1,6 +1,7 @@
 """Faults planted into the null space: no run with one of them may end like one that held."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -314,6 +315,49 @@ def test_a_second_optimizer_does_not_train_what_is_kept_fixed(first, anchors):
             optimizer.finish()
     else:
         assert "proven" in optimizer.finish()
+
+
+class Balance(TrainerCallback):
+    """Moves a buffer, as the balancing of a router's experts does."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        layer = model.get_base_model().model.layers[0]
+        layer.bias_of_experts.add_(0.1)
+        layer.scratch.add_(0.1)
+
+
+def test_changed_buffers_are_said(tmp_path, tokenizer, rows):
+    """Experts were chosen otherwise, and the run said that all answers are as before; scratch space is none."""
+    said = []
+    for names in (("bias_of_experts",), ()):
+        callback = SafetyCallback(safety_data(rows[:1]), NullSpace(rank=40, reworded=0))
+        model = make_model(width=64)
+        for name in ("bias_of_experts", "scratch"):
+            model.model.layers[0].register_buffer(name, torch.zeros(4), persistent=name in names)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        trainer = make_trainer(tmp_path, tokenizer, callback, model, max_steps=2)
+        trainer.add_callback(Balance())
+        trainer.train()
+        said.append("not trained have been changed" in callback.card._section)
+    assert said == [True, False]
+
+
+def test_a_loop_of_ones_own_is_told_what_is_refused(anchors):
+    """What was held was proven, all watched prompts were answered, and the line said only the first."""
+    model = make_model(width=64)
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    optimizer = SafetyOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), probe, NullSpace(rank=2, reworded=0))
+    monitor = optimizer.attachment.monitor
+    monitor.before = replace(monitor.before, loss=monitor.before.loss - 9.0, refused=1.0)
+    begun = monitor.now.loss
+    ids = torch.randint(5, 900, (2, 9), generator=torch.Generator().manual_seed(1))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    said = optimizer.finish()
+    assert said.startswith("watched prompts refused 100% before training, now ")
+    assert "proven" in said
+    assert "Refusals are being lost: check with `spf eval`" in said
+    assert abs(monitor.now.loss - begun) > 1e-3  # asked at the end
 
 
 class Rounded(torch.nn.Linear):

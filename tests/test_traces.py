@@ -6,6 +6,7 @@ import transformers.trainer
 from transformers import TrainerCallback
 
 from spf import NullSpace, SafetyCallback, SafetyOptimizer, SafetyProbe, UnsupportedSetupError, attach
+from spf.next_token import CONFIRM
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe as Probe
 from tests.conftest import make_model
@@ -147,27 +148,35 @@ def test_the_monitor_makes_no_backward_pass_unless_it_is_asked_to(tmp_path, toke
         assert len(measured) == passes
 
 
-def test_the_refusal_rate_is_of_first_tokens(anchors):
-    """It falls when the first token flips, which the mean loss over the refusal hardly shows."""
+def test_the_refusal_rate_is_of_how_answers_begin(anchors):
+    """It falls when the first token flips, which the mean loss over the refusal hardly shows; and where that stays, "I",
+    but what follows is no refusal any more: the run said that nothing had flipped."""
     model = make_model()
     probe = SafetyProbe(model, anchors, pad_token_id=1)
     wanted = anchors[0].refusal_ids[0]
     head = model.lm_head.weight
 
     def rate():
-        return probe.watch(anchors, {wanted}).refused
+        return probe.watch(anchors, {wanted: set()}).refused
 
     with torch.no_grad():
         head[:] = torch.randn(head.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
         assert rate() == 0
-        found = probe.watch(anchors, ())
         hidden = model.model(input_ids=torch.tensor([anchors[0].prompt_ids])).last_hidden_state[0, -1]
         head[wanted] = hidden  # the likeliest token now
         assert rate() > 0.5
-    assert len(found.first) == len(anchors)
-    for anchor, first in zip(anchors, probe.watch(anchors, ()).first, strict=True):
+    kept = probe.watch(anchors, {wanted: set()}).kept
+    assert len(kept) == len(anchors)
+    for anchor, is_kept in zip(anchors, kept, strict=True):
         with torch.no_grad():
-            assert int(model(input_ids=torch.tensor([anchor.prompt_ids])).logits[0, -1].argmax()) == first
+            first = int(model(input_ids=torch.tensor([anchor.prompt_ids])).logits[0, -1].argmax())
+            after = model(input_ids=torch.tensor([[*anchor.prompt_ids, *anchor.refusal_ids[:1]]])).logits[0, -1]
+        assert (first == wanted) == is_kept
+        share, most = after.softmax(-1), int(after.argmax())
+        for seconds in ({most}, {int(after.argmin())}):
+            goes_on = float(share[list(seconds)].sum()) >= CONFIRM
+            asked = probe.watch([anchor], {wanted: seconds}).kept
+            assert asked == (is_kept and (goes_on or anchor.refusal_ids[0] != wanted),)
 
 
 def test_a_step_of_a_safety_optimizer_that_fails_restores_the_rates(anchors):

@@ -134,6 +134,10 @@ class _Reader:
                     yield self._parted([*ids, *row[column]], len(ids)) or (self._asked(ids), list(row[column]))
             return
         answer = next((row[key] for key in ("completion", "chosen") if row.get(key)), None)
+        if isinstance(row.get("prompt"), str) and isinstance(answer, str) and self._is_rendered(row["prompt"]):
+            ids, answered = self._ids(row["prompt"]), self._ids(answer)
+            yield self._parted([*ids, *answered], len(ids)) or (self._asked(ids), answered)
+            return
         if isinstance(row.get("prompt"), str | list) and isinstance(answer, str | list):
             *prompt, last = _messages(row["prompt"], "user")
             answers = _messages(answer, "assistant")
@@ -250,6 +254,11 @@ class _Reader:
                 within = self.special.isdisjoint(ids[behind:begin])
                 return ([*ids[:place], *self._opening], ids[behind:]) if within else None
         return None
+
+    def _is_rendered(self, text: str) -> bool:
+        """Whether a text is a chat in the model's template already, as ORPO's and CPO's trainers make it."""
+        ids = self._ids(text)
+        return any(len(mark) > 1 and ids[-len(mark) :] == mark for mark in self._marks)
 
     def _asked(self, ids: list[int]) -> list[int]:
         """The prompt as the model is asked it: a chat that is open for its answer."""

@@ -1,5 +1,6 @@
 """Lightning: `Trainer(callbacks=[SafetyLightning(tokenizer, "refusals.jsonl")])`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from spf.data import read_as_refusals
 from spf.errors import UnsupportedSetupError
 from spf.optimizer import SafetyOptimizer
 from spf.probe import SafetyProbe
@@ -49,12 +51,15 @@ class SafetyLightning(Callback):
             )
         model: Any = pl_module.get_submodule(self.model)
         self.samples.choose(model, self.tokenizer)
-        anchors, reworded, calibration = self.samples.tokens(self.tokenizer, context_length(model, self.tokenizer))
+        limit = context_length(model, self.tokenizer)
+        anchors, reworded, calibration = self.samples.tokens(self.tokenizer, limit)
         optimizer = SafetyOptimizer(
             strategy.optimizers[0],
             SafetyProbe(model, anchors, pad_token_id=pad_id(self.tokenizer)),
             self.rule,
             reworded=reworded,
+            further=self.samples.further(self.tokenizer, limit),
+            reads=partial(read_as_refusals, model=model, tokenizer=self.tokenizer),
             calibration=calibration if self.rule.holds else (),
         )
         strategy.optimizers = [optimizer]

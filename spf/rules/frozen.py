@@ -1,6 +1,6 @@
 """Weights that are not trained: what a layer answers rests on them, too."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from spf.sharding import is_partitioned, local, reshard
 
 
 class Frozen:
-    """The weights that a run does not train, as they are when it begins; what others write there is said at its end."""
+    """The weights and buffers that a run does not train, as they are when it begins; what others write there is said at
+    its end."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -32,10 +33,18 @@ class Frozen:
         model = self.run.probe.model
         reshard(model)
         return {
-            name: bit_sum(local(parameter.detach()))
-            for name, parameter in model.named_parameters()
-            if not (parameter.requires_grad or parameter.is_meta or is_partitioned(parameter))
+            name: bit_sum(local(tensor.detach()))
+            for name, tensor in (*model.named_parameters(), *_saved_buffers(model))
+            if not (tensor.requires_grad or tensor.is_meta or is_partitioned(tensor))
         }
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Numbers that go into checkpoints beside the parameters, as those that balance a router's experts."""
+    for place, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                yield f"{place}.{name}", buffer
 
 
 def bit_sum(values: Tensor) -> Tensor:

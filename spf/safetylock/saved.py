@@ -40,6 +40,12 @@ def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str
     shifts = applied_shifts(model)
     if not shifts:
         raise ValueError("the model carries no lock that was applied here; save it with save_pretrained")
+    before = getattr(model.config, SAVED_MARK, None)
+    if before and not before["attention_bias_added"]:
+        raise ValueError(
+            "the model was saved with a lock before, and its own biases are not here, so neither could be taken out "
+            "any more: take that one out first (`spf lock remove`), and lock the model that comes of it"
+        )
     if any(hooks for _, _, hooks in shifts.values()):
         raise ValueError("a lock applied as a hook is not part of the weights; apply it with mode='bias' to save it")
     if isinstance(model, PeftModel):
@@ -48,7 +54,7 @@ def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str
     if not all(output.base.weight.is_floating_point() for output in outputs):
         raise ValueError(f"biases beside packed weights are not saved reliably; {instead}")
     config = copy.deepcopy(model.config)
-    added = config.to_dict().get("attention_bias") is False
+    added = before is not None or config.to_dict().get("attention_bias") is False
     if added:
         config.attention_bias = True
     state = model.state_dict()
@@ -63,7 +69,8 @@ def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str
     device_of = {name.rpartition(".")[0]: tensor.device for name, tensor in state.items() if name.endswith(".weight")}
     for name in missing:
         state[name] = torch.zeros(wanted[name].shape, dtype=model.dtype, device=device_of[name.rpartition(".")[0]])
-    fingerprints = sorted({fingerprint for _, biases, _ in shifts.values() for fingerprint in biases})
+    known = before["fingerprints"] if before else []
+    fingerprints = sorted({*known, *(fingerprint for _, biases, _ in shifts.values() for fingerprint in biases)})
     mark = {"fingerprints": fingerprints, "attention_bias_added": added}
     setattr(config, SAVED_MARK, mark)
     own, model.config = model.config, config
@@ -73,7 +80,7 @@ def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str
         model.config = own
     tokenizer.save_pretrained(directory)
     biases = {str(layer): bias.detach().clone() for layer, (bias, _, _) in shifts.items() if bias is not None}
-    if biases:
+    if biases and not added:
         save_file(biases, Path(directory) / ORIGINAL_BIASES)
     return Path(directory)
 
@@ -92,6 +99,11 @@ def unlock_saved(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     mark = parse_json(_Mark, json.dumps(config[SAVED_MARK]), f"{path}: {SAVED_MARK}", remedy)
     originals = Path(directory) / ORIGINAL_BIASES
     biases = read_tensors(originals, "biases that `spf lock apply` kept", remedy)[0] if originals.exists() else {}
+    if not mark.attention_bias_added and not biases:
+        raise ValueError(
+            f"{directory}: {ORIGINAL_BIASES}, the model's own biases, is not there (saved again by save_pretrained?), "
+            f"so the lock cannot be taken out; {remedy}"
+        )
     model = AutoModelForCausalLM.from_pretrained(directory)
     delattr(model.config, SAVED_MARK)
     outputs, _ = attention_outputs(model)

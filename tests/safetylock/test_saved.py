@@ -46,6 +46,34 @@ def test_reloaded_models_are_locked_and_can_be_unlocked(kind, dtype, tokenizer, 
     lock.apply(unlocked)  # nothing of the old lock is left
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama-bias"])
+def test_a_lock_above_a_saved_one_is_taken_out_with_it_or_refused(kind, tokenizer, tmp_path):
+    """The second lock's mark replaced the first one's: "the unlocked model was saved" of one that still had it."""
+    lock = extract(toy(kind), tokenizer, some_pairs(6), k=4)
+    model = descendant(kind)
+    original = logits(model)
+    lock.apply(model, tokenizer)
+    first = AutoModelForCausalLM.from_pretrained(save_locked(model, tokenizer, tmp_path / "first"))
+    lock.top(2).apply(first, stack=True)
+    if kind == "llama-bias":
+        with pytest.raises(ValueError, match=r"take that one out first \(`spf lock remove`\)"):
+            save_locked(first, tokenizer, tmp_path / "both")
+        return
+    both = save_locked(first, tokenizer, tmp_path / "both")
+    assert locks_on(AutoModelForCausalLM.from_pretrained(both)) == {lock.fingerprint, lock.top(2).fingerprint}
+    assert torch.allclose(logits(unlock_saved(both)[0]), original, atol=1e-5)
+
+
+def test_a_lock_whose_original_biases_were_lost_is_not_said_to_be_taken_out(tokenizer, tmp_path):
+    lock = extract(toy("llama-bias"), tokenizer, some_pairs(6), k=4)
+    model = descendant("llama-bias")
+    lock.apply(model, tokenizer)
+    again = AutoModelForCausalLM.from_pretrained(save_locked(model, tokenizer, tmp_path / "locked"))
+    again.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match=r"own biases, is not there .*; give the directory that `spf lock apply`"):
+        unlock_saved(tmp_path / "again")
+
+
 @pytest.mark.parametrize("kind", ["mistral", "qwen"])
 def test_architectures_without_the_bias_are_refused(kind, tokenizer, tmp_path):
     lock = extract(toy(kind), tokenizer, some_pairs(6), k=4)
