@@ -149,8 +149,8 @@ def test_the_monitor_makes_no_backward_pass_unless_it_is_asked_to(tmp_path, toke
 
 
 def test_the_refusal_rate_is_of_how_answers_begin(anchors):
-    """It falls when the first token flips, which the mean loss over the refusal hardly shows; and where that stays, "I",
-    but what follows is no refusal any more: the run said that nothing had flipped."""
+    """It falls when the first token flips, which the mean loss over the refusal hardly shows; and where that stays,
+    "I", but what follows is no refusal any more: the run said that nothing had flipped."""
     model = make_model()
     probe = SafetyProbe(model, anchors, pad_token_id=1)
     wanted = anchors[0].refusal_ids[0]
