@@ -20,7 +20,7 @@ from spf.data import Anchor, SafetyRow, ask_refusals, tokenise
 from spf.data.examples import Example, Examples, read_examples, with_read_columns
 from spf.errors import SafetyDataError
 from spf.files import write_json
-from spf.next_token import CONFIRM, Known, ask, fingerprint
+from spf.next_token import CONFIRM, Known, ask, begins_of, fingerprint
 from spf.over_refusal import PROBE, looks
 from spf.sharding import is_first, shares_parameters
 from spf.text.refusal import is_refusal
@@ -46,12 +46,11 @@ class Beginnings:
 
     def __init__(self, anchors: Sequence[Anchor]):
         self.refusals = refusals = [tuple(anchor.refusal_ids) for anchor in anchors if anchor.refusal_ids]
-        self.seconds: dict[int, set[int]] = {}
+        self.seconds = begins_of(refusals)
         self.refusal: dict[int, tuple[int, ...]] = {}
         self._begun = {refusal[:BEGUN] for refusal in refusals if len(refusal) > 1}
-        for first, _ in Counter(refusal[0] for refusal in refusals).most_common():
+        for first in self.seconds:
             begun = [refusal for refusal in refusals if refusal[0] == first]
-            self.seconds[first] = {refusal[1] for refusal in begun if len(refusal) > 1}
             self.refusal[first] = Counter(begun).most_common(1)[0][0]
 
     def likeliest(self, token: int) -> tuple[int, ...]:

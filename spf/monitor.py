@@ -7,7 +7,7 @@ from itertools import compress
 from typing import Any
 
 from spf.data import Anchor
-from spf.next_token import Known
+from spf.next_token import Known, begins_of
 from spf.probe import Watched, refused
 from spf.run import Run
 from spf.sharding import object_of_rank_0
@@ -63,9 +63,7 @@ class Monitor:
         self.conflicts = list(conflicts)
         self.reads = reads
         anchors = run.probe.rotation.anchors
-        self._begins: dict[int, set[int]] = {}
-        for refusal in (anchor.refusal_ids for anchor in anchors if anchor.refusal_ids):
-            self._begins.setdefault(refusal[0], set()).update(refusal[1:2])
+        self._begins = begins_of([anchor.refusal_ids for anchor in anchors])
         self.before = self.now = self._ask(run.watched)
         self.before_conflicts = self.now_conflicts = self._ask(self.conflicts)
         self._answered = self._names(run.watched, self.before) | self._names(self.conflicts, self.before_conflicts)

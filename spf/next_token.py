@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +29,15 @@ token such as "I" begins other answers, too."""
 
 SAVE_SECONDS = 20.0
 """How often what was asked is written, so that an interrupted audit goes on."""
+
+
+def begins_of(refusals: Sequence[Sequence[int]]) -> dict[int, set[int]]:
+    """By the first token of these refusals (token ids), the most common first, which tokens follow it."""
+    counts = Counter(refusal[0] for refusal in refusals if refusal)
+    return {
+        first: {refusal[1] for refusal in refusals if len(refusal) > 1 and refusal[0] == first}
+        for first, _ in counts.most_common()
+    }
 
 
 class Known:

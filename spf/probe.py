@@ -54,10 +54,11 @@ class Watched:
     refused: float
 
 
-def refused(probe: "SafetyProbe", prompts: Sequence[Sequence[int]], begins: Collection[int]) -> list[bool]:
-    """Whether each prompt's likeliest first token is one of `begins`; rank 0's verdicts, as rounding differs."""
-    tokens = probe.first_answer_tokens(prompts) if prompts else []
-    return object_of_rank_0([token in begins for token in tokens])
+def refused(
+    probe: "SafetyProbe", prompts: Sequence[Sequence[int]], begins: Mapping[int, Collection[int]]
+) -> list[bool]:
+    """Whether each prompt's answer begins as `watch` has it; rank 0's verdicts, as rounding differs."""
+    return object_of_rank_0(probe.refused(prompts, begins) if prompts and begins else [False] * len(prompts))
 
 
 class SafetyProbe(Inputs):
@@ -201,12 +202,22 @@ class SafetyProbe(Inputs):
                     kept.append(token in begins and goes_on)
         return Watched(total / weight, tuple(kept), sum(kept) / len(kept))
 
-    def first_answer_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """The likeliest first token of the answer to each prompt, in batches of eight."""
+    def refused(self, prompts: Sequence[Sequence[int]], begins: Mapping[int, Collection[int]]) -> list[bool]:
+        """Whether the answer to each prompt begins as a refusal, in batches of eight; `begins` as for `watch`.
+
+        In the same pass the first of `begins` stands behind each prompt, and is asked what follows.
+        """
+        guess, seconds = next((token, list(follow)) for token, follow in begins.items())
+        found: list[bool] = []
         with self._quiet():
-            asker = NextToken(self.model, prompts)
-            batches = [prompts[start : start + 8] for start in range(0, len(prompts), 8)]
-            return [int(token) for batch in batches for token in asker.shares(batch).argmax(-1)]
+            begun = [(*prompt, guess) for prompt in prompts]
+            asker = NextToken(self.model, begun, own=2)
+            for start in range(0, len(begun), 8):
+                first, second = asker.shares_at(begun[start : start + 8], (1, 0))
+                for token, share in zip(first.argmax(-1).tolist(), second, strict=True):
+                    goes_on = token != guess or not seconds or float(share[seconds].sum()) >= CONFIRM
+                    found.append(token in begins and goes_on)
+        return found
 
     def _weighted(self, anchors: Sequence[Anchor]) -> AnchorBatch:
         return self._batch(anchors, self.first_tokens, self.first_weight)

@@ -55,14 +55,18 @@ class NextToken:
         sums = [float(share[list(chosen)].sum()) for share, chosen in zip(shares, tokens, strict=True)]
         return list(zip(sums, shares.argmax(-1).tolist(), strict=True))
 
-    @torch.no_grad()
     def shares(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The next token's probabilities (B, V), float32, on the CPU."""
-        last = torch.tensor([len(prompt) - self.shared - 1 for prompt in prompts])
-        with logits_only(self.model, torch.arange(len(prompts)), last):
+        return self.shares_at(prompts, (0,))[0]
+
+    @torch.no_grad()
+    def shares_at(self, prompts: Sequence[Sequence[int]], backs: Sequence[int]) -> list[Tensor]:
+        """The same behind each prompt without so many of its last tokens, in one pass; these must not be shared."""
+        rows = torch.arange(len(prompts)).repeat(len(backs))
+        last = torch.tensor([len(prompt) - self.shared - 1 - back for back in backs for prompt in prompts])
+        with logits_only(self.model, rows, last):
             output = self.model(**self._given(prompts))
-        shares: Tensor = output.logits.float().cpu().softmax(-1)
-        return shares
+        return list(output.logits.float().cpu().softmax(-1).split(len(prompts)))
 
     def _given(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """What the model is called with: the tokens (B, L) that are not shared, padded at the end, and the cache."""

@@ -157,7 +157,7 @@ def test_flips_that_nothing_is_at_hand_for_are_not_kept_quiet(anchors, refusing)
     for name in attachment.subspace.reserve:
         attachment.subspace.reserve[name] = attachment.subspace.reserve[name][:, :0]
     assert growth.told() == ""
-    growth._begins, attachment.run.steps = {-1}, EVERY
+    growth._begins, attachment.run.steps = {1: set()}, EVERY
     assert growth.look()
     assert (growth.rounds, growth.flips) == (0, len(growth.pool))
     assert growth.told().endswith(f"flipped {growth.flips} times, and no more directions were at hand")
@@ -203,7 +203,7 @@ class Flip(TrainerCallback):
         self.callback = callback
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.callback.attachment.correction.growth._begins = {-1} if state.global_step >= EVERY else {0}
+        self.callback.attachment.correction.growth._begins = {1: set()} if state.global_step >= EVERY else {0: set()}
 
 
 def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer, refusing, rows, monkeypatch, caplog):  # noqa: F811

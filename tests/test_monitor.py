@@ -20,9 +20,9 @@ class Model:
         self.flipped, self.asked, self.loss = set(), 0, 0.5
         self.rotation = SimpleNamespace(anchors=WATCHED)
 
-    def first_answer_tokens(self, prompts):
+    def refused(self, prompts, begins):
         self.asked += 1
-        return [ANSWERS if tuple(prompt) in self.flipped else REFUSES for prompt in prompts]
+        return [REFUSES in begins and tuple(prompt) not in self.flipped for prompt in prompts]
 
     def watch(self, anchors, begins):
         kept = [REFUSES in begins and tuple(anchor.prompt_ids) not in self.flipped for anchor in anchors]

@@ -167,8 +167,8 @@ class _BareProbe(SafetyProbe):
     def watch(self, anchors, begins=()):
         return Watched(0.0, (True,), 1.0)
 
-    def first_answer_tokens(self, prompts):
-        return [0] * len(prompts)
+    def refused(self, prompts, begins):
+        return [False] * len(prompts)
 
     def input_bases(self, anchors, names, **settings):
         return dict.fromkeys(names, self.V)

@@ -179,6 +179,33 @@ def test_the_refusal_rate_is_of_how_answers_begin(anchors):
             assert asked == (is_kept and (goes_on or anchor.refusal_ids[0] != wanted),)
 
 
+def test_how_an_answer_begins_and_goes_on_is_asked_in_one_pass(anchors):
+    """Prompts that flipped to "I can ..." were no reason to hold more, and "none of 11 had flipped"."""
+    model = make_model()
+    probe = SafetyProbe(model, anchors, pad_token_id=1)
+    prompts = [anchor.prompt_ids for anchor in anchors]
+    wanted = anchors[0].refusal_ids[0]
+
+    def shares(ids):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head[:] = torch.randn(head.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+        head[wanted] = model.model(input_ids=torch.tensor([prompts[0]])).last_hidden_state[0, -1] / 9
+    first = [int(shares(prompt).argmax()) == wanted for prompt in prompts]
+    assert sum(first) > len(prompts) / 2
+    after = [shares([*prompt, wanted]) for prompt in prompts]
+    likely, unlikely = set(after[0].topk(900).indices.tolist()), {int(after[0].argmin())}
+    assert probe.refused(prompts, {wanted: likely}) == first  # as a whole they have it
+    assert all(float(share[list(likely)].sum()) >= CONFIRM for share in after)
+    assert probe.refused(prompts, {wanted: unlikely}) == [False] * len(prompts)
+    assert probe.refused(prompts, {wanted: set()}) == first
+    # what begins otherwise, and is no guess, is not asked further
+    assert probe.refused(prompts, {wanted + 1: set(), wanted: unlikely}) == first
+
+
 def test_a_step_of_a_safety_optimizer_that_fails_restores_the_rates(anchors):
     model = make_model()
     inner = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spf.data import Anchor
-from spf.next_token import Known
+from spf.next_token import Known, begins_of
 from spf.probe import refused
 from spf.rules.constraint import Constraint
 from spf.run import Run
@@ -40,7 +40,7 @@ class Growth:
         self.run, self.constraint, self.decision_weight = run, constraint, decision_weight
         anchors = list({tuple(anchor.prompt_ids): anchor for anchor in pool if anchor.refusal_ids}.values())
         self._known = {Known.name(anchor.prompt_ids): anchor for anchor in anchors}
-        self._begins = {anchor.refusal_ids[0] for anchor in anchors}
+        self._begins = begins_of([anchor.refusal_ids for anchor in anchors])
         flipped = [True] * len(anchors) if resumed else self._flipped(anchors)
         self.pool = [anchor for anchor, lost in zip(anchors, flipped, strict=True) if not lost]
         self.rounds = self.place = self.flips = 0
@@ -62,7 +62,7 @@ class Growth:
         return True
 
     def _flipped(self, anchors: Sequence[Anchor]) -> list[bool]:
-        """Which prompts' likeliest first token begins no refusal."""
+        """Which prompts' answers do not begin as a refusal."""
         prompts = [anchor.prompt_ids for anchor in anchors]
         return [not kept for kept in refused(self.run.probe, prompts, self._begins)]
 
