@@ -480,7 +480,7 @@ def grown(case: Case, directory: Path, again: bool = False) -> dict[str, Any]:
 def read(case: Case, directory: Path) -> dict[str, Any]:
     """Watched prompts that flipped, as rank 0 only sees them: all ranks write the answers that it reads."""
     trainer, callback = make_trainer(case, directory)
-    begins, watch = set(range(2048)), SafetyProbe.watch
+    begins, watch = dict.fromkeys(range(2048), ()), SafetyProbe.watch
 
     class Flip(TrainerCallback):
         def on_train_begin(self, *arguments: Any, **named: Any) -> None:
@@ -489,10 +489,10 @@ def read(case: Case, directory: Path) -> dict[str, Any]:
             monitor.before = monitor._ask(monitor.run.watched)
 
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
-            callback.attachment.monitor._begins = set()
+            callback.attachment.monitor._begins = {}
 
     def seen(self: SafetyProbe, anchors: Any, _: Any = ()) -> Watched:
-        found = watch(self, anchors, callback.attachment.monitor._begins if callback.attachment else ())
+        found = watch(self, anchors, callback.attachment.monitor._begins if callback.attachment else {})
         return dataclasses.replace(found, refused=1.0) if RANK else found
 
     trainer.add_callback(Flip())
