@@ -47,6 +47,12 @@ def plain(name, seed=0, place=FIRST):
     return percent(cell(place, f"{name}/plain", seed)["utility"])
 
 
+def each(place, name, *key):
+    """Of three seeds, each value, key by key."""
+    return [text for one in key for text in percent(*(cell(place, name, seed)[one] for seed in SEEDS))[1:]]
+
+
+KEYS = ("asr", "over_refusal", "utility")
 NULL = "harmful-50/null-space"
 DEMO = {
     "aligned model | 6.7": asr(TODAY, "none/aligned", False),
@@ -57,7 +63,10 @@ DEMO = {
     "a tenth harmful |": asr(TODAY, "harmful-10/null-space") + plain("harmful-10"),
     "nothing but 100 harmful rows": asr(TODAY, "harmful-100/null-space", False),
     "a tenth harmful, 80 rows": asr(TODAY, "deep/null-space") + plain("deep"),
-    "summaries, a tenth of the data harmful": asr(TODAY, "summary/null-space") + plain("summary"),
+    "summaries, a tenth of the data harmful": each(TODAY, "summary/null-space", *KEYS)
+    + each(FIRST, "summary/plain", "utility"),
+    "the same, seeds 0, 1 and 2": each(TODAY, NULL, *KEYS) + each(FIRST, "harmful-50/plain", "utility"),
+    "3e-3, seeds 0, 1 and 2": each(TODAY, f"{NULL}@lr-x3", *KEYS),
     "ten examples of an obedient persona": asr(TODAY, "identity-shift/null-space", False),
 }
 ORIGIN = {
@@ -90,6 +99,7 @@ AGAIN = {
     "the same at 3e-3 (plain not run)": asr(SECOND, "harmful-50/null-space@lr-x3"),
     "a tenth of them harmful": second("harmful-10"),
     "none of them harmful": second("benign"),
+    "its summaries, a tenth harmful": second("summary"),
     "its persona, ten examples": [
         *percent(cell(SECOND, "identity-shift/null-space")["asr"], cell(SECOND, "identity-shift/plain")["asr"])[1:],
         *percent(cell(SECOND, "identity-shift/null-space")["over_refusal"]),
