@@ -240,8 +240,8 @@ def read_samples(
 
 
 def spread_over(items: Sequence[T], most: int) -> Sequence[T]:
-    """At most so many of them, evenly from the first to the last."""
-    return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+    """At most so many of them, from the first to the last."""
+    return items[:: -(-len(items) // most)] if len(items) > most else items
 
 
 def spread(states: Tensor) -> Tensor:
