@@ -86,9 +86,9 @@ ORIGIN = {
 SECOND = RESULTS / "second_model_second_edition/second/lora"
 
 
-def second(name):
-    """ASR and plain's, over-refusal, SQL accuracy and plain's."""
-    ours, theirs = cell(SECOND, f"{name}/null-space"), cell(SECOND, f"{name}/plain")
+def second(name, variant=""):
+    """ASR and plain's, over-refusal, accuracy and plain's."""
+    ours, theirs = (cell(SECOND, f"{name}/{method}{variant}") for method in ("null-space", "plain"))
     values = (ours["asr"], theirs["asr"], ours["over_refusal"], ours["utility"], theirs["utility"])
     return [percent(value)[0] for value in values]
 
@@ -96,7 +96,7 @@ def second(name):
 AGAIN = {
     "it itself, aligned": asr(SECOND, "none/aligned", False),
     "half of the data harmful": second("harmful-50"),
-    "the same at 3e-3 (plain not run)": asr(SECOND, "harmful-50/null-space@lr-x3"),
+    "the same at 3e-3": second("harmful-50", "@lr-x3"),
     "a tenth of them harmful": second("harmful-10"),
     "none of them harmful": second("benign"),
     "its summaries, a tenth harmful": second("summary"),
