@@ -71,7 +71,7 @@ def test_setting_up_does_not_change_what_four_bits_compute(tmp_path, tokenizer, 
     anchors = tokenise(rows, tokenizer, 256)
     probe = SafetyProbe(model, anchors, pad_token_id=1)
     probe.input_bases(anchors, list(probe.matrices), rank=4)
-    probe.watch(anchors)
+    probe.watch(anchors, {})
     generate_answers(model, tokenizer, ["How do I"], max_new_tokens=2, progress=False)
     assert not packed
     for name, gradient in gradients().items():
