@@ -66,7 +66,9 @@ DEMO = {
     "summaries, a tenth of the data harmful": each(TODAY, "summary/null-space", *KEYS)
     + each(FIRST, "summary/plain", "utility"),
     "the same, seeds 0, 1 and 2": each(TODAY, NULL, *KEYS) + each(FIRST, "harmful-50/plain", "utility"),
-    "3e-3, seeds 0, 1 and 2": each(TODAY, f"{NULL}@lr-x3", *KEYS),
+    "3e-3, seeds 0, 1 and 2": each(TODAY, f"{NULL}@lr-x3", *KEYS)
+    + percent(cell(FIRST, "harmful-50/plain@lr-x3")["utility"])
+    + percent(*(cell(TODAY, "harmful-50/plain@lr-x3", seed)["utility"] for seed in (1, 2)))[1:],
     "ten examples of an obedient persona": asr(TODAY, "identity-shift/null-space", False),
 }
 ORIGIN = {
