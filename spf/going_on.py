@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spf.checkpoint import STATE_FILE, SUBSPACE_FILE, read_checkpoint, write_bases
 from spf.errors import CorrectionError, UnsupportedSetupError
 from spf.linalg import exact_matmul
-from spf.models import NEW_ADAPTER
+from spf.models import NEW_ADAPTER, is_new_adapter
 from spf.optimizer import Attachment
 from spf.rules.frozen import frozen_fingerprint
 from spf.sharding import is_cut, local, object_of_rank_0, shares_parameters
@@ -131,7 +131,7 @@ def refuse_switched(model: nn.Module) -> None:
             there are two (`add_adapter`): the old one would be trained, and the new one would not answer.
     """
     names = getattr(model, "peft_config", {})
-    if "ref" in names and any(name.rstrip("_") == NEW_ADAPTER for name in names):
+    if "ref" in names and any(map(is_new_adapter, names)):
         raise UnsupportedSetupError(
             "the trainer has made a reference adapter, and switches back from it to one adapter only, where two are "
             "active (add_adapter): give ref_model=, a model with the old adapter merged into it, or merge that one and "

@@ -108,6 +108,11 @@ NEW_ADAPTER = "held"
 """The name of an adapter that `spf.going_on.add_adapter` puts above others; PEFT saves it in a directory so called."""
 
 
+def is_new_adapter(name: str) -> bool:
+    """Whether an adapter of this name was put above others: where the name was taken, underscores follow."""
+    return name.rstrip("_") == NEW_ADAPTER
+
+
 class _Adapter(BaseModel):
     """What is read of PEFT's file."""
 
@@ -139,7 +144,8 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
         if (Path(name) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(name)
         adapted = PeftModel.from_pretrained(model, name)
-        above = sorted(path.parent for path in Path(name).glob(f"{NEW_ADAPTER}*/adapter_config.json"))
+        saved = (path.parent for path in Path(name).glob("*/adapter_config.json"))
+        above = sorted(directory for directory in saved if is_new_adapter(directory.name))
         for directory in above:
             adapted.load_adapter(str(directory), directory.name)
         if above:

@@ -58,7 +58,7 @@ class Monitor:
         reads: Reads | None = None,
     ):
         """resumed: what the aligned model answered is in a checkpoint, `load_state`. reads: None leaves the decision to
-        the first token."""
+        how the answer begins."""
         self.run = run
         self.conflicts = list(conflicts)
         self.reads = reads

@@ -8,6 +8,7 @@ that ends alone, "answer in one sentence" behind a harmful request looked harmle
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -141,6 +142,11 @@ class Samples:
     states: list[Tensor]
     harmful: list[bool]
 
+    @cached_property
+    def _alone(self) -> "Probe":
+        """Of the samples alone: fitting takes seconds in wide models, and every look begins with it."""
+        return Probe(self.states, self.harmful)
+
     def look(
         self, prompts: Sequence[Sequence[int]], answered: Sequence[Sequence[int]] = (), progress: bool = True
     ) -> list[Look]:
@@ -168,14 +174,13 @@ class Samples:
 
         known: states (`PLACES`, n) of other harmless prompts of the data.
         """
-
         if not prompts:
             return [], False, []
 
         def fitted_on(harmless: Sequence[Tensor]) -> Probe:
             return Probe([*self.states, *known, *harmless], self.harmful + [False] * (len(known) + len(harmless)))
 
-        first, probe = Probe(self.states, self.harmful), fitted_on([])
+        first, probe = self._alone, fitted_on([]) if known else self._alone
         found = self._read(
             prompts,
             lambda states: Asked(probe.highest(states), first.highest(states), spread(states), states.mean(0)),

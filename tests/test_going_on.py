@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,6 +256,8 @@ def test_the_remedy_for_an_adapter_from_elsewhere(tmp_path, tokenizer, rows, anc
     tokenizer.save_pretrained(tmp_path / "base")
     about = tmp_path / "both" / "adapter_config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    # another run's directory is none that was put above
+    shutil.copytree(tmp_path / "both" / "held", tmp_path / "both" / "held-out")
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         wanted = model.eval()(input_ids=ids).logits
