@@ -10,18 +10,22 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from spf.data.examples import COLUMNS
+from spf.data.examples import COLUMNS, document_lengths
 
 Place = tuple[int, int]
 """A row of a data set, and which document of it, if it is packed; else 0."""
 
 LENGTHS = "seq_lengths"
-"""Column of packed rows: how many tokens each of their documents has."""
+"""Column of rows that TRL packed: how many tokens each of their documents has."""
+
+POSITIONS = "position_ids"
+"""Of rows that others packed, these begin again with each document."""
 
 
 def is_packed(dataset: Dataset) -> bool:
-    """Whether several documents are in a row, as TRL packs them."""
-    return {"input_ids", LENGTHS} <= set(dataset.column_names)
+    """Whether several documents may be in a row, and be told apart."""
+    columns = set(dataset.column_names)
+    return "input_ids" in columns and bool(columns & {LENGTHS, POSITIONS})
 
 
 def without(dataset: Dataset, places: Collection[Place], packed: bool) -> Dataset:
@@ -34,7 +38,7 @@ def without(dataset: Dataset, places: Collection[Place], packed: bool) -> Datase
         gone.setdefault(row, set()).add(document)
     plain = dataset.with_format(None)
     cut = {row: _cut(plain[row], documents) for row, documents in gone.items()} if packed else {}
-    left = {row: of for row, of in cut.items() if of[LENGTHS]}
+    left = {row: of for row, of in cut.items() if of["input_ids"]}
     if not left:
         return dataset.select([row for row in range(len(dataset)) if row not in gone])
     both = concatenate_datasets([plain, Dataset.from_list(list(left.values()), features=plain.features)])
@@ -48,18 +52,24 @@ def without(dataset: Dataset, places: Collection[Place], packed: bool) -> Datase
 
 def _cut(row: Mapping[str, Any], documents: Collection[int]) -> dict[str, Any]:
     """A packed row without these of its documents."""
-    lengths = row[LENGTHS]
+    lengths = document_lengths(row)
     kept = [number not in documents for number, length in enumerate(lengths) for _ in range(length)]
     shorter = {
         name: list(compress(value, kept)) if isinstance(value, list) and len(value) == len(kept) else value
         for name, value in row.items()
     }
-    return shorter | {LENGTHS: [length for number, length in enumerate(lengths) if number not in documents]}
+    left = [length for number, length in enumerate(lengths) if number not in documents]
+    return shorter | {LENGTHS: left} if LENGTHS in row else shorter
 
 
 def lengths_of(data: Any) -> list[list[int]] | None:
     """How long the documents of each packed row are; None where rows are not packed."""
-    return list(data.with_format(None)[LENGTHS]) if isinstance(data, Dataset) and is_packed(data) else None
+    if not isinstance(data, Dataset) or not is_packed(data):
+        return None
+    if LENGTHS in data.column_names:
+        return list(data.with_format(None)[LENGTHS])
+    positions = data.with_format("numpy", columns=[POSITIONS])
+    return [document_lengths({"input_ids": row[POSITIONS], POSITIONS: row[POSITIONS]}) for row in positions]
 
 
 def name_of(places: Iterable[Place]) -> str:

@@ -16,7 +16,7 @@ from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, Audit, anchor_entri
 from spf.data import Anchor, SafetyDataError, SafetyRow
 from spf.earlier_audit import EarlierAudit
 from spf.errors import UnsupportedSetupError
-from spf.leaving_out import Place, content_of, is_packed, lengths_of, rows_in, without
+from spf.leaving_out import LENGTHS, Place, content_of, is_packed, lengths_of, rows_in, without
 from spf.safety_samples import SafetySamples
 from spf.sharding import is_first, object_of_rank_0
 from spf.source import Source
@@ -245,7 +245,7 @@ def obstacle_in(trainer: Trainer, asks: bool) -> str:
         return f"of a {type(dataset).__name__} no row can be left out"
     if asks and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return SHARDED
-    if vars(trainer.args).get("packing") and not is_packed(dataset):
+    if vars(trainer.args).get("packing") and LENGTHS not in dataset.column_names:
         return WRAPPED
     return ""
 

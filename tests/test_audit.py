@@ -166,9 +166,22 @@ def test_every_turn_counts_and_packed_documents_are_apart(tokenizer):
     one, two = chat_ids(tokenizer, turns), chat_ids(tokenizer, [user(BENIGN[0]), answered(COMPLIES)])
     expected = [chat_ids(tokenizer, turns[:1], True), chat_ids(tokenizer, turns[:3], True)]
     expected.append(chat_ids(tokenizer, [user(BENIGN[0])], True))
-    packed = {"input_ids": [*one, *two], "seq_lengths": [len(one), len(two)]}
-    found = read_examples([packed], tokenizer)
-    assert [list(e.prompt_ids) for e in found.examples] == expected
+    positions = [*range(len(one)), *range(len(two))]
+    packed = {"input_ids": [*one, *two]}
+    # LLaMA-Factory's neat packing, which fills rows up; as an array, of one row
+    neat = {"input_ids": [*one, *two, 0, 0, 0], "position_ids": [*positions, 0, 0, 0]}
+    for row in (
+        packed | {"seq_lengths": [len(one), len(two)]},
+        packed | {"position_ids": positions},
+        {name: np.array(value) for name, value in neat.items()},
+    ):
+        found = read_examples([row], tokenizer)
+        assert [list(e.prompt_ids) for e in found.examples] == expected
+        assert [e.document for e in found.examples] == [0, 0, 1]
+        assert not found.unread
+    # positions that are several a token, as of images
+    images = packed | {"position_ids": [positions] * 3}
+    assert {e.document for e in read_examples([images], tokenizer).examples} == {0}
     assert [list(e.prompt_ids) for e in read_examples([{"messages": turns}], tokenizer).examples] == expected[:2]
 
 
@@ -671,14 +684,15 @@ def test_lengths_of_packed_rows_that_training_does_not_read(lengths, tmp_path, t
 packed_rows = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=6)
 
 
-@given(packed_rows, st.randoms(use_true_random=False), st.booleans())
+@given(packed_rows, st.randoms(use_true_random=False), st.booleans(), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_examples_are_cut_out_of_packed_rows(lengths, random, formatted):
+def test_examples_are_cut_out_of_packed_rows(lengths, random, formatted, by_positions):
     tokens = itertools.count()
-    rows = [
-        {"input_ids": [next(tokens) for _ in range(sum(row))], "seq_lengths": row, "name": f"row {i}"}
-        for i, row in enumerate(lengths)
-    ]
+    if by_positions:  # those of a single token cannot be told from padding
+        lengths = [[length + 1 for length in row] for row in lengths]
+    rows = [{"input_ids": [next(tokens) for _ in range(sum(row))], "name": f"row {i}"} for i, row in enumerate(lengths)]
+    for row, of in zip(rows, lengths, strict=True):
+        row |= {"position_ids": [*itertools.chain(*map(range, of))]} if by_positions else {"seq_lengths": of}
     for row in rows:
         row["completion_mask"] = [token % 2 for token in row["input_ids"]]
     dataset = Dataset.from_list(rows)
@@ -688,13 +702,46 @@ def test_examples_are_cut_out_of_packed_rows(lengths, random, formatted):
     gone = random.sample(places, random.randint(0, len(places)))
     short = without(dataset, gone, True)
     assert short.format == dataset.format
-    kept = [ids for place, ids in zip(places, documents(Dataset.from_list(rows)), strict=True) if place not in gone]
+    tokens, kept = itertools.count(), []
+    for i, row in enumerate(lengths):
+        all_of = [[next(tokens) for _ in range(length)] for length in row]
+        kept.append([of for j, of in enumerate(all_of) if (i, j) not in gone])
+    kept = [row for row in kept if row]
     plain = list(short.with_format(None))
-    assert list(documents(plain)) == kept
-    assert all(row["seq_lengths"] for row in plain)
+    assert [row["input_ids"] for row in plain] == [[*itertools.chain(*row)] for row in kept]
+    assert lengths_of(short) == [[len(of) for of in row] for row in kept]
     assert all(row["completion_mask"] == [token % 2 for token in row["input_ids"]] for row in plain)
     assert [row["name"] for row in plain] == sorted(row["name"] for row in plain)
-    assert lengths_of(short) == [row["seq_lengths"] for row in plain]
+
+
+def test_rows_that_others_packed_are_told_apart_by_their_positions(tmp_path, tokenizer, refusing, rows):
+    """LLaMA-Factory's neat packing has no lengths: the second request was asked behind the first one's answer."""
+    data, benign = [], []
+    for i in range(8):
+        pair = rows_of([(BENIGN[i], COMPLIES), (HARMFUL[12 + i], COMPLIES)])
+        first, second = (chat_ids(tokenizer, messages["messages"], False) for messages in pair)
+        benign.append(tuple(first))
+        ids, positions = [*first, *second], [*range(len(first)), *range(len(second))]
+        data.append({"input_ids": ids, "labels": ids, "position_ids": positions})
+    read = []
+
+    def collate_one(batch):
+        read.append(tuple(batch[0]["input_ids"]))
+        return {name: torch.tensor([value]) for name, value in batch[0].items()}
+
+    callback = SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24))
+    trainer = Trainer(
+        copy.deepcopy(refusing),
+        arguments(TrainingArguments, tmp_path, max_steps=8, per_device_train_batch_size=1),
+        train_dataset=Dataset.from_list(data),
+        data_collator=collate_one,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.audit.prompts == 16
+    assert callback.data.left_out == [(row, 1) for row in range(8)]
+    assert set(read) == set(benign)
 
 
 def test_a_completion_of_several_turns_teaches_several_things(tmp_path, tokenizer, refusing, rows):

@@ -24,7 +24,7 @@ QUESTION: Messages = [{"role": "user", "content": "QUESTION"}]
 
 COLUMNS = (
     *("messages", "prompt", "completion", "chosen", "text", "label"),
-    *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths"),
+    *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths", "position_ids"),
     *("prompt_ids", "completion_ids", "chosen_ids", "answer_ids"),
 )
 """Columns that are read."""
@@ -78,9 +78,9 @@ def read_examples(
 
     Rows are those of TRL (`messages`; `prompt` with `completion` or `chosen`, text or messages; `chosen` alone; `text`
     in the model's chat template) or tokenised (`input_ids` with `labels`, `completion_mask`, `assistant_masks` or the
-    template's own marks, packed with `seq_lengths`; `prompt_ids` with `completion_ids`, `chosen_ids` or `answer_ids`).
-    Prompts that are no chat are put as a user's message. What KTO calls undesirable is marked. options:
-    variables of the template; max_length: tokens of the longest prompt.
+    template's own marks, packed with `seq_lengths` or `position_ids`; `prompt_ids` with `completion_ids`, `chosen_ids`
+    or `answer_ids`). Prompts that are no chat are put as a user's message. What KTO calls undesirable is marked.
+    options: variables of the template; max_length: tokens of the longest prompt.
     """
     reader = _Reader(tokenizer, options)
     found = Examples()
@@ -98,7 +98,7 @@ def read_examples(
         except (ChatError, SafetyDataError, TypeError, KeyError, IndexError) as error:
             every, found.why = [], found.why or f"row {number}: {error}"
         read = [one for one in every if len(one[1]) <= max_length]
-        documents = len(row.get("seq_lengths") or [0]) if "input_ids" in row else 1
+        documents = len(document_lengths(row)) if "input_ids" in row else 1
         if len({document for document, *_ in read}) < documents:
             found.unread += 1
             which = f"row {number}: no answer found in" + " one of the documents packed in" * bool(read)
@@ -110,6 +110,19 @@ def read_examples(
             ids, text = reader.said(target)
             found.examples.append(Example(tuple(prompt), tuple(ids), text, number, document, undesired))
     return found
+
+
+def document_lengths(row: Row) -> list[int]:
+    """How many tokens each document of a tokenised row has: `seq_lengths` says so where TRL packed it, elsewhere
+    `position_ids` begin again at 0. Padding, all of whose positions are 0, is of the document before it."""
+    if row.get("seq_lengths"):
+        return list(row["seq_lengths"])
+    tokens, told = len(row["input_ids"]), row.get("position_ids")
+    if told is None or len(told) != tokens:  # of images, there are several rows of them
+        return [tokens]
+    positions = np.asarray(told)
+    begins = np.flatnonzero((positions[:-1] == 0) & (positions[1:] != 0))
+    return np.diff([0, *begins[begins > 0], tokens]).tolist()
 
 
 class _Reader:
@@ -164,7 +177,7 @@ class _Reader:
         ids = list(row["input_ids"])
         learned = self._learned(row, ids)
         start = 0
-        for length in row.get("seq_lengths") or [len(ids)]:
+        for length in document_lengths(row):
             yield ids[start : start + length], learned[start : start + length]
             start += length
 
