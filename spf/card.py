@@ -69,6 +69,10 @@ class ModelCard:
 
 
 def _around(text: str) -> tuple[str, str]:
-    """What stands before and behind the section."""
+    """What stands before and behind the section; if somebody cut its end mark, it ends before the next heading."""
     before, _, rest = text.partition(BEGIN)
-    return before.rstrip(), rest.partition(END)[2].lstrip("\n")
+    _, ended, after = rest.partition(END)
+    if not ended:
+        _, heading, after = rest.removeprefix("\n## Safety").partition("\n#")
+        after = heading + after
+    return before.rstrip(), after.lstrip("\n")

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from spf import NullSpace, SafetyCallback
-from spf.card import BEGIN, END
+from spf.card import BEGIN, END, ModelCard
 from tests.conftest import make_model
 from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
 
@@ -64,6 +64,15 @@ def test_a_later_run_replaces_the_section(tmp_path, tokenizer, rows):
         make_trainer(tmp_path, tokenizer, SafetyCallback(safety_data(rows))).train()
     text = checked(tmp_path / "README.md", rows)
     assert text.startswith("# Mine\n\n<!--")
+
+
+@pytest.mark.parametrize("end", [f"{END}\n", ""])
+def test_what_others_wrote_behind_the_section_stays(tmp_path, end):
+    """Also where its end mark was cut: all of it was gone."""
+    path, card = tmp_path / "README.md", ModelCard()
+    path.write_text(f"# Mine\n\n{BEGIN}\n## Safety\n\n- proven\n\n{end}\n## Licence\n\nMIT\n")
+    card.begin([], tmp_path)
+    assert path.read_text() == "# Mine\n\n## Licence\n\nMIT\n"
 
 
 def test_a_run_that_breaks_off_writes_no_section(tmp_path, tokenizer, rows, monkeypatch):
