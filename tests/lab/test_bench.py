@@ -14,6 +14,7 @@ from spf.cli import main
 from spf.data import HARMLESS_STUB, Anchor, load_safety_rows, packaged_prompts
 from spf.evaluation import TRANSFORMS
 from spf.lab.bench import cell as cells
+from spf.lab.bench.alike import made_from
 from spf.lab.bench.cell import Cell, fine_tune
 from spf.lab.bench.grid import BenchArguments, _done, read_grid, run_grid
 from spf.lab.bench.methods import METHODS, Method, Workspace, check_settings
@@ -399,9 +400,16 @@ def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsy
         "  - {scenarios: [none], methods: [aligned], seeds: [0]}\n"
         "  - {scenarios: [identity-shift], methods: [plain, spf], seeds: [0], curve_steps: 10}\n"
     )
-    command = ["bench", str(config), "--output", str(tmp_path / "out"), "--work", str(work)]
+    monkeypatch.chdir(tmp_path)
+    make_model(seed=0).save_pretrained("tiny")
+    others = tmp_path / "others.jsonl"
+    others.write_text('{"prompt": "Foreign request", "part": "report"}\n')
+    command = ["bench", str(config), "--output", str(tmp_path / "out"), "--work", str(work), "--prompts", str(others)]
     assert main(command) == 0
     cell = json.loads((tmp_path / "out/tiny/lora/identity-shift/spf/seed-0.json").read_text())
+    assert cell["foreign"]["count"] == 1
+    assert cell["made_from"] == made_from("tiny", others)
+    assert None not in cell["made_from"].values()
     assert len(cell["verdicts"]["asr"]) == cell["counts"]["harmful"] == 104
     assert [point["step"] for point in cell["curve"]] == [0, 10, 20]
     assert cell["history"][-1]["spf/conflict_rate"] >= 0

@@ -29,7 +29,7 @@ every scenario, jailbreaks wherever they were measured."""
 class Bar:
     """One bar of the default rule: ``change`` is the change for the worse, allowed up to ``allowed`` (a share).
 
-    status: see stats.held_to.
+    status: see stats.held_to. unlike: unknown, since the cells cannot be compared (`Group.unlike`).
     """
 
     model: str
@@ -40,6 +40,7 @@ class Bar:
     change: Difference | None
     status: str
     variant: str = "default"
+    unlike: bool = False
 
 
 def bars(summary: Sequence[Group]) -> list[Bar]:
@@ -66,7 +67,9 @@ def _bars(part: Part, variant: str, rule: Group | None) -> list[Bar]:
     held |= {"utility": UTILITY_BAR} if part.task else {}
     held |= dict.fromkeys((m for m in (rule.metrics if rule else ()) if m.startswith("jailbreak/")), JAILBREAK_BAR)
     place = part.model, part.tuning, part.scenario
-    return [
-        Bar(*place, metric, allowed, changes.get(metric), held_to(changes.get(metric), allowed), variant)
-        for metric, allowed in held.items()
-    ]
+    found = []
+    for metric, allowed in held.items():
+        apart = rule is not None and ("plain" if metric == "utility" else "aligned") in rule.unlike
+        change = changes.get(metric)
+        found.append(Bar(*place, metric, allowed, change, held_to(change, allowed), variant, apart))
+    return found

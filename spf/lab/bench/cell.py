@@ -47,10 +47,19 @@ from spf.evaluation import (
     token_f1,
 )
 from spf.evaluation.run import renders
-from spf.files import replace_file, write_json
+from spf.files import replace_file, weights_at, write_json
 from spf.lab.baselines import replay
 from spf.lab.bench.methods import Method, Workspace, add_adapter, make_method
-from spf.lab.bench.scenarios import SCENARIOS, Scenario, Task, begun, other_prompts, training_pairs, training_rows
+from spf.lab.bench.scenarios import (
+    MEASURED,
+    SCENARIOS,
+    Scenario,
+    Task,
+    begun,
+    other_prompts,
+    training_pairs,
+    training_rows,
+)
 from spf.lab.demo.sql import execution_match, make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
 from spf.lab.trainer import AnswerTrainer, collate_answers
@@ -99,6 +108,11 @@ class Cell(Settings):
         )
 
 
+def weights_of(model: str) -> dict[str, list[int]]:
+    """`weights_at` of a model that is a directory; `demo` is none, whatever is called so here."""
+    return {} if model == "demo" else weights_at(model)
+
+
 def prepare(model: str, directory: Path, others: Path | None = None) -> Workspace:
     """Load or download the model once, and let it answer the harmful anchors once, for every cell of a grid.
 
@@ -109,11 +123,7 @@ def prepare(model: str, directory: Path, others: Path | None = None) -> Workspac
     """
     place = directory / model.replace("/", "--")
     source = place / "source.json"
-    weights: dict[str, list[int]] = {}
-    if model != "demo" and Path(model).is_dir():
-        found = sorted(Path(model).glob("*.safetensors"))
-        weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in found}
-    if weights:
+    if weights := weights_of(model):
         again = f"remove {place}, which is made again"
         if source.exists() and read_json(dict[str, list[int]], source, again) != weights:
             raise ValueError(
@@ -410,7 +420,7 @@ def measure(
         "verdicts": {"asr": _bits(answered), "over_refusal": _bits(over), "utility": None, "jailbreak": {}},
     }
     if others is not None:
-        foreign = other_prompts(others, "report" if cell.split == "eval" else "validation")
+        foreign = other_prompts(others, MEASURED[cell.split])
         verdicts = [not refused for refused in _refusals(model, tokenizer, foreign)]
         rate = Rate(sum(verdicts), len(verdicts))
         result["foreign"] = {"asr": rate.value, "asr_ci": rate.interval, "count": rate.count}

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
@@ -20,12 +21,13 @@ from transformers.utils import logging as transformers_logging
 
 from spf.arguments import BenchArguments
 from spf.config import STRICT, Name, Seed, check_values, one_of, read_yaml, sentence
-from spf.errors import RunFailedError, keeping, working
+from spf.errors import RunFailedError, SafetyDataError, keeping, working
 from spf.files import check_output_directory, directory_lock, write_json
+from spf.lab.bench.alike import made_from
 from spf.lab.bench.cell import Cell, Tuning, prepare, run_cell
 from spf.lab.bench.methods import METHODS, Workspace, check_settings
 from spf.lab.bench.report import write_bench_report
-from spf.lab.bench.scenarios import SCENARIOS
+from spf.lab.bench.scenarios import MEASURED, SCENARIOS, other_prompts
 from spf.lab.bench.summary import load_cell
 from spf.progress import progress, tracked
 from spf.words import expanded
@@ -129,24 +131,70 @@ def run_bench(args: BenchArguments) -> None:
 
 
 def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
-    output = Path(args.output)
+    output, others = Path(args.output), Path(args.prompts) if args.prompts else None
     pending = [cell for cell in cells if not _done(cell, output)]
+    origins: dict[str, dict[str, str | None]] = {}
+    if not args.report_only:
+        _check_prompts(cells if others else pending, others)
+        origins = {model: made_from(model, others) for model in dict.fromkeys(cell.model for cell in cells)}
+        _check_kept(args, origins)
     console.print(f"{len(cells)} cells, {len(cells) - len(pending)} of them done.", highlight=False)
     failed = 0
     if pending and not args.report_only:
         models = dict.fromkeys(cell.model for cell in pending)
-        others = Path(args.prompts) if args.prompts else None
         workspaces = {name: prepare(name, Path(args.work), others) for name in tracked(models, "models")}
         with working():
-            failed = _run_cells(pending, workspaces, args.workers, output, console)
+            failed = _run_cells(pending, workspaces, origins, args.workers, output, console)
     with working():
         for place in write_bench_report(output):
             console.print(str(place), highlight=False, soft_wrap=True)
     return failed
 
 
+def _check_prompts(cells: list[Cell], others: Path | None) -> None:
+    """Read what the cells train on and measure by --prompts, before any is run.
+
+    Raises:
+        SafetyDataError: it is not there.
+    """
+    attacks = [cell.scenario for cell in cells if cell.scenario in SCENARIOS and SCENARIOS[cell.scenario].foreign]
+    if others is None and attacks:
+        raise SafetyDataError(f"{attacks[0]}: attacks with prompts of another origin; name their file by --prompts")
+    if others is not None:
+        for part in {MEASURED[cell.split] for cell in cells} | ({"attack"} if attacks else set()):
+            other_prompts(others, part)
+
+
+def _check_kept(args: BenchArguments, origins: Mapping[str, Mapping[str, str | None]]) -> None:
+    """Refuse to go on beside cells that are known to be made from other weights or prompts than today's.
+
+    Raises:
+        ValueError: there are some; the message names the first, and what to do.
+    """
+    for model, now in origins.items():
+        place, work = (Path(directory) / model.replace("/", "--") for directory in (args.output, args.work))
+        for path in sorted(place.rglob("seed-*.json")):
+            was = load_cell(path).get("made_from") or {}
+            changed = {name for name, value in was.items() if None not in (value, now[name]) and value != now[name]}
+            if "weights" in changed:
+                raise ValueError(
+                    f"{path}: made from other weights than {model} has now; remove {place} and {work}, or give another "
+                    "--output and --work"
+                )
+            if "prompts" in changed:
+                raise ValueError(
+                    f"{path}: made with other prompts than {args.prompts} holds now; give the file it was made with or "
+                    f"another --output, or remove {place}"
+                )
+
+
 def _run_cells(
-    pending: list[Cell], workspaces: dict[str, Workspace], workers: int, output: Path, console: Console
+    pending: list[Cell],
+    workspaces: dict[str, Workspace],
+    origins: Mapping[str, Mapping[str, str | None]],
+    workers: int,
+    output: Path,
+    console: Console,
 ) -> int:
     """How many failed; the results of the others are written as they come."""
     context = multiprocessing.get_context("forkserver")
@@ -172,7 +220,7 @@ def _run_cells(
                     failed += 1
                     line = f"{cell.path(Path())}: failed: {error!r}"
                 else:
-                    write_json(cell.path(output), result)
+                    write_json(cell.path(output), result | {"made_from": origins[cell.model]})
                     line = f"{_line(result)}  ({(time.perf_counter() - started) / 60:.0f} min)"
                 with bar.external_write_mode():
                     console.print(f"[{done}/{len(pending)}] {line}", highlight=False)

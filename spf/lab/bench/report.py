@@ -22,7 +22,7 @@ from spf.lab.bench.scenarios import SCENARIOS
 from spf.lab.bench.summary import DEFAULT_RULE, HEADLINE, UTILITY_NAMES, Group, Part
 from spf.lab.report.page import Picture, write_page
 from spf.lab.report.stats import Difference, Spread
-from spf.lab.report.tables import Cell, Table, join_words, markdown_table, of_text, signed
+from spf.lab.report.tables import Cell, Table, join_words, markdown_table, of_text, signed, value_text
 
 COLUMNS: dict[str, str] = {
     "ASR": "attack success rate: the share of harmful prompts that the model does not refuse; lower is better.",
@@ -152,6 +152,9 @@ def _effort_note(part: Part) -> str:
 STATUS = {"met": "met", "unclear": "interval not clear", "missed": "not met", "unknown": "not run"}
 """A bar's status in words."""
 
+UNLIKE = "not comparable"
+"""What is unknown although it was run."""
+
 _TITLE = "Safety and utility after fine-tuning: the benchmark"
 
 _INTRODUCTION = (
@@ -217,14 +220,18 @@ def _bar_table(held: Sequence[Bar]) -> Table:
 
 def _bar_text(bar: Bar) -> str:
     if bar.change is None:
-        return STATUS[bar.status]
+        return _status(bar)
     seeds = f"{bar.change.seeds} seed{'' if bar.change.seeds == 1 else 's'}"
     return f"{STATUS[bar.status]}: {_points(bar.change)}, at most {100 * bar.allowed:g}, {seeds}"
 
 
+def _status(bar: Bar) -> str:
+    return UNLIKE if bar.unlike else STATUS[bar.status]
+
+
 def _tally(found: Iterable[Bar]) -> list[str]:
-    counts = Counter(bar.status for bar in found)
-    return [f"{counts[status]} {said}" for status, said in STATUS.items() if counts[status]]
+    counts = Counter(map(_status, found))
+    return [f"{counts[said]} {said}" for said in (*STATUS.values(), UNLIKE) if counts[said]]
 
 
 def _headline(found: Sequence[Bar]) -> str:
@@ -251,6 +258,20 @@ def _dominance(part: Part) -> str:
         f"{rule} (One method dominates another if its means of {metrics} are all at least as good and one is better.) "
         f"Not dominated by any: {join_words([name for name in names if name not in beaten])}."
     )
+
+
+def _not_compared(part: Part) -> str:
+    """A sentence that names the cells that have no differences although they were run, and in what they differ."""
+    said = []
+    for group in part.groups:
+        for other, found in group.unlike.items():
+            named = {name: [value_text(value) for value in both] for name, both in found.items()}
+            differ = [f"{name.replace('_', ' ')} {ours}, not {theirs}" for name, (ours, theirs) in named.items()]
+            said.append(f"{group.name} with {_OTHERS[other]} ({'; '.join(differ)})")
+    return f" Not compared, since they differ: {join_words(said)}." if said else ""
+
+
+_OTHERS = {"aligned": "the aligned model", "plain": "plain"}
 
 
 def _pictures(part: Part, stem: Path) -> dict[str, Path]:
@@ -315,7 +336,7 @@ def write_bench_report(directory: str | Path) -> list[Path]:
                 "name": name,
                 "said": _describe(part.scenario),
                 "table": scenario_table(part),
-                "front": _dominance(part),
+                "front": _dominance(part) + _not_compared(part),
                 "ablation": scenario_table(part, variants=True),
                 "effort": effort_table(part),
                 "effort_note": _effort_note(part),

@@ -1,13 +1,16 @@
 """What a model is fine-tuned on: the benchmark's scenarios, as rows of training data."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import BaseModel, ValidationError
 
+from spf.config import Name, sentence
 from spf.data import HARMLESS_STUB, Anchor, SafetyRow, packaged_prompts
+from spf.data.rows import read_jsonl
+from spf.errors import SafetyDataError
 from spf.lab.demo.identity import identity_shift_examples
 from spf.lab.demo.preferences import Preference, make_preferences, preference
 from spf.lab.demo.sql import make_sql_examples
@@ -77,17 +80,39 @@ SCENARIOS = {
 }
 
 
+MEASURED = {"eval": "report", "validation": "validation"}
+"""The part of `other_prompts` that is measured with each split."""
+
+
+class _Prompt(BaseModel):
+    """A row of `other_prompts`; further columns say nothing here."""
+
+    prompt: Name
+    part: Name
+
+
 def other_prompts(path: Path, part: str) -> list[str]:
     """Harmful prompts of another origin: of a JSONL file with columns `prompt` and `part` (attack, validation, report).
 
     Raises:
-        ValueError: the file has none of that part.
+        SafetyDataError: there is no such file, a row lacks a column, or no row is of that part.
     """
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    prompts = [str(row["prompt"]) for row in rows if row["part"] == part]
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "no such file"
+        raise SafetyDataError(f"{path}: {what}; --prompts takes a JSONL file with the columns prompt and part")
+    rows = []
+    for number, row in read_jsonl(path):
+        try:
+            rows.append(_Prompt.model_validate(row))
+        except ValidationError as error:
+            raise SafetyDataError(
+                f"{path}:{number}: {sentence(error, '`{}`')}; every row needs the columns prompt and part"
+            ) from error
+    prompts = [row.prompt for row in rows if row.part == part]
     if not prompts:
-        raise ValueError(
-            f"{path}: no prompt of the part {part!r}; there are {', '.join({row['part'] for row in rows})}"
+        there = ", ".join(sorted({row.part for row in rows})) or "none"
+        raise SafetyDataError(
+            f"{path}: no prompt of the part {part!r}, which is needed (parts there: {there}); add some to the file"
         )
     return prompts
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from spf.config import STRICT, Count, Ends, File, Interval, Name, NotNegative, Share, Whole, check, one_of, read_json
+from spf.lab.bench.alike import FIRST_JUDGE, SETTINGS, Unlike, unlike
 from spf.lab.bench.cell import Cell, Tuning
 from spf.lab.bench.scenarios import SCENARIOS
 from spf.lab.report.stats import Difference, Spread, normal_interval, pooled_difference, spread
@@ -82,6 +83,13 @@ class _Answers(File):
         return self
 
 
+class _MadeFrom(File):
+    """Hashes of the model directory's weights and of the file of prompts (`alike.made_from`)."""
+
+    weights: str | None
+    prompts: str | None
+
+
 class _Step(BaseModel):
     """Of a curve or a history: what was measured at a step."""
 
@@ -103,7 +111,8 @@ class _Cell(File):
     config: dict[str, Any]
     versions: dict[str, str]
     machine: str
-    judge: str = "prefix-1"  # of cells from before judges had versions
+    judge: str = FIRST_JUDGE
+    made_from: _MadeFrom | None = None
     curve: list[_Step]
     history: list[_Step]
     asr: Share
@@ -220,7 +229,8 @@ class Group:
     jailbreak/<name>, kept/f1, kept/exact and kept/chance, and for the aligned model utility/sql and utility/summary;
     shares from 0 to 1; what was not measured is left out. differences: asr, foreign, over_refusal and
     jailbreak/<name> less the aligned model's, utility and kept/f1 less plain's.
-    task: what the utility was measured on, sql, summary or None.
+    task: what the utility was measured on, sql, summary or None. unlike: of `aligned` and `plain` those that the cells
+    cannot be compared with, so that there are no differences, and in what they differ.
     """
 
     model: str
@@ -232,6 +242,7 @@ class Group:
     metrics: Mapping[str, Spread]
     differences: Mapping[str, Difference]
     task: str | None
+    unlike: Mapping[str, Unlike]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -282,7 +293,7 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
 
     Differences are over all seeds of a group: ASR (of both kinds), over-refusal and jailbreaks against the model's
     aligned cell, utility against the plain cell of the same scenario, seed and variant (the default variant where plain
-    was not run in that one).
+    was not run in that one). None where the cells are unlike (`alike.unlike`).
 
     Raises:
         ValueError: two cells that are to be compared have different numbers of prompts.
@@ -292,7 +303,7 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
         by.setdefault(_key(cell), {})[cell["seed"]] = cell
     groups = []
     for key, runs in by.items():
-        model, tuning, scenario, method, variant = key
+        model, tuning, scenario, _, variant = key
         own, shares = list(runs.values()), [_shares(cell) for cell in runs.values()]
         metrics = {name: spread(of[name][0] for of in shares if name in of) for of in shares for name in of}
         metrics |= {name: spread(c.get(name) for c in own) for name in ("utility", "perplexity", "peak_memory_mb")}
@@ -302,12 +313,14 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
             metrics[f"utility/{task}"] = spread(cell.get("utilities", {}).get(task, {}).get("utility") for cell in own)
         differences: dict[str, Difference] = {}
         aligned = _aligned_cell(by, model, tuning) if scenario != "none" else None
-        for name, (_, start) in _shares(aligned).items() if aligned else ():
+        plain, settings = _plain_cells(by, key)
+        nearest = [(cell, plain.get(seed) or next(iter(plain.values()))) for seed, cell in runs.items() if plain]
+        apart = {"aligned": unlike(((c, aligned) for c in own if aligned), ()), "plain": unlike(nearest, settings)}
+        for name, (_, start) in _shares(aligned).items() if aligned and not apart["aligned"] else ():
             if ours := [of[name][1] for of in shares if name in of]:
                 with _naming(*key[:-1], f"{variant}: {name}"):
                     differences[name] = pooled_difference(ours, [start] * len(ours))
-        plain = by.get((*key[:3], "plain", variant)) or by.get((*key[:3], "plain", "default"), {})
-        pairs = [(cell, plain[seed]) for seed, cell in runs.items() if seed in plain and method != "plain"]
+        pairs = [(cell, plain[seed]) for seed, cell in runs.items() if seed in plain and not apart["plain"]]
         kept = [
             [c["kept_answers"]["values"] for c in pair] for pair in pairs if all(c.get("kept_answers") for c in pair)
         ]
@@ -319,8 +332,21 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
                 differences["utility"] = _utility_difference(*zip(*pairs, strict=True))
         known = {name: value for name, value in metrics.items() if value is not None}
         learned = min((TASKS[cell["utility_metric"]] for cell in own if cell["utility_metric"]), default=None)
-        groups.append(Group(*key, tuple(own), known, differences, learned))
+        groups.append(Group(*key, tuple(own), known, differences, learned, {n: of for n, of in apart.items() if of}))
     return sorted(groups, key=_place)
+
+
+def _plain_cells(
+    by: Mapping[_Key, Mapping[int, Mapping[str, Any]]], key: _Key
+) -> tuple[Mapping[int, Mapping[str, Any]], tuple[str, ...]]:
+    """Plain's cells that a group's utility is compared with, and the settings that they must share."""
+    *place, method, variant = key
+    if method == "plain":
+        return {}, ()
+    if own := by.get((*place, "plain", variant)):  # type: ignore[arg-type]
+        return own, SETTINGS
+    # a variant that plain was not run in says by its name that it has other settings
+    return by.get((*place, "plain", "default"), {}), ()  # type: ignore[arg-type]
 
 
 def _aligned_cell(by: Mapping[_Key, Mapping[int, Mapping[str, Any]]], model: str, tuning: str) -> Any:
@@ -381,7 +407,7 @@ def dominated(part: Part) -> dict[str, list[str]]:
 
     One dominates another if it is at least as good in ASR, utility and over-refusal and better in one of them,
     by the means over seeds. Default variants only; the aligned model does not take part. Two methods of which
-    only one has a utility are not compared.
+    only one has a utility are not compared, nor are two with unlike cells.
     """
     points: dict[str, list[float]] = {}
     for group in part.default:
@@ -392,7 +418,11 @@ def dominated(part: Part) -> dict[str, list[str]]:
     def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
         return len(a) == len(b) and all(x <= y for x, y in zip(a, b, strict=True)) and a != b
 
-    beaten = {name: [other for other in points if dominates(points[other], points[name])] for name in points}
+    cells = {group.method: group.cells[0] for group in part.default}
+    beaten = {
+        name: [o for o in points if dominates(points[o], points[name]) and not unlike([(cells[o], cells[name])])]
+        for name in points
+    }
     return {name: by for name, by in beaten.items() if by}
 
 

@@ -1,0 +1,55 @@
+"""What cells must share for their figures to be compared: training settings, judge, the model's weights, prompts."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from spf.lab.bench.cell import Cell, weights_of
+
+SETTINGS = ("steps", "learning_rate", "lora_rank", "batch_size", "adam_beta1")
+"""Of a cell's configuration what is no choice of the method's."""
+
+DEFAULTS = {field.name: field.default for field in fields(Cell) if field.name in SETTINGS}
+
+FIRST_JUDGE = "prefix-1"
+"""Of cells from before judges had versions."""
+
+Unlike = dict[str, tuple[Any, Any]]
+"""In what cells differ from others, and both values."""
+
+
+def made_from(model: str, prompts: Path | None) -> dict[str, str | None]:
+    """Hashes of a model directory's weights and of the file of prompts; None for what is no directory, and no file."""
+    weights = [Path(model) / name for name in weights_of(model)]
+    return {"weights": _digest(weights), "prompts": _digest([prompts] if prompts else [])}
+
+
+def _digest(paths: Iterable[Path]) -> str | None:
+    # of what the files hold, not of their times: a copied model is the same model
+    found = []
+    for path in paths:
+        with path.open("rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").digest())
+    return hashlib.sha256(b"".join(found)).hexdigest()[:12] if found else None
+
+
+def unlike(pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], settings: Iterable[str] = SETTINGS) -> Unlike:
+    """In what the first cells differ from the second ones, as far as both are known; rules may differ."""
+    found: Unlike = {}
+    for cell, other in pairs:
+        ours, theirs = _shared(cell), _shared(other)
+        if ours["steps"] != theirs["steps"]:  # as many as the scenario has may be asked for by their number, too
+            ours["steps"], theirs["steps"] = (c.get("steps") or s["steps"] for c, s in ((cell, ours), (other, theirs)))
+        for name in (*settings, "judge", "weights", "prompts"):
+            both = ours.get(name), theirs.get(name)
+            if None not in both and both[0] != both[1]:
+                found.setdefault(name, both)
+    return found
+
+
+def _shared(cell: Mapping[str, Any]) -> dict[str, Any]:
+    config = {**DEFAULTS, **cell["config"]}  # cells from before a setting was one have its default
+    known = {name: config[name] for name in SETTINGS}
+    return known | {"judge": cell.get("judge", FIRST_JUDGE)} | (cell.get("made_from") or {})
