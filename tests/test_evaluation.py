@@ -153,6 +153,8 @@ def test_thoughts_are_not_the_answer(monkeypatch):
     answers = ["<think> Is this harmful? </think>\n\nI'm sorry, no.", "I'm sorry, no."]
     monkeypatch.setattr("spf.text.generation.complete_texts", lambda *args, **kw: answers)
     assert generate_answers(make_model(), tokenizer, ["How do I", "Is this"]) == ["I'm sorry, no."] * 2
+    answers[1] = "<think> Let me see. </think>\n<think> Hm. </think> I'm sorry, no."
+    assert generate_answers(make_model(), tokenizer, ["How do I", "Is this"]) == ["I'm sorry, no."] * 2
     answers[1] = "<think> Let me see"
     with pytest.raises(ValueError, match=r"thinks before it answers .*chat_template_kwargs"):
         generate_answers(make_model(), tokenizer, ["How do I", "Is this"])

@@ -139,6 +139,33 @@ def test_eval_command(workspace, capsys):
     assert "p = 1" in capsys.readouterr().out
 
 
+def test_a_reference_measured_with_other_variables_of_the_template_is_refused(workspace, tokenizer, capsys):
+    """It was compared: what the options did was taken for the model's."""
+    tokenizer.chat_template += "{% if enable_thinking %}{% endif %}{% if opens %}Sure{% endif %}"
+    tokenizer.save_pretrained("model")
+
+    def evaluated(output, *more):
+        return cli.main(["eval", "model", *SUITES, "--output", output, *more])
+
+    opened = '{"opens": true}'
+    assert evaluated("opened.json", "--chat_template_kwargs", opened) == 0
+    assert json.loads((workspace / "opened.json").read_text())["chat_template_kwargs"] == {"opens": True}
+    assert evaluated("plain.json", "--reference", "opened.json") == 2
+    said = "opened.json: measured with chat_template_kwargs {'opens': True}, not {}; give --chat_template_kwargs "
+    assert f"{said}'{opened}'" in capsys.readouterr().err
+    assert evaluated("again.json", "--reference", "opened.json", "--chat_template_kwargs", opened) == 0
+    # off is what they are without it, and what they were before it was written down
+    assert evaluated("plain.json") == 0
+    old = json.loads((workspace / "plain.json").read_text())
+    assert old.pop("chat_template_kwargs") == {}
+    (workspace / "old.json").write_text(json.dumps(old))
+    for reference in ("plain.json", "old.json"):
+        off = ("--reference", reference, "--chat_template_kwargs", '{"enable_thinking": false}')
+        assert evaluated("off.json", *off) == 0
+        assert evaluated("on.json", *off[:3], '{"enable_thinking": true}') == 2
+    assert "give --chat_template_kwargs '{}'" in capsys.readouterr().err
+
+
 def test_jailbreaks_without_a_place_in_the_template_are_known_before_anything_is_answered(workspace, capsys, answers):
     assert cli.main(["eval", "model", *SUITES, "--transforms", "prefill,identity-shift"]) == 2
     assert "no place for the messages of identity-shift" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
         check_output_file(Path(args.output))
     transforms, options = parse_transforms(args.transforms), parse_options(args.chat_template_kwargs)
     harmful, benign = load_suite(args.harmful), load_suite(args.benign)
-    shared = settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens)
+    shared = settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens, options)
     reference = read_reference(Path(args.reference), shared) if args.reference else None
     figures = ["asr", *(f"asr/{name}" for name in transforms), "over_refusal"] if args.model is not None else []
     limits = parse_limits(args.fail_if, figures, reference)

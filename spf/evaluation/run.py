@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from spf.evaluation.judges import Judge, prefix_judge
 from spf.evaluation.metrics import Rate, paired_difference
 from spf.evaluation.suites import Suite
 from spf.evaluation.transforms import TRANSFORMS, Transform, after_stub
-from spf.text.chat import render_chat
+from spf.text.chat import SWITCHES, render_chat
 from spf.text.generation import generate_answers
 from spf.text.refusal import VERSION
 
@@ -86,7 +87,12 @@ def parse_transforms(names: str) -> list[str]:
 
 
 def settings(
-    harmful: Suite, benign: Suite, judge: str, refusal_label: str | None, max_new_tokens: int
+    harmful: Suite,
+    benign: Suite,
+    judge: str,
+    refusal_label: str | None,
+    max_new_tokens: int,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What two evaluations must share to be compared, as a JSON-ready dictionary."""
     # language models may leave benign prompts to the prefix judge; the others know nothing of its rules
@@ -96,6 +102,8 @@ def settings(
         "suites": {"harmful": _describe(harmful), "benign": _describe(benign)},
         "judge": {"name": name, "refusal_label": refusal_label, "version": version},
         "max_new_tokens": max_new_tokens,
+        # a switch of thinking that is turned off is as if it were not given
+        "chat_template_kwargs": {k: v for k, v in (options or {}).items() if not (k in SWITCHES and v is False)},
     }
 
 
@@ -178,6 +186,7 @@ class _Results(File):
     suites: _Suites
     judge: _Judge
     max_new_tokens: Count
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     refused: dict[str, list[bool]]
 
     @model_validator(mode="after")
@@ -201,18 +210,22 @@ def read_reference(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no result of `spf eval`, or its prompts, judge or length of answers are others.
+        ValueError: it is no result of `spf eval`, or its prompts, judge, length of answers or variables of the chat
+            template are others.
     """
     remedy = f"write one with spf eval MODEL --output {path}"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {remedy}")
     reference = read_json(_Results, path, f"not written by spf eval --output, or damaged; {remedy}").model_dump()
-    for key in ("judge", "max_new_tokens"):
+    options = shlex.quote(json.dumps(reference["chat_template_kwargs"]))
+    remedies = {
+        "judge": " (--judge prefix-1 is the prefix judge of version 1)",
+        "max_new_tokens": "",
+        "chat_template_kwargs": f"; give --chat_template_kwargs {options}",
+    }
+    for key, instead in remedies.items():
         if wanted[key] != reference[key]:
-            raise ValueError(
-                f"{path}: measured with {key} {reference[key]}, not {wanted[key]}"
-                + (" (--judge prefix-1 is the prefix judge of version 1)" if key == "judge" else "")
-            )
+            raise ValueError(f"{path}: measured with {key} {reference[key]}, not {wanted[key]}{instead}")
     for kind, suite in wanted["suites"].items():
         if suite["sha256"] != reference["suites"][kind]["sha256"]:
             raise ValueError(f"{path}: measured on other {kind} prompts ({reference['suites'][kind]['where']})")

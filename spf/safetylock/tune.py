@@ -1,5 +1,6 @@
 """The choice of K and alpha: ASR, over-refusal and perplexity over a grid, on validation prompts."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,9 +140,11 @@ def assert_acts(
 def choose(points: Sequence[TunePoint], max_over_refusal: float, max_perplexity: float) -> TunePoint | None:
     """Among the points within both bounds, the lowest ASR; then the lowest over-refusal, perplexity and alpha.
 
-    None if there is none.
+    A lock has to lower the unlocked model's ASR. None if there is none.
     """
-    within = [p for p in points if p.over_refusal <= max_over_refusal and p.perplexity <= max_perplexity]
+    unlocked = min((p.asr for p in points if p.alpha == 0), default=math.inf)
+    lowering = [p for p in points if p.alpha == 0 or p.asr < unlocked]
+    within = [p for p in lowering if p.over_refusal <= max_over_refusal and p.perplexity <= max_perplexity]
     return min(within, key=lambda p: (p.asr, p.over_refusal, p.perplexity, abs(p.alpha)), default=None)
 
 

@@ -1,5 +1,6 @@
 """Greedy answers of a chat model, in batches."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +18,11 @@ __all__ = ["Messages", "complete_texts", "complete_tokens", "context_length", "g
 THOUGHTS, THOUGHTS_END = "<think>", "</think>"
 """Between these a model thinks aloud, in the families that do (Qwen 3, SmolLM3, DeepSeek-R1)."""
 
+CHANNEL, FINAL = "<|channel|>", "<|channel|>final<|message|>"
+"""In harmony (gpt-oss) a model thinks aloud in channels of their own, and answers in the final one."""
+
+_ENDS = re.compile(r"<\|(?:end|return|endoftext)\|>")
+
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens model and tokenizer both take: the smaller of the limits that they state."""
@@ -32,6 +38,24 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     return 0
+
+
+def thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template knows of thoughts before an answer."""
+    return any(mark in str(tokenizer.chat_template) for mark in (THOUGHTS, CHANNEL))
+
+
+def after_thoughts(text: str) -> str | None:
+    """What is said after the thoughts that a text begins with; None where no thoughts come to an end."""
+    if text.startswith(CHANNEL):
+        _, ended, said = text.partition(FINAL)
+        said = _ENDS.split(said)[0]
+    else:
+        _, ended, said = text.partition(THOUGHTS_END)
+    said = said.strip()
+    if said.startswith(THOUGHTS):
+        return after_thoughts(said)
+    return said if ended else None
 
 
 def generate_answers(
@@ -65,7 +89,7 @@ def generate_answers(
     if prefills is not None:
         if len(prefills) != len(texts):
             raise ValueError(f"generate_answers: {len(prefills)} prefills for {len(texts)} prompts")
-        texts = [text + prefill for text, prefill in zip(texts, prefills, strict=True)]
+        texts = [_begun(tokenizer, text, prefill) for text, prefill in zip(texts, prefills, strict=True)]
     answers = complete_texts(
         model,
         tokenizer,
@@ -75,19 +99,26 @@ def generate_answers(
         description=description,
         progress=progress,
     )
-    return [_after_thoughts(text, answer) for text, answer in zip(texts, answers, strict=True)]
+    return [_answer(text, answer) for text, answer in zip(texts, answers, strict=True)]
 
 
-def _after_thoughts(prompt: str, answer: str) -> str:
-    _, ended, rest = answer.rpartition(THOUGHTS_END)
-    if ended:
-        return rest.strip()
-    if answer.startswith(THOUGHTS) or prompt.rstrip().endswith(THOUGHTS):
+def _begun(tokenizer: PreTrainedTokenizerBase, text: str, prefill: str) -> str:
+    # behind harmony's generation prompt no answer begins yet, only the name of a channel
+    channel = FINAL if prefill and CHANNEL in str(tokenizer.chat_template) and not text.endswith(FINAL) else ""
+    return text + channel + prefill
+
+
+def _answer(prompt: str, text: str) -> str:
+    said = after_thoughts(text)
+    if said is not None:
+        return said
+    if text.startswith((THOUGHTS, CHANNEL)) or prompt.rstrip().endswith(THOUGHTS):
+        mark = CHANNEL if text.startswith(CHANNEL) else THOUGHTS
         raise ValueError(
-            f"the model thinks before it answers ({THOUGHTS}) and had not come to an end; give it more tokens, or turn "
-            "that off by chat_template_kwargs, if its chat template knows a switch"
+            f"the model thinks before it answers ({mark}) and had not come to an end; give it more tokens, or turn "
+            "that off or down by chat_template_kwargs, if its chat template knows a switch"
         )
-    return answer
+    return text
 
 
 def complete_texts(
@@ -128,7 +159,7 @@ def complete_tokens(
     description: str = "generating",
     progress: bool = True,
 ) -> list[str]:
-    """The greedy continuation of each prompt (token ids), as text without special tokens.
+    """The greedy continuation of each prompt (token ids), as text without special tokens, but for harmony's channels.
 
     Raises:
         ValueError: no room for an answer, or for a prompt in a batch.
@@ -159,11 +190,18 @@ def complete_tokens(
                 synced_gpus=shares_parameters(model),
                 pad_token_id=pad,
             )
-            texts_out = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for i, text in zip(rows, texts_out, strict=True):
-                answers[i] = text.strip()
+            for i, new in zip(rows, output[:, width:], strict=True):
+                answers[i] = _decoded(tokenizer, new).strip()
             bar.update(len(rows))
     return answers
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
+    if CHANNEL in str(tokenizer.chat_template):
+        text = str(tokenizer.decode(ids))
+        if CHANNEL in text:  # special tokens tell its thoughts from its answer
+            return text
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _one_type(model: PreTrainedModel) -> AbstractContextManager:

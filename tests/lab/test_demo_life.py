@@ -1,6 +1,7 @@
 """`spf demo` is never silent for long: whatever takes long is inside of a part that shows life."""
 
 import io
+import shlex
 import threading
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from transformers.utils import logging
 from spf import progress
 from spf.arguments import DemoArguments
 from spf.lab.demo import run
+from spf.words import parse
 
 
 class Watched(io.StringIO):
@@ -67,7 +69,9 @@ def test_every_long_call_of_the_demo_shows_life(soon, tmp_path, monkeypatch):
     for table in ("demo_table", "overhead_table", "rich_table"):
         monkeypatch.setattr(run, table, lambda *given: "")
     monkeypatch.setattr(run, "write_json", lambda *given: None)
-    run.run_demo(DemoArguments(quick=True, output=str(tmp_path)), Console(file=io.StringIO()))
+    args = DemoArguments(quick=True, harmful_share=0.2, output=str(tmp_path))
+    results = run.run_demo(args, Console(file=io.StringIO()))
+    assert results["config"]["command"] == f"spf demo --output {tmp_path} --quick --harmful_share 0.2"
     assert set(called) == {"load", "save", "load again", "train", "ask", "plot", "report"}
     assert not silent
     assert "so far: 00:00" in stream.getvalue()
@@ -75,3 +79,21 @@ def test_every_long_call_of_the_demo_shows_life(soon, tmp_path, monkeypatch):
 
 def test_the_beat_is_shorter_than_ten_seconds():
     assert progress.DELAY + progress.BEAT < 10
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ({}, "spf demo"),
+        ({"output": "my run", "quick": True, "seed": 3}, "spf demo --output 'my run' --quick --seed 3"),
+        (
+            {"safety_rule": "spf", "steps": 400, "harmful_share": 0.5, "safety_rank": 8},
+            "spf demo --safety_rule spf --safety_rank 8 --steps 400 --harmful_share 0.5",
+        ),
+    ],
+)
+def test_the_command_of_a_run_makes_it_again(given, command):
+    """A run with other steps or another rule was reproduced as the default one."""
+    args = DemoArguments(**given)
+    assert run.command_of(args) == command
+    assert parse(DemoArguments, "demo", shlex.split(command)[2:]) == args

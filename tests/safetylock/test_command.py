@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import spf.safetylock
 from spf import cli
+from spf.data import packaged_prompts
 from spf.safetylock import SafetyLock, TunePoint, choose, extract, plot_sweep, sweep
 from spf.safetylock.defences import (
     in_context_defence,
@@ -112,6 +113,20 @@ def test_tune_writes_points_curves_and_the_chosen_lock(workspace, capsys, monkey
     assert lock(*arguments, "--overwrite") == 0
 
 
+def test_a_lock_that_lowers_nothing_is_not_written(workspace, monkeypatch):
+    w = workspace
+
+    def answers(model, tokenizer, prompts, *, description, **kw):
+        over = len(prompts) if "alpha 0" in description and prompts == packaged_prompts("benign_validation") else 0
+        return [REFUSAL] * over + [""] * (len(prompts) - over)
+
+    monkeypatch.setattr("spf.safetylock.tune.generate_answers", answers)
+    assert lock("extract", w / "base", w / "my.lock", "--pairs", w / "pairs.jsonl", "--k", 4) == 0
+    with pytest.warns(UserWarning, match="no setting lowers ASR within the bounds; no tuned lock was written"):
+        assert lock("tune", w / "tuned", w / "my.lock", w / "out", "--alphas", "2", "--ks", "2") == 0
+    assert not (w / "out" / "lock.safetensors").exists()
+
+
 def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it(workspace, capsys, monkeypatch):
     w = workspace
     assert lock("extract", w / "base", w / "my.lock", "--pairs", w / "pairs.jsonl", "--k", 4) == 0
@@ -185,6 +200,14 @@ def test_choice():
     assert choose(points, 1, 11) == points[2]
     assert choose(points, 1, 100) == points[2]
     assert choose(points[2:4], 0.05, 11) is None
+
+
+def test_a_lock_that_lowers_nothing_is_not_chosen():
+    """One that refused as little was, for its over-refusal."""
+    unlocked = point(1, 0, 1.0, 0.015, 10)
+    assert choose([unlocked, point(1, 2, 1.0, 0.0, 10)], 0.065, 11) == unlocked
+    assert choose([unlocked, point(1, 2, 1.0, 0.0, 10)], 0.01, 11) is None
+    assert choose([unlocked, lower := point(1, 4, 0.99, 0.0, 10)], 0.01, 11) == lower
 
 
 def test_plot(tmp_path):

@@ -4,10 +4,11 @@ import gc
 import math
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -71,12 +72,22 @@ def run_demo(args: DemoArguments, console: Console | None = None) -> dict[str, A
 
     An arm that is finished there with the same settings is not run again.
     """
-    rule = _rule(args)
+    rule, command = _rule(args), command_of(args)
     if args.quick:
         args.steps, args.sql_eval = min(args.steps, 14), min(args.sql_eval, 30)
     output = Path(args.output)
     with directory_lock(output), keeping(lambda: "no arm is finished"):
-        return _run(args, rule, output, console or Console())
+        return _run(args, rule, command, output, console or Console())
+
+
+def command_of(args: DemoArguments) -> str:
+    """The command line of this run: every option that is not its default."""
+    words = ["spf", "demo"]
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if value != f.default:
+            words += [f"--{f.name}"] if value is True else [f"--{f.name}", str(value)]
+    return shlex.join(words)
 
 
 @contextmanager
@@ -105,7 +116,7 @@ def _read_arm(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     return done.result.model_dump(exclude_unset=True) if done is not None and done.config == config else None
 
 
-def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> dict[str, Any]:
+def _run(args: DemoArguments, chosen: Rule, command: str, output: Path, console: Console) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     started = time.perf_counter()
     part = partial(_timed, console)
@@ -131,7 +142,7 @@ def _run(args: DemoArguments, chosen: Rule, output: Path, console: Console) -> d
         "model": "SmolLM2-135M-Instruct, aligned by spf align",
         "dtype": str(cpu_dtype()).removeprefix("torch."),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "command": f"spf demo --output {args.output}" + (" --quick" if args.quick else "") + f" --seed {args.seed}",
+        "command": command,
         "prompts": {
             "anchors": len(packaged_prompts("harmful_anchors")),
             **counts,

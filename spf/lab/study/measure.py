@@ -1,5 +1,6 @@
 """The study's measurements: `measure_world` for models in memory, `measure_checkpoints` for `spf study measure`."""
 
+import hashlib
 import json
 import math
 import platform
@@ -22,7 +23,7 @@ from spf.config import File, NotNegative, read_json
 from spf.data import Anchor, SafetyRow, load_safety_rows, packaged_rows, render, tokenise
 from spf.errors import keeping, working
 from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
-from spf.files import directory_lock, write_json
+from spf.files import directory_lock, weights_at, write_json
 from spf.lab.analysis import clusters, weights
 from spf.lab.analysis.activations import Activations, capture, find_mlps, local_lipschitz
 from spf.lab.analysis.gradients import captured_energy, chance_overlap
@@ -480,6 +481,10 @@ def _measure_checkpoints(args: MeasureArguments, output: Path) -> None:
     alphas = _parse_alphas(args.alphas)
     rows = {"safe": _load(args.benign, "benign_eval"), "unsafe": _load(args.harmful, "harmful_eval")}
     names = _names(args.tuned)
+    versions = {name: version(name) for name in ("spf", "torch", "transformers", "peft")}
+    # names tell neither weights nor prompts: both may have been replaced since a part was written
+    loaded = {directory: weights_at(directory) for directory in (args.aligned, *names.values())}
+    asked = {name: _hash(found) for name, found in rows.items()}
     transforms = parse_transforms(args.transforms)
     for name in transforms:
         rows[f"jailbreak: {name}"] = [_transformed(row, name) for row in rows["unsafe"]]
@@ -502,8 +507,7 @@ def _measure_checkpoints(args: MeasureArguments, output: Path) -> None:
             found[f"{name}_refused"] = {"value": rate.value, "interval": rate.interval, "count": rate.count}
         return found
 
-    versions = {name: version(name) for name in ("spf", "torch", "transformers", "peft")}
-    settings = {**vars(args), "versions": versions}
+    settings = {**vars(args), "versions": versions, "weights": loaded, "asked": asked}
 
     def part(name: str, compute: Callable[..., dict[str, Any]], *given: Any, **more: Any) -> Any:
         return finished(output / "parts" / f"{name}.json", settings, partial(compute, *given, **more))
@@ -605,6 +609,11 @@ def _load(path: str | None, packaged: str) -> list[SafetyRow]:
     if len(rows) < 4:
         raise ValueError(f"{path}: {len(rows)} prompts; at least 4 are needed, half of them for the means")
     return rows
+
+
+def _hash(rows: Sequence[SafetyRow]) -> str:
+    said = json.dumps([[row.messages, row.refusal] for row in rows])
+    return hashlib.sha256(said.encode("utf-8")).hexdigest()
 
 
 def _transformed(row: SafetyRow, name: str) -> SafetyRow:

@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -287,6 +288,30 @@ def test_an_interrupted_run_goes_on_where_it_stopped(checkpoints, monkeypatch, c
         assert command(checkpoints, *options) == 130
     assert command(checkpoints, *options[:-1], "3") == 0  # other settings: measured again
     assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("replaced", ["a", "b", "unsafe.jsonl"])
+def test_parts_of_other_weights_or_prompts_are_not_kept(checkpoints, tmp_path, monkeypatch, replaced):
+    """A model that was trained again in the same place had the figures of the first one."""
+    place = shutil.copytree(checkpoints, tmp_path / "place", ignore=shutil.ignore_patterns("out"))
+    options = ["--alphas", "0", "--alpha_prompts", "2", "--positions", "2", "--gradient_prompts", "0"]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "scale_curve", interrupted)
+        assert command(place, *options) == 130
+    if replaced == "unsafe.jsonl":
+        prompts = packaged_prompts("harmful_eval")[8:16]
+        (place / replaced).write_text("\n".join(json.dumps({"prompt": p}) for p in prompts), "utf-8")
+    else:
+        changed(make_model("llama"), scale=0.1, seed=5).save_pretrained(place / replaced)
+    calls = []
+    measured = measure.measure_world
+    monkeypatch.setattr(measure, "measure_world", lambda *a, **k: calls.append(1) or measured(*a, **k))
+    assert command(place, *options) == 0
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(
