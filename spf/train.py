@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,7 +36,7 @@ from spf.data import load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import keeping, working
 from spf.files import directory_lock
-from spf.models import load_model
+from spf.models import ADAPTER_CONFIG, load_model, refuse_beside, save_whole
 from spf.named import make_callback
 from spf.sharding import is_first
 from spf.words import expanded, spelled
@@ -108,9 +109,10 @@ class Parser(TrlParser):
         return found, rest
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        return super().set_defaults_with_config(
-            **{TRAIN_NAMES.get(name, name): expanded(value) for name, value in config.items()}
-        )
+        given = {TRAIN_NAMES.get(name, name): expanded(value) for name, value in config.items()}
+        for name in given.keys() & {"resume_from_checkpoint"}:  # true, too, which is no text
+            given[name] = str(given[name])
+        return super().set_defaults_with_config(**given)
 
 
 def main(arguments: list[str]) -> None:
@@ -142,6 +144,7 @@ def main(arguments: list[str]) -> None:
         training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
     output = Path(str(training.output_dir))
     first = is_first()
+    refuse_beside(output, ["default"] if model_config.use_peft else [])
     with directory_lock(output) if first else nullcontext():
         last = "trainer_state.json" if callback is None else STATE_FILE
         before = _checkpoints(output, last)
@@ -192,6 +195,8 @@ def _train(
         raise ValueError("reward_funcs: FILE.py:FUNCTION, with the trainer grpo, which needs one, and with no other")
     kinds: Any = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer, "grpo": GRPOTrainer}
     model, tokenizer = _load_model(training, model_config)
+    if model_config.use_peft and _is_adapter(model_config.model_name_or_path):
+        save_base(model, tokenizer, Path(training.output_dir) / "base")
     trainer = kinds[kind.trainer](
         model,
         **({"reward_funcs": rewards} if rewards else {}),
@@ -215,7 +220,7 @@ def _train(
 def _load_model(training: Any, model_config: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in the type that is asked for; the directory of an adapter comes merged, as in the other commands."""
     name, packed = model_config.model_name_or_path, get_quantization_config(model_config)
-    if (Path(name) / "adapter_config.json").is_file():
+    if _is_adapter(name):
         if packed is not None:
             raise ValueError(f"model_name_or_path: {name} is an adapter, which cannot be merged into packed weights")
         wanted = model_config.dtype or "auto"
@@ -235,6 +240,19 @@ def _load_model(training: Any, model_config: Any) -> tuple[PreTrainedModel, PreT
         quantization_config=packed,
     )
     return model, AutoTokenizer.from_pretrained(**source)
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / ADAPTER_CONFIG).is_file()
+
+
+def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write what an adapter was merged into, for the one that is trained above it: it is nowhere else as a whole."""
+    if is_first():
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        save_whole(directory, model, tokenizer)
+    model.name_or_path = model.config.name_or_path = str(directory.resolve())
 
 
 def _reward(name: str) -> Any:

@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedModelError, UnsupportedSetupError
 from spf.checkpoint import SUBSPACE_FILE
 from spf.going_on import add_adapter, earlier_subspace
-from spf.models import load_model
+from spf.models import beside, load_model
 from spf.subspace import SafetySubspace
 from tests.conftest import make_model
 from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
@@ -264,6 +264,75 @@ def test_the_remedy_for_an_adapter_from_elsewhere(tmp_path, tokenizer, rows, anc
         found = load_model(str(tmp_path / "both"), torch.float32)[0].eval()(input_ids=ids).logits
         with model.disable_adapter():
             assert not torch.allclose(wanted, model(input_ids=ids).logits, atol=1e-3)
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_what_transformers_would_load_of_two_adapters_is_refused(tmp_path, tokenizer, rows):
+    """Of a checkpoint it loads the first into the run, and trains that one; the new one begins anew."""
+    model = lora()
+    run(tmp_path / "elsewhere", tokenizer, None, model)
+    add_adapter(model)
+    trainer = make_trainer(tmp_path / "second", tokenizer, keep(rows), model)
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(UnsupportedSetupError, match=r"load_best_model_at_end=True: of several adapters .* to False"):
+        trainer.train()
+    run(tmp_path / "second", tokenizer, keep(rows), model, save_strategy="steps", save_steps=2)
+    trainer = make_trainer(tmp_path / "second", tokenizer, keep(rows), model, max_steps=4)
+    with pytest.raises(UnsupportedSetupError, match=r"cannot go on from a checkpoint: of several .*; begin it anew"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_on_a_tied_layer_is_refused(tmp_path, tokenizer, rows):
+    """It was proven, and merged it was in the other layer, too, which answered otherwise."""
+    for layer in ("embed_tokens", "lm_head"):
+        model = make_model("qwen", width=64)
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", layer]))
+        with pytest.raises(
+            UnsupportedModelError, match=rf"{layer} shares its weight with another layer .*leave it out"
+        ):
+            run(tmp_path, tokenizer, keep(rows), model)
+
+
+def test_checkpoints_that_are_written_without_an_event_are_refused(tmp_path, tokenizer, rows):
+    with pytest.raises(UnsupportedSetupError, match=r"enable_jit_checkpoint writes checkpoints without .*save_steps"):
+        run(tmp_path, tokenizer, keep(rows), lora(), enable_jit_checkpoint=True)
+
+
+def test_what_lies_beside_a_saved_model_and_would_be_loaded_is_said(tmp_path, tokenizer, rows, caplog):
+    """`spf eval` asked the old adapter of a directory, not the whole model that was saved there."""
+    whole = make_model(width=64)
+    for model in (lora(), whole):
+        run(tmp_path / "run", tokenizer, keep(rows), model).save_model(str(tmp_path / "both"))
+    last = [record.getMessage() for record in caplog.records][-1]
+    assert f"{tmp_path / 'both' / 'adapter_config.json'} is of another model, and would be loaded" in last
+    with pytest.raises(ValueError, match=r"both holds an adapter and a whole model, model.safetensors: move one"):
+        load_model(str(tmp_path / "both"))
+    assert beside(tmp_path / "both", ["default"]).startswith(str(tmp_path / "both" / "model.safetensors"))
+    # of an earlier run above another adapter
+    (tmp_path / "new" / "held").mkdir(parents=True)
+    (tmp_path / "new" / "held" / "adapter_config.json").write_text("{}")
+    assert beside(tmp_path / "new", ["default"]).startswith(str(tmp_path / "new" / "held"))
+    assert not beside(tmp_path / "new", ["default", "held"])
+
+
+def test_an_adapter_that_is_trained_above_a_merged_one_is_loaded_above_it(tmp_path, tokenizer, monkeypatch):
+    """It named the model below both, so that `spf eval` asked it without the first one, or could not load it."""
+    make_model(width=64).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    name = str(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    for directory in ("first", "second", "third"):
+        base = load_model(name, torch.float32)[0]
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights += 0.05 * torch.randn_like(weights) * weights.requires_grad
+        model.save_pretrained(directory)
+        name = directory
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        wanted, found = (one.eval()(input_ids=ids).logits for one in (model, load_model(name, torch.float32)[0]))
     assert torch.allclose(found, wanted, atol=1e-4)
 
 

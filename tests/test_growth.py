@@ -23,13 +23,15 @@ def attached(anchors, lora=False, rule=None):  # noqa: F811
     model = make_model()
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not (lora == "LoRA-FA" and ".lora_A." in name))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     probe = SafetyProbe(model, anchors, pad_token_id=1)
     return model, optimizer, attach(probe, optimizer, rule or NullSpace(rank=8, reserve=8)), start
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, True, "LoRA-FA"])
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 8))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_added_is_orthonormal_and_answered_as_by_the_aligned_weights(anchors, lora, seed, count):  # noqa: F811

@@ -142,11 +142,11 @@ def test_a_correction_in_bfloat16_that_is_not_applied_is_noticed(monkeypatch):
     optimizer = SafetyOptimizer(adamw, _BareProbe(layer, V), NullSpace(rank=16), correction_dtype=torch.bfloat16)
     hold = Holding._hold
 
-    def half(self, names):
+    def half(self, names, dtype):
         for name in names:
             self.subspace.right[name] = self.subspace.right[name] * 0.5**0.5
             self.subspace.target[name] = self.subspace.target[name] * 0.5**0.5
-        hold(self, names)
+        hold(self, names, dtype)
         for name in names:
             self.subspace.right[name] = self.subspace.right[name] / 0.5**0.5
             self.subspace.target[name] = self.subspace.target[name] / 0.5**0.5
@@ -412,7 +412,7 @@ def test_a_rule_that_does_not_act_is_noticed(anchors, monkeypatch):
         train(model, optimizer, 1)
 
     optimizer = SafetyOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), probe, NullSpace(rank=8))
-    monkeypatch.setattr(optimizer.attachment.correction, "_hold", lambda name: None)
+    monkeypatch.setattr(optimizer.attachment.correction, "_hold", lambda names, dtype: None)
     with pytest.raises(CorrectionError, match="answers the held inputs differently"):
         train(model, optimizer, 1)
 

@@ -41,13 +41,13 @@ def plant(monkeypatch, fault):
     """Sabotage `_hold`; returns callbacks that a trainer has to be given."""
     real = Holding._hold
 
-    def hold(self, names):
+    def hold(self, names, dtype):
         names = list(names)
         if fault == "off" or (fault == "off from step 5" and self.run.steps >= 4):
             names = []
         elif fault == "one left out":
             names = [name for name in names if name != sorted(self.run.matrices)[3]]
-        real(self, names)
+        real(self, names, dtype)
 
     monkeypatch.setattr(Holding, "_hold", hold)
     return [Saboteur()] if fault == "hooks removed" else []
@@ -124,9 +124,10 @@ def test_the_remedy_for_bfloat16_weights_works(tmp_path, tokenizer, rows):
         assert (moved @ callback.attachment.subspace.right[name]).norm() <= 0.01 * moved.norm()
 
 
-@pytest.mark.parametrize("rate", [0.1, 1e-6])
+@pytest.mark.parametrize("rate", [0.1, 1e-7])
 def test_a_run_in_which_nothing_ever_acted_is_an_error(anchors, monkeypatch, rate):
-    """A basis that the data never reach: the weights move, however little, and nothing shows that the rule acts."""
+    """A basis that the data never reach: the weights move, and nothing shows that the rule acts. Where they move less
+    than rounding does, nothing could."""
     model = make_model()
     probe = SafetyProbe(model, anchors, pad_token_id=1)
     monkeypatch.setattr(Constraint, "allowed", lambda self, v: 1e9)  # as if everything were rounding
@@ -137,6 +138,9 @@ def test_a_run_in_which_nothing_ever_acted_is_an_error(anchors, monkeypatch, rat
         zero_grad = staticmethod(attachment.optimizer.zero_grad)
 
     train(model, Steps, 2)
+    if rate == 1e-7:
+        assert "0 were seen to be pushed and put back; the other 15 were never pushed beyond" in attachment.finish()
+        return
     with pytest.raises(CorrectionError, match="nothing ever had to be corrected"):
         attachment.finish()
 
@@ -225,6 +229,56 @@ def test_the_best_model_is_proven_when_it_is_loaded_at_the_end(tmp_path, tokeniz
     trainer = Trainer(tiny("lora", "float32"), args, None, data, data, processing_class=tokenizer, callbacks=[callback])
     trainer.train()
     assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "lora and head"])
+def test_a_run_in_bfloat16_goes_on(tuning, tmp_path, tokenizer, rows):
+    """What its corrections leave of a step was a fault in the run that went on: from a checkpoint or the end, after an
+    error, or with the best of its models, which it judged by another step."""
+    head = {"modules_to_save": ["lm_head"]} if tuning == "lora and head" else {}
+    model = make_model()
+    if tuning != "full":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **head))
+
+    class Fail(TrainerCallback):
+        fails = True
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if self.fails and state.global_step == 2:
+                self.fails = False
+                raise RuntimeError("CUDA out of memory.")
+
+    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    settings = best | {"max_steps": 6, "bf16": True, "learning_rate": 5e-3, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "worse", "greater_is_better": False}
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+
+    class Judged(Trainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = {"eval_worse": float(self.state.global_step)}
+            self.log(dict(metrics))
+            return metrics
+
+    data = token_data()
+    args = arguments(TrainingArguments, tmp_path, **settings)
+    trainer = Judged(model, args, None, data, data, processing_class=tokenizer, callbacks=[callback, Fail()])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer.train()
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_run_that_was_at_its_end_goes_on(tuning, tmp_path, tokenizer, rows, caplog):
+    """It was killed before its model was saved: no step is made, so no matrix is met at one."""
+    for resume in (False, True):
+        callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+        epoch = {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}
+        trainer = make_trainer(tmp_path, tokenizer, callback, tiny(tuning, "float32"), **epoch)
+        trainer.train(resume_from_checkpoint=resume)
+        assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
 
 
 class Average(TrainerCallback):

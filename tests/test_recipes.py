@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from spf import cli
+from spf.models import load_model
+from spf.train import Parser
 from tests.conftest import REFUSAL, make_model
 
 ROOT = Path(__file__).parent.parent
@@ -52,14 +55,19 @@ def test_a_recipe_trains_as_it_stands(recipe, model, refusals, tokenizer, tmp_pa
         model = tmp_path / "first"
     flags = ["--model", str(model), "--output", str(tmp_path / "out"), "--max_steps", "2", "--report_to", "none"]
     flags += ["--max_completion_length", "4"] if recipe.stem == "grpo" else []
-    # adapters on 4 bit are in bfloat16, which takes no smaller step
-    flags += ["--learning_rate", "0.01", "--max_steps", "4"] if recipe.stem == "sft_qlora" else []
     assert cli.main(["train", f"recipes/{recipe.name}", *flags, "--safety_data", str(refusals)]) == 0
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("spf: ")]
     assert any("answer the held inputs as before" in line for line in said), said
     weights = [load_file(path) for path in (tmp_path / "out").glob("*model.safetensors")]
     assert any(tensor.abs().max() > 0 for file in weights for tensor in file.values())
     assert ("use_peft" in given) == (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    if recipe.stem == "dpo_after_sft":
+        # the first training was gone, or the adapter could not be loaded, whoever loaded it
+        before, base = (load_model(str(path))[0].state_dict() for path in (model, tmp_path / "out" / "base"))
+        assert all(torch.equal(before[name], base[name]) for name in before)
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").merge_and_unload().state_dict()
+        found = load_model(str(tmp_path / "out"), torch.float32)[0].state_dict()
+        assert all(torch.allclose(found[name], loaded[name].float(), atol=1e-5) for name in found)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -111,3 +119,27 @@ def test_the_notebook_runs(model, tmp_path, monkeypatch, capsys):
     assert printed.count("of 8 refused") == 4
     assert "spf/refusal_rate" in printed
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["train", "lock apply", "lock remove"])
+def test_a_directory_with_another_kind_of_model_is_not_written_into(command, model, refusals, tmp_path, capsys):
+    """The old adapter would be loaded, not the whole model that was saved beside it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    words = {
+        "train": ["--model", model, "--data", ROOT / "recipes/examples/sft.jsonl", "--output", out],
+        "lock apply": [model, tmp_path / "lock", out],
+        "lock remove": [model, out],
+    }[command]
+    words += ["--safety_data", refusals] if command == "train" else []
+    assert cli.main([*command.split(), *map(str, words)]) == 2
+    assert f"{out / 'adapter_config.json'} is of another model, and would be" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize("given", ["true", "false", "checkpoint-3"])
+def test_a_file_says_whether_to_go_on_as_a_flag_does(given, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path}\nresume_from_checkpoint: {given}\n")
+    *_, training, _ = Parser("sft").parse_args_and_config(args=["--config", str(tmp_path / "run.yaml")])
+    assert str(training.resume_from_checkpoint).lower() == given

@@ -1,9 +1,10 @@
 """Adapters that are not fresh: when A V = 0 can be reached without changing the model, and what to do else."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spf.errors import UnsupportedModelError
 from spf.linalg import exact_matmul
@@ -35,6 +36,24 @@ def refuse_started(run: Run, names: Sequence[str], bases: Mapping[str, Tensor]) 
         found, allowed = run.total([torch.stack([changes, size])])[0]
         if found > allowed:
             raise UnsupportedModelError(f"{name}: {_why(run, name)}")
+
+
+def refuse_tied(model: nn.Module, trained: Iterable[str]) -> None:
+    """
+    Raises:
+        UnsupportedModelError: a layer with an adapter shares its weight, so that once merged the adapter is in the
+            other one, too, as in the output layer of an embedding, where nothing is held against it.
+    """
+    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    for name in trained:
+        layer, adapter, _ = name.partition(".lora_")
+        if adapter:
+            weight = next(model.get_submodule(f"{layer}.base_layer").parameters(recurse=False), None)
+            if owners[id(weight)] > 1:
+                raise UnsupportedModelError(
+                    f"{name}: {layer} shares its weight with another layer (tied embeddings), so once merged it "
+                    "changes what that one answers, too, which is not held; leave it out of target_modules"
+                )
 
 
 def _why(run: Run, name: str) -> str:

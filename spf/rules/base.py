@@ -138,6 +138,9 @@ class Correction:
         """The subspace as a file holds it: of all processes' rows. All of them have to call it."""
         return self.subspace
 
+    def leave(self) -> None:
+        """A run was broken off, and another with this model begins."""
+
     def put_back(self, directions: Mapping[str, int]) -> None:
         """After training, weights of a step were loaded at which matrices were held in so many directions."""
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from spf.data import Anchor
 from spf.errors import CorrectionError
-from spf.linalg import exact_matmul, project_out_right, stacked
+from spf.linalg import exact_matmul, project_out_right
 from spf.rules.adapters import refuse_started
 from spf.rules.base import Correction, Given
 from spf.rules.constraint import Constraint, null_space_violation
 from spf.rules.fixed import Fixed
 from spf.rules.frozen import Frozen
 from spf.rules.growth import Growth, in_turns
+from spf.rules.moves import Moves
 from spf.run import Run
 from spf.subspace import SafetySubspace
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 MAX_SCALE = 10.0
 """A fresh lora_A, or the learning rate of full matrices, is not scaled up by more than this."""
-
-SAMPLED_ROWS = 8
-"""Rows of each matrix kept over a step to tell how much of its update was removed."""
 
 
 class Holding(Correction):
@@ -46,14 +44,7 @@ class Holding(Correction):
         if self.fixed.tokens:
             self.subspace.metadata["tokens"] = json.dumps(self.fixed.tokens)
         self.learning_rows = self.fixed.learning_rows
-        self.acted: dict[str, int] = {}
-        """The step at which each matrix was first seen to be pushed and put back."""
-        self._rows: dict[str, Tensor] = {}
-        self._update = [0.0, 0.0]
-        self._driven: dict[str, Tensor] = {}
-        """Which matrices have a gradient at this step, of those that were not seen to be pushed and put back yet."""
-        self._pushed: dict[str, Tensor] = {}
-        """Which of them the optimizer moved at such a step, before the correction, by rows of theirs."""
+        self.moves = Moves(run, subspace)
         self._largest = 0.0
         self._meet(given)
         self.growth: Growth | None = None
@@ -108,41 +99,42 @@ class Holding(Correction):
         self.constraint.follow()
         self.fixed.before_step(here)
         held = [name for name in self.run.matrices if name in here]
-        self._rows = {name: self._sample(name).clone() for name in held}
+        self.moves.before(held)
         for name in held:
             self.constraint.gaps.pop(name, None)
-            part = self.run.sharding.parts[name]
-            if name not in self.acted and part.holder.grad is not None:
-                self._driven[name] = (part.piece(part.holder.grad) != 0).any()
 
     def after_step(self, here: set[str]) -> None:
         self.fixed.after_step()
-        for name in here & self._driven.keys():
-            moved = self._driven.pop(name) & (self._sample(name) != self._rows[name]).any()
-            self._pushed[name] = self._pushed.get(name, torch.zeros_like(moved)) | moved
-        self._hold([name for name in self.run.matrices if name in here])
-        # what the weights make of new directions is so much that one float32 correction leaves more than rounding
-        self._hold([name for name in self.run.matrices if name in here & self.constraint.grown])
-        self.constraint.grown -= here
+        names = [name for name in self.run.matrices if name in here]
+        updated = self.moves.after(names)
+        self._hold(names, self.correction_dtype)
+        self.moves.corrected(updated)
+        # a lora_A that is frozen is in no step
+        self._follow_growth(here | self.run.sharding.frozen)
+
+    def _follow_growth(self, names: set[str]) -> None:
+        """Hold matrices in their new directions: of what the weights make of these, one correction leaves more than
+        rounding."""
+        grown = self.constraint.grown & names
+        for _ in range(2):
+            self._hold([name for name in self.run.matrices if name in grown], torch.float32)
+        self.constraint.grown -= grown
 
     def finish_step(self) -> None:
-        self.run.removed(*self._update)
-        self._update = [0.0, 0.0]
+        self.moves.finish()
 
-    def _hold(self, names: Sequence[str]) -> None:
-        """W <- W - (W V - W_0 V) V^T, block by block.
+    def _hold(self, names: Sequence[str], dtype: torch.dtype) -> None:
+        """W <- W - (W V - W_0 V) V^T, block by block; dtype: of the product with V^T.
 
-        W V - W_0 V is computed in float32, so what a rougher product with V^T leaves of it goes at the next step.
+        W V - W_0 V is computed in float32, so what a rougher product leaves of it goes at the next step.
         """
         run, parts = self.run, self.run.sharding.parts
-        moved: list[Tensor] = []
-        updated = {name: self._sample(name).clone() for name in names}
         holders = {name: run.holder(name) for name in names}
         cut = run.sharding.cut_products(holders, self.subspace.right)
         for name in names:
             V, target, first = self.subspace.right[name], self.subspace.target[name], parts[name].rows.start
             # lora_A is too small for a rougher product to pay
-            rough = self.correction_dtype != torch.float32 and not run.matrices[name].is_lora_a
+            rough = dtype != torch.float32 and not run.matrices[name].is_lora_a
             for block in run.blocks(name, holders[name]):
                 wanted = target[block.rows.start - first : block.rows.stop - first]
                 if block.cut:
@@ -152,26 +144,25 @@ class Holding(Correction):
                     gap = null_space_violation(block.tensor, V, wanted)
                 basis = V[block.columns]
                 if rough:
-                    block.tensor.sub_(gap.to(self.correction_dtype) @ basis.T.to(self.correction_dtype))
+                    block.tensor.sub_(gap.to(dtype) @ basis.T.to(dtype))
                 else:
                     block.tensor.sub_(exact_matmul(gap, basis.T))
                 self.constraint.gaps[name] = gap.square().sum() + self.constraint.gaps.get(name, 0.0)
-            taken, whole = updated[name] - self._sample(name), updated[name] - self._rows[name]
-            moved.append(torch.stack([taken.float().square().sum(), whole.float().square().sum()]))
-        # one transfer for all matrices: each would make the process wait for a GPU
-        sums = stacked(moved).sum(0).tolist() if moved else (0.0, 0.0)
-        self._update = [total + new for total, new in zip(self._update, sums, strict=True)]
 
-    def _sample(self, name: str) -> Tensor:
-        """Some of this process's rows of a matrix, for the statistics (none if it holds no whole row)."""
-        whole = [b.tensor for b in self.run.blocks(name, self.run.holder(name)) if not b.cut]
-        return whole[0][:: max(1, len(whole[0]) // SAMPLED_ROWS)] if whole else torch.empty(0)
+    def _settle(self) -> None:
+        """Take out what corrections in a narrower type left of the last step: it would be a fault where none is known
+        of, in a run that goes on from these weights. ZeRO's own are narrower than that."""
+        if self.correction_dtype != torch.float32 and not self.run.sharding.flat:
+            self._hold(list(self.run.matrices), torch.float32)
 
     def check(self, final: bool) -> None:
         run = self.run
-        names = list(run.matrices) if final else [name for name in run.matrices if name not in self.acted]
+        names = list(run.matrices) if final else [name for name in run.matrices if name not in self.moves.acted]
         if not final and not _due(run.steps):
             return
+        if final:
+            # a step that overflowed corrected nothing
+            self._follow_growth(set(names))
         found = self.constraint.violations(names)
         for name, v in found.items():
             if not v.error <= self.constraint.allowed(v):
@@ -180,23 +171,24 @@ class Holding(Correction):
                     f"{v.error:.3g}, rounding leaves {v.rounding:.3g}"
                 )
             if v.gap > self.constraint.allowed(v):
-                self.acted.setdefault(name, run.steps)
+                self.moves.acted.setdefault(name, run.steps)
         if final:
             check_rest(self.fixed, self.subspace)
+            self._settle()
             self._largest = max((v.error / v.rounding if v.rounding else 0.0 for v in found.values()), default=0.0)
-        if final and not self.acted and run.steps:
-            moved = [self._pushed.get(name, torch.zeros(())).cpu() * 1.0 for name in run.matrices]
-            pushed = [name for name, ranks in zip(run.matrices, run.total(moved), strict=True) if ranks > 0]
-            if pushed:
-                raise CorrectionError(
-                    f"spf: {len(pushed)} of {len(run.matrices)} matrices were trained, among them {pushed[0]}, and in "
-                    f"{run.steps} steps nothing ever had to be corrected, so nothing shows that the rule acts; is the "
-                    "safety subspace that of this model?"
-                )
+        if final and run.steps:
+            self.moves.refuse_unseen(found)
+
+    def leave(self) -> None:
+        found = self.constraint.violations(self.run.matrices)
+        # else others have put other weights in
+        if all(v.error <= self.constraint.allowed(v) for v in found.values()):
+            self._settle()
 
     def proven(self) -> str:
-        count, acted = len(self.run.matrices), len(self.acted)
-        if not acted and not any(matrix.frozen for matrix in self.run.matrices.values()):
+        count, acted = len(self.run.matrices), len(self.moves.acted)
+        frozen = any(matrix.frozen for matrix in self.run.matrices.values())
+        if not acted and not self.moves.seen and not frozen:
             return "the matrices were not trained, so there was nothing to hold"
         rest = f"; the other {count - acted} were never pushed beyond rounding" if acted < count else ""
         return (
@@ -208,11 +200,11 @@ class Holding(Correction):
     def state(self) -> dict[str, Any]:
         feedback = self.feedback.state() if self.feedback is not None else None
         growth = self.growth.state() if self.growth is not None else self._grown
-        return {**super().state(), "acted": self.acted, "feedback": feedback, "growth": growth}
+        return {**super().state(), "acted": self.moves.acted, "feedback": feedback, "growth": growth}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self.acted = {name: step for name, step in state["acted"].items() if name in self.run.matrices}
+        self.moves.acted = {name: step for name, step in state["acted"].items() if name in self.run.matrices}
         if self.feedback is not None:
             self.feedback.load_state(state["feedback"])
         self._grown = state.get("growth")

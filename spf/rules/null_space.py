@@ -17,6 +17,7 @@ from spf.errors import UnsupportedModelError
 from spf.linalg import exact_matmul
 from spf.matrices import Matrix, lora_b_of, refuse_fixed_adapters, refuse_rounded
 from spf.probe import SafetyProbe
+from spf.rules.adapters import refuse_tied
 from spf.rules.base import Given, Rule
 from spf.rules.combining import DualAscent, Mix
 from spf.rules.holding import Holding
@@ -139,6 +140,7 @@ class NullSpace(Rule):
         if self.contrast and not given.calibration and given.subspace is None:
             raise ValueError("null-space: contrast needs benign samples; give them as `calibration`")
         refuse_fixed_adapters(run.probe.model, run.probe.others)
+        refuse_tied(run.probe.model, [*run.matrices, *run.others])
         refuse_rounded((name, run.holder(name).dtype) for name in run.matrices)
         refuse_otherwise(run, run.basis)
         held = [*run.basis, *given.reworded, *given.conflicts]

@@ -17,7 +17,7 @@ from spf.data import packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import neutral_texts
 from spf.files import check_output_file, claim, directory_lock, weights_at, write_json
-from spf.models import load_model, machine_device
+from spf.models import load_model, machine_device, refuse_beside
 from spf.safetylock.extraction import extract
 from spf.safetylock.lock import SafetyLock
 from spf.safetylock.pairs import echoed, load_pairs, packaged_pairs
@@ -61,6 +61,7 @@ def _load(name: str, dtype: Literal["auto"] | None = None) -> tuple[PreTrainedMo
 def apply_lock(args: ApplyArguments) -> None:
     """`spf lock apply`."""
     output = Path(args.output)
+    refuse_beside(output, ())
     with directory_lock(output), keeping(lambda: _saved(output)):
         lock = SafetyLock.load(args.lock)
         model, tokenizer = _load(args.model, "auto")  # not rounded: unlocked, it is to be what it was
@@ -74,6 +75,7 @@ def apply_lock(args: ApplyArguments) -> None:
 def remove_lock(args: RemoveArguments) -> None:
     """`spf lock remove`."""
     output = Path(args.output)
+    refuse_beside(output, ())
     with directory_lock(output), keeping(lambda: _saved(output)):
         model, tokenizer = unlock_saved(args.model)
         with working():

@@ -64,8 +64,8 @@ def run(name: str) -> dict[str, Any]:
     }
 
 
-def without_one(self: Holding, names: list[str]) -> None:
-    hold(self, [name for name in names if not name.endswith("gate_up_proj[1]")])
+def without_one(self: Holding, names: list[str], dtype: torch.dtype) -> None:
+    hold(self, [name for name in names if not name.endswith("gate_up_proj[1]")], dtype)
 
 
 hold = Holding._hold

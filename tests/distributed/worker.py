@@ -289,7 +289,7 @@ def planted(held: Callable[[Holding, list[str]], list[str]]) -> Callable[[Case, 
 
     def fault(case: Case, directory: Path) -> dict[str, Any]:
         real = Holding._hold
-        Holding._hold = lambda self, names: real(self, held(self, list(names)))  # type: ignore[method-assign]
+        Holding._hold = lambda self, names, dtype: real(self, held(self, list(names)), dtype)  # type: ignore[method-assign]
         try:
             return stopped(case, directory)
         finally:
