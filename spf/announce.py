@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from spf.audit import LIST_FILE
-from spf.conflicts import REFUSES_NONE, rows_of
+from spf.conflicts import REFUSES_NONE, TOLD_BY, rows_of
 from spf.data import SafetyRow
 from spf.leaving_out import name_of
 from spf.matrices import NAMED, describe_fixed
@@ -120,6 +120,8 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
     if not found.refuses:
         lines.append(REFUSES_NONE)
+    elif found.prompts and not found.refused:
+        lines.append(TOLD_BY)
     if found.undesired:
         lines.append(found.labelled())
     if found.why:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spf.config import STRICT
 from spf.conflicts import STREAM_ROWS, Audit, Conflict, Verdicts
 from spf.data import Anchor, SafetyRow, ask_refusals, tokenise
-from spf.data.examples import Example, Examples, read_examples, with_read_columns
+from spf.data.columns import with_read_columns
+from spf.data.examples import Example, Examples, read_examples
 from spf.errors import SafetyDataError
 from spf.files import write_json
 from spf.next_token import CONFIRM, Known, ask, begins_of, fingerprint
@@ -29,7 +30,7 @@ BEGUN = 4
 """So many tokens are the beginning of a refusal: two are that of "I'm happy to help", too."""
 
 BEGINNINGS = 32
-"""Own refusals that tell how the model's refusals begin."""
+"""Refusals that tell how the model's begin."""
 
 LIST_FILE, CACHE_FILE = "spf_conflicts.jsonl", "spf_audit.json"
 """Beside a run's checkpoints: row and probability of each conflict; what was asked, by hashes."""
@@ -204,27 +205,27 @@ def own_refusals(
     max_length: int,
     options: Mapping[str, Any] | None = None,
 ) -> list[Anchor]:
-    """Safety samples with refusals of the model's own: those of the rows, or, if the model does not begin as they do,
-    what it answers itself; none where it refuses nothing."""
-    own = [row for row in rows if row.own]
-    anchors = tokenise((own or rows)[:BEGINNINGS], tokenizer, max_length, options)
-    if not own:
-        first = ask(
-            model,
-            [a.prompt_ids for a in anchors],
-            [[]] * len(anchors),
-            Known(model),
-            False,
-        )
-        begins = Beginnings(anchors).seconds
-        if 2 * sum(token in begins for _, token in first) < len(first):
-            try:
-                bare = [replace(row, refusal=None) for row in rows]
-                rows = ask_refusals(bare, model, tokenizer, wanted=BEGINNINGS, options=options).rows
-            except SafetyDataError:
-                return []
-            return tokenise(rows, tokenizer, max_length, options)
-    return anchors
+    """Safety samples with refusals of the model's own: what it was asked for, and given ones that begin as it does. If
+    all are given, and it does not begin so, what it answers itself; none where it refuses nothing."""
+    own, given = ([row for row in rows if row.own == kind] for kind in (True, False))
+    # neither kind crowds the other out: they may be in different languages
+    anchors = tokenise(own[: max(BEGINNINGS // 2, BEGINNINGS - len(given))], tokenizer, max_length, options)
+    told = tokenise(given[: BEGINNINGS - len(anchors)], tokenizer, max_length, options)
+    if not told:
+        return anchors
+    asked = ask(model, [anchor.prompt_ids for anchor in told], [[]] * len(told), Known(model), False)
+    first = [token for _, token in asked]
+    if own:
+        return [*anchors, *(anchor for anchor in told if set(anchor.refusal_ids[:1]) & set(first))]
+    begins = Beginnings(told).seconds
+    if 2 * sum(token in begins for token in first) >= len(first):
+        return told
+    try:
+        bare = [replace(row, refusal=None) for row in rows]
+        rows = ask_refusals(bare, model, tokenizer, wanted=BEGINNINGS, options=options).rows
+    except SafetyDataError:
+        return []
+    return tokenise(rows, tokenizer, max_length, options)
 
 
 def audit_data(
@@ -244,18 +245,19 @@ def audit_data(
     rows: safety samples, of which the model's own refusals tell how it refuses. directory: gets the list of conflicts
     and keeps what was asked. tell_apart: over-refusals are no conflicts.
     """
-    stream = isinstance(dataset, IterableDataset)
     if isinstance(dataset, Dataset | IterableDataset):
         dataset = with_read_columns(dataset)
-    why = ""
-    if stream:
-        read: Iterable[Any] = islice(dataset, STREAM_ROWS)
+    why, behind = "", iter(())
+    if isinstance(dataset, IterableDataset):
+        behind = iter(dataset)
+        read: Iterable[Any] = islice(behind, STREAM_ROWS)
     elif isinstance(dataset, Sized):
         rows_of: Any = dataset
         read = (rows_of[i] for i in range(len(rows_of)))
     else:
         read, why = (), f"a {type(dataset).__name__} can be read only once"
     examples = read_examples(read, tokenizer, options, max_length)
+    goes_on = next(behind, None) is not None
     begins = own_refusals(model, tokenizer, rows, max_length, options)
     cache = directory / CACHE_FILE if directory else None
     found = audit(model, tokenizer, examples, begins, cache=cache, progress=progress)
@@ -279,7 +281,7 @@ def audit_data(
         )
         found.set_apart(harmless, unclear)
         found.seconds += time.perf_counter() - start
-    found.stream, found.why = stream, why or found.why
+    found.stream, found.why = goes_on, why or found.why
     found.refuses = bool(begins)
     if directory:
         finish(found, model, directory, tell_apart)

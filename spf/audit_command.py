@@ -1,5 +1,6 @@
 """`spf audit`: what a training data set attacks, before anything is trained."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ from rich.console import Console
 
 from spf.arguments import AuditArguments
 from spf.audit import CACHE_FILE, LIST_FILE, audit_data
-from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, Audit
-from spf.data import ask_refusals, load_safety_rows
+from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, TOLD_BY, Audit
+from spf.data import SafetyRow, ask_refusals, in_turn, load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
 from spf.files import atomic_path, check_output_file, directory_lock
@@ -32,7 +33,7 @@ def run_audit(args: AuditArguments) -> None:
     if args.clean:
         check_output_file(Path(args.clean))
     output, options = Path(args.output), parse_options(args.chat_template_kwargs)
-    rows, data = load_safety_rows(args.safety_data), load_training_data(args.data)
+    rows, data = _of_both_kinds(load_safety_rows(args.safety_data)), load_training_data(args.data)
     if args.split not in data:
         raise ValueError(f"--split: {args.data} has no split {args.split!r}; it has {', '.join(data)}")
     dataset = data[args.split]
@@ -62,6 +63,13 @@ def run_audit(args: AuditArguments) -> None:
         )
 
 
+def _of_both_kinds(rows: list[SafetyRow]) -> list[SafetyRow]:
+    """The rows without a refusal, and those with one in any order, in turn, so that both are among the first."""
+    bare = [row for row in rows if row.refusal is None]
+    given = in_turn([row for row in rows if row.refusal is not None], 0)
+    return [row for pair in zip_longest(bare, given) for row in pair if row is not None]
+
+
 def _kept(output: Path) -> str:
     if (output / CACHE_FILE).is_file():
         return f"what was asked is kept in {output / CACHE_FILE}; the same command goes on"
@@ -80,8 +88,7 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
         console.print(found.labelled())
     if found.unread:
         console.print(f"{found.unread} rows could not be audited ({found.why})")
-    if not found.refuses:
-        console.print(REFUSES_NONE)
+    console.print(TOLD_BY if found.refuses else REFUSES_NONE)
     kinds = {"conflict": found.conflicts, "might be refused": found.leaning, "over-refusal": found.over_refusals}
     console.print(
         f"A run takes it with SafetyCallback(audited={args.output!r}), or spf train --safety_audited {args.output}"

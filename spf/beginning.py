@@ -17,7 +17,6 @@ from spf.leaving_out import name_of
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import Rule
-from spf.source import CHANGED
 from spf.text.generation import context_length, pad_id
 from spf.trainers import calling_trainer
 from spf.training_data import data_of, source_of
@@ -43,6 +42,11 @@ def refuse_unfit(rule: Rule, args: TrainingArguments, goes_on: bool) -> None:
         raise UnsupportedSetupError(
             f"the rule {rule.name} adds safety gradients to scaled float16 gradients, where they may vanish; use bf16, "
             "or null-space without feedback"
+        )
+    if vars(args).get("enable_jit_checkpoint"):
+        raise UnsupportedSetupError(
+            "enable_jit_checkpoint writes checkpoints without an event, so without what is held, and nothing could go "
+            "on from them; save every so many steps instead (save_steps)"
         )
     if goes_on and not rule.resumable:
         raise UnsupportedSetupError(
@@ -139,7 +143,7 @@ def begin(
     if tighten and rule.holds and not attachment.correction.grows:
         lines[-1:-1] = [INERT]
     if data.source.changed:
-        lines[-1:-1] = [CHANGED]
+        lines[-1:-1] = [data.source.changed]
     lines[1:1] = callback.keep.lines
     if earlier is not None:
         lines[1:1] = [EARLIER]

@@ -32,6 +32,11 @@ MOST_WATCHED = 16
 REFUSES_NONE = "the model refuses none of the safety prompts, so conflicts with the data cannot be found"
 REFUSES_NONE_REMEDY = "look at its answers (`spf eval`): is it aligned, and is the chat template its own?"
 
+TOLD_BY = (
+    "refusals are told by how those to the safety prompts begin, in their languages; for another language give safety "
+    "prompts in it, with refusals as the model writes them"
+)
+
 
 @dataclass(frozen=True)
 class Conflict:
@@ -163,7 +168,7 @@ class Audit:
         """What was found, in words."""
         rows = f"{self.rows - self.unread} training rows"
         how = f"as the audit in {self.source} found" if self.source else f"{self.seconds:.0f} s"
-        asked = f"{self.prompts} distinct prompts asked, {self.refused} refused; {how}"
+        asked = f"{self.prompts} distinct prompts asked, {self.refused} refused as the safety prompts are; {how}"
         over = len(self.over_refused_rows)
         more = f", and {over} answer prompts that it refuses although they look harmless to it" if over else ""
         return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"

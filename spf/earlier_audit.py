@@ -13,7 +13,8 @@ from spf.audit import CACHE_FILE, Beginnings, Kept, compare
 from spf.config import read_json
 from spf.conflicts import Audit
 from spf.data import Anchor, SafetyDataError
-from spf.data.examples import read_examples, with_read_columns
+from spf.data.columns import with_read_columns
+from spf.data.examples import read_examples
 from spf.next_token import Known, fingerprint
 from spf.over_refusal import PROBE
 from spf.sharding import shares_parameters

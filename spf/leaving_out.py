@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from spf.data.examples import COLUMNS, document_lengths
+from spf.data.columns import read_columns
+from spf.data.examples import document_lengths
 
 Place = tuple[int, int]
 """A row of a data set, and which document of it, if it is packed; else 0."""
@@ -92,7 +93,7 @@ def content_of(dataset: Dataset, places: Iterable[Place]) -> str:
 
 def content_of_all(dataset: Dataset) -> str:
     """A hash (sha256) of what all rows hold, in any order, in the columns that an audit reads."""
-    names = sorted(name for name in dataset.column_names if name in COLUMNS)
+    names = sorted(read_columns(dataset))
     total = 0
     for table in dataset.select_columns(names).with_format("arrow").iter(1000) if names else ():
         columns = [_pieces(table[name].combine_chunks()) for name in names]

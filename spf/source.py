@@ -16,6 +16,11 @@ CHANGED = (
     "same ones otherwise), and what they attack was not audited"
 )
 
+UNCOMPARED = (
+    "only rows of a datasets.Dataset can be compared with those that the run was trained on: if these are others, what "
+    "they attack was not audited"
+)
+
 
 class Source:
     """A data set that something was found in, for a model as it was before training wrapped it."""
@@ -25,8 +30,8 @@ class Source:
         self._refs: tuple[Callable[[], Any], Callable[[], Any]] | None = None
         self.content = ""
         """A hash of all rows, once they were compared; nothing of what is no `Dataset`."""
-        self.changed = False
-        """Whether a run that goes on had other rows, of which nobody knows what they attack."""
+        self.changed = ""
+        """That a run that goes on had other rows, or may have had, of which nobody knows what they attack."""
 
     def is_of(self, data: Any, trainer: Trainer | None) -> bool:
         """Whether these are the data, and this is the same trainer, or another one of that model; none says nothing."""
@@ -44,10 +49,18 @@ class Source:
     def compare(self, rows: Any, was: LeftOut | None, strict: bool) -> None:
         """Hash the rows (a minute for a million long ones), and note whether the run that goes on had others.
 
+        rows: None where it does not matter.
+
         Raises:
-            SafetyDataError: it had, and it is strict.
+            SafetyDataError: it had, or nobody can tell, and it is strict.
         """
         self.content = self.content or (content_of_all(rows) if isinstance(rows, Dataset) else "")
-        self.changed = was is not None and bool(was.data) and was.data != self.content
+        self.changed, remedy = "", "give the same data set to go on, or start a new run"
+        if was is None or rows is None:
+            return
+        if not was.data or not self.content:
+            self.changed, remedy = UNCOMPARED, "start a new run, with a Dataset if it is to go on from a checkpoint"
+        elif was.data != self.content:
+            self.changed = CHANGED
         if self.changed and strict:
-            raise SafetyDataError(f"{CHANGED}; give the same data set to go on, or start a new run")
+            raise SafetyDataError(f"{self.changed}; {remedy}")

@@ -253,7 +253,7 @@ def obstacle_in(trainer: Trainer, asks: bool) -> str:
 def refuse_conflicts(found: Audit, listed: Path) -> None:
     """
     Raises:
-        SafetyDataError: the data have conflicts, or rows that could not be read, which may have some.
+        SafetyDataError: the data have conflicts, or rows that were not read, which may have some.
     """
     if found.conflicts:
         raise SafetyDataError(
@@ -269,6 +269,12 @@ def refuse_conflicts(found: Audit, listed: Path) -> None:
         raise SafetyDataError(
             f"{which} could not be audited ({found.why}), so conflicts='error' cannot say that they attack "
             "nothing; leave them out, or say conflicts='hold', which trains on them with a warning"
+        )
+    if found.stream:
+        raise SafetyDataError(
+            f"the training data are a stream that goes on behind the {found.rows} rows that were audited, so "
+            "conflicts='error' cannot say that they attack nothing; give a datasets.Dataset, or audit all of them with "
+            "`spf audit DATA --model MODEL --fail_over 0` and say conflicts='hold'"
         )
 
 

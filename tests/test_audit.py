@@ -22,9 +22,11 @@ import spf.next_token
 from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedSetupError
 from spf.announce import audit_lines
 from spf.audit import Beginnings, audit, audit_data, own_refusals
+from spf.audit_command import _of_both_kinds
 from spf.cli import main
 from spf.conflicts import MOST_HELD, MOST_WATCHED, Audit, Conflict, spread
 from spf.data import Anchor, SafetyRow, collate, packaged_prompts, tokenise
+from spf.data.columns import with_read_columns
 from spf.data.examples import Example, read_examples
 from spf.earlier_audit import EarlierAudit
 from spf.leaving_out import content_of_all, lengths_of, without
@@ -38,6 +40,9 @@ from tests.test_callback import arguments, safety_data
 
 REFUSAL = "Sorry, but I can't help with that request."
 COMPLIES = "Sure, here is how to do that."
+OTHERWISE = "that request with help can't"
+"""Stands for a refusal in another language: no token of it begins the other one."""
+SEARCH = {"type": "function", "function": {"name": "name", "description": "a", "parameters": {"type": "object"}}}
 HARMFUL = packaged_prompts("harmful_anchors")[:24]
 BENIGN = packaged_prompts("benign_anchors")[:24]
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -57,8 +62,11 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def refusing(tokenizer):
     """A tiny model that refuses these harmful prompts and answers these benign ones."""
-    model = make_model(width=64)
     pairs = [*((p, REFUSAL) for p in HARMFUL), *((p, COMPLIES) for p in BENIGN)]
+    return taught_to_answer(make_model(width=64), tokenizer, pairs)
+
+
+def taught_to_answer(model, tokenizer, pairs):
     batch = collate(tokenise(samples(pairs), tokenizer, 256), 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
@@ -159,6 +167,42 @@ def test_every_form_of_data_gives_prompt_and_answer(form, tokenizer):
     assert "".join(example.target.split()) == "".join(COMPLIES.split())
     assert list(example.prompt_ids) == chat_ids(tokenizer, [user(HARMFUL[0])], True)
     assert (found.rows, found.unread) == (1, 0)
+
+
+RENDERING_TOOLS = "{% if tools %}<user> {% for t in tools %}{{ t['function']['name'] }} {% endfor %}</s>{% endif %}"
+
+
+@pytest.mark.parametrize("form", ["tools", "tools as JSON", "tools of a text", "other variables"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_the_command_asks_what_a_run_asks(kind, form, tmp_path, refusing):
+    """It reads the data as they are, and a run as TRL has tokenised them: other prompts are another audit's."""
+    tokenizer = make_tokenizer()
+    style = "{% if style is defined %}<user> {{ style }} </s>{% endif %}"
+    tokenizer.chat_template = RENDERING_TOOLS + style + tokenizer.chat_template
+    prompt, answer = [user(HARMFUL[0])], [answered(COMPLIES)]
+    if form == "tools of a text":
+        prompt, answer = HARMFUL[0], COMPLIES  # no chat: they are rendered nowhere
+    given, wanted = {
+        "tools": ({"tools": [SEARCH]}, "<user>name</s>"),
+        "tools as JSON": ({"tools": json.dumps([SEARCH])}, "<user>name</s>"),
+        "tools of a text": ({"tools": [SEARCH]}, ""),
+        "other variables": ({"chat_template_kwargs": {"style": "WHERE", "unknown": 1}}, "<user>WHERE</s>"),
+    }[form]
+    answers = {
+        "sft": {"completion": answer},
+        "dpo": {"chosen": answer, "rejected": answer},
+        "kto": {"completion": answer, "label": True},
+    }[kind]
+    make, config = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig)}[
+        kind
+    ]
+    data = Dataset.from_list([{"prompt": prompt, **answers, **given}])
+    model = get_peft_model(copy.deepcopy(refusing), LORA)
+    trainer = make(model, args=arguments(config, tmp_path), train_dataset=data, processing_class=tokenizer)
+    asked = [read_examples(with_read_columns(rows), tokenizer).examples for rows in (data, trainer.train_dataset)]
+    assert [example.prompt_ids for example in asked[0]] == [example.prompt_ids for example in asked[1]]
+    words = "".join(tokenizer.decode(asked[0][0].prompt_ids).split())
+    assert words == f"{wanted}<user>{''.join(HARMFUL[0].split())}</s><assistant>"
 
 
 def test_every_turn_counts_and_packed_documents_are_apart(tokenizer):
@@ -336,6 +380,52 @@ def test_given_refusals_of_another_style_do_not_hide_how_the_model_refuses(refus
     assert found.conflicting_rows == [0]
     # and a model that refuses nothing is said to
     assert not audit_data(rows_of([(HARMFUL[20], "x")]), make_model(), tokenizer, given, max_length=256).refuses
+
+
+def owned(count):
+    """Refusals that the model was asked for."""
+    return [replace(row, own=True) for row in samples((p, REFUSAL) for p in (HARMFUL * 2)[:count])]
+
+
+def test_refusals_that_were_given_tell_how_the_model_refuses_beside_its_own(refusing, tokenizer):
+    """Where it was asked for some, those that were given in another language were not looked at."""
+    pairs = [*((p, REFUSAL) for p in HARMFUL[:12]), *((p, OTHERWISE) for p in HARMFUL[12:])]
+    model = taught_to_answer(copy.deepcopy(refusing), tokenizer, [*pairs, *((p, COMPLIES) for p in BENIGN)])
+    given = samples((p, OTHERWISE) for p in HARMFUL[12:18])
+    data = rows_of((p, COMPLIES) for p in [*HARMFUL[18:], *BENIGN[:4]])
+    counts = []
+    for rows in (owned(12), [*owned(12), *given]):
+        found = audit_data(data, model, tokenizer, rows, max_length=256, progress=False, tell_apart=False)
+        counts.append(len(found.conflicts))
+    assert counts == [0, 6]
+    # not those that begin otherwise than the model's
+    style = samples((p, "The request is declined.") for p in HARMFUL[:3])
+    firsts = Beginnings(own_refusals(model, tokenizer, [*style, *owned(12), *given], 256)).firsts
+    assert firsts == [tokenizer(refusal)["input_ids"][0] for refusal in (REFUSAL, OTHERWISE)]
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "taken"), [(40, 0, (32, 0)), (40, 6, (26, 6)), (40, 40, (16, 16)), (3, 40, (3, 29))]
+)
+def test_neither_own_refusals_nor_given_ones_crowd_the_others_out(own, given, taken, tokenizer, monkeypatch):
+    first = tokenizer(OTHERWISE)["input_ids"][0]
+    # of own refusals alone nothing is asked
+    monkeypatch.setattr(spf.audit, "ask", (lambda model, prompts, *_: [(1.0, first)] * len(prompts)) if given else None)
+    told = samples((p, OTHERWISE) for p in (HARMFUL * 2)[:given])
+    anchors = own_refusals(torch.nn.Linear(1, 1), tokenizer, [*told, *owned(own)], 256)
+    assert anchors == tokenise([*owned(taken[0]), *told[: taken[1]]], tokenizer, 256)
+
+
+def test_the_command_asks_rows_of_both_kinds():
+    """Those at the end of a file were never among the first that are asked."""
+    bare = [replace(row, refusal=None) for row in owned(40)]
+    given = samples((f"{i}", REFUSAL) for i in range(90))
+    assert _of_both_kinds(bare) == bare
+    for rows in ([*bare, *given], [*given, *bare]):
+        first = _of_both_kinds(rows)[:64]
+        assert [row for row in first if row.refusal is None] == bare[:32]
+        assert max(int(row.messages[0]["content"]) for row in first if row.refusal) > 64
+    assert len(_of_both_kinds([*bare, *given])) == 130
 
 
 def run(tmp_path, tokenizer, refusing, rows, pairs, conflicts="hold", rank=24, resume=None, given=None, **changes):
@@ -774,6 +864,38 @@ def test_what_the_trainer_does_not_read_is_not_audited(tmp_path, tokenizer, refu
     assert seen <= set(benign)
 
 
+def test_columns_that_a_transform_reads_are_left_to_it(refusing, tokenizer, rows):
+    """It makes what is trained on of them: a `KeyError` ended the run."""
+
+    def transform(batch):
+        said = zip(batch["question"], batch["messages"], strict=True)
+        return {"input_ids": [chat_ids(tokenizer, [user(prompt), *answer]) for prompt, answer in said]}
+
+    plain = Dataset.from_list([{"question": p, "messages": [answered(a)]} for p, a in PAIRS])
+    data = plain.with_transform(transform)
+    found = audit_data(data, refusing, tokenizer, rows, max_length=256, progress=False, tell_apart=False)
+    assert found.conflicting_rows == list(range(12))
+    # and all of them tell whether the data are the same
+    other = plain.map(lambda row: {"question": row["question"] + "?"}).with_transform(transform)
+    assert content_of_all(data) == content_of_all(plain.with_transform(transform)) != content_of_all(other)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_stream_passes_error_only_if_it_was_read_whole(more, tmp_path, tokenizer, refusing, rows, monkeypatch):
+    """What stands behind the rows that are read was trained on."""
+    monkeypatch.setattr(spf.audit, "STREAM_ROWS", 12 - more)
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS[12:], "error", max_steps=1)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    if more:
+        with pytest.raises(
+            SafetyDataError, match=r"a stream that goes on behind the 11 rows .* give a datasets.Dataset"
+        ):
+            trainer.train()
+        return
+    trainer.train()
+    assert (callback.audit.rows, callback.audit.stream) == (12, False)
+
+
 def test_error_says_what_it_cannot_say(tmp_path, tokenizer, refusing, rows):
     """It is for pipelines: rows that could not be read passed."""
     trainer, _ = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS[-2:], "error")
@@ -895,6 +1017,38 @@ def test_other_data_are_said_or_refused_though_nothing_was_left_out(
     assert "was trained on other rows" not in caplog.text
 
 
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, data):
+        self.data = list(data)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return self.data[i]
+
+
+@pytest.mark.parametrize("kind", [Rows, Dataset.to_iterable_dataset])
+@pytest.mark.parametrize("conflicts", ["hold", "error"])
+def test_rows_that_cannot_be_compared_are_said_or_refused(kind, conflicts, tmp_path, tokenizer, refusing, rows, caplog):
+    """A run went on with attacks, without an audit and without a word."""
+    every = {"save_strategy": "steps", "save_steps": 2, "ignore_data_skip": True}
+    first, _ = run(tmp_path, tokenizer, refusing, rows, PAIRS[12:], conflicts, max_steps=2, **every)
+    other, _ = run(tmp_path, tokenizer, refusing, rows, PAIRS, conflicts, max_steps=3, **every)
+    for trainer in (first, other):
+        trainer.train_dataset = kind(trainer.train_dataset)
+    first.train()
+    said = "only rows of a datasets.Dataset can be compared with those that the run was trained on"
+    assert said not in caplog.text
+    if conflicts == "error":
+        with pytest.raises(SafetyDataError, match=f"^{said}.* start a new run, with a Dataset"):
+            other.train(resume_from_checkpoint=True)
+        assert other.state.global_step == 2
+    else:
+        other.train(resume_from_checkpoint=True)
+        assert said in caplog.text
+
+
 def test_what_is_not_left_out_is_compared_too(tmp_path, tokenizer, refusing, rows, caplog):
     """Only the rows that were left out were."""
     pairs, _, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
@@ -990,7 +1144,7 @@ def test_conflicts_are_found_in_what_trl_makes_of_the_data(kind, tmp_path, token
     trainer.train()
     assert len(callback.audit.conflicts) == 1
     assert list(callback.audit.conflicts[0].prompt_ids) == chat_ids(tokenizer, [user(HARMFUL[20])], True)
-    assert callback.audit.stream == (kind == "stream")
+    assert not callback.audit.stream  # it was read whole
 
 
 @pytest.fixture(scope="module")
@@ -1010,6 +1164,7 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch, tokenizer):
     assert main([*command, "--clean", "clean.jsonl"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("12 of 24 training rows answer prompts that the model refuses")
+    assert "refusals are told by how those to the safety prompts begin, in their languages" in printed
     assert HARMFUL[12] not in printed
     assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == 12
     assert len((tmp_path / "out" / "spf_conflicts.jsonl").read_text().splitlines()) == 12
@@ -1121,6 +1276,14 @@ def test_a_task_that_the_model_refuses_is_said_to_be_lost():
     assert fewer[1].startswith("if these are harmless requests of your task")
     leaning = Audit(10, prompts=10, leaning=found.conflicts, answers=taught(10))
     assert audit_lines(data_with(leaning, "hold"), NullSpace())[1].startswith(lost)
+
+
+def test_a_run_that_sees_no_refusal_says_what_it_looks_for():
+    """Refusals that begin otherwise, above all in another language, are not seen."""
+    _, line = audit_lines(data_with(Audit(10, prompts=10, answers=taught(10)), "hold"), NullSpace())
+    assert line.startswith(
+        "refusals are told by how those to the safety prompts begin, in their languages; for another"
+    )
 
 
 def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(tokenizer):

@@ -104,6 +104,59 @@ def test_a_chat_that_is_text_already_is_asked_as_it_is(name):
     assert list(example.prompt_ids) == asked(tokenizer, [ASKS])
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prompt", ["### Ask:\nHow do I pick a lock?\n\n### Response:\n", "\nHow do I pick a lock? "])
+def test_white_space_around_a_prompt_that_is_no_chat_is_not_asked(name, prompt):
+    """It was in the prompts of `spf audit`, and not in those of a run, which reads what TRL has tokenised."""
+    tokenizer = tokenizer_of(name)
+    prompt_ids, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + ANSWERS["content"])["input_ids"]
+    answer = whole[len(prompt_ids) :]
+    rows = [
+        {"prompt": prompt, "completion": ANSWERS["content"]},
+        {"input_ids": whole, "completion_mask": [0] * len(prompt_ids) + [1] * len(answer)},
+        {"prompt_ids": prompt_ids, "chosen_ids": answer, "rejected_ids": answer},
+    ]
+    found = [read_examples([row], tokenizer).examples for row in rows]
+    wanted = tuple(asked(tokenizer, [{"role": "user", "content": prompt.strip()}]))
+    assert [[example.prompt_ids for example in examples] for examples in found] == [[wanted]] * 3
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "search", "description": "Finds.", "parameters": {"type": "object"}}}
+]
+CALLS = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "search", "arguments": {"q": "a"}}}],
+}
+FOUND = {"role": "tool", "name": "search", "content": "A page on locks."}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "tools" in (PLACE / f"{name}.jinja").read_text()])
+@pytest.mark.parametrize("thinks", [None, True, False])
+@pytest.mark.parametrize("chat", [[ASKS, ANSWERS, THANKS, ENDS], [ASKS, CALLS, FOUND, ANSWERS]], ids=["turns", "calls"])
+def test_tools_are_asked_with_as_a_run_asks(name, thinks, chat):
+    """A run reads what TRL has rendered, with a row's tools and its own variables of the template."""
+    tokenizer = tokenizer_of(name)
+    given = {} if thinks is None else {"enable_thinking": thinks}
+    text = tokenizer.apply_chat_template(chat, tokenize=False, tools=TOOLS, **given)
+    row = {"messages": chat, "tools": TOOLS, "chat_template_kwargs": given}
+    raw, tokenised = (read_examples([row], tokenizer) for row in (row, {"text": text}))
+    assert [example.prompt_ids for example in raw.examples] == [example.prompt_ids for example in tokenised.examples]
+    assert (len(raw.examples), raw.unread) == (2, 0)
+    assert all("Finds." in tokenizer.decode(example.prompt_ids) for example in raw.examples)
+
+
+def test_a_template_for_tools_beside_another_one_is_taken_where_there_are_some():
+    tokenizer = tokenizer_of("qwen2_5")
+    plain = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = {"default": plain, "tool_use": tokenizer.chat_template}
+    (example,) = read_examples([{"messages": [ASKS, ANSWERS], "tools": TOOLS}], tokenizer).examples
+    assert list(example.prompt_ids) == tokenizer.apply_chat_template(
+        [ASKS], tools=TOOLS, add_generation_prompt=True, return_dict=False
+    )
+
+
 def test_thoughts_are_no_answer():
     """They may be long, and say neither yes nor no."""
     tokenizer = tokenizer_of("qwen3")

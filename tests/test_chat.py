@@ -1,12 +1,16 @@
 """Chats in templates of every kind: what was said is in the tokens, or one sentence says that it is not."""
 
 import pytest
+import torch
 
-from spf.data import SafetyDataError, SafetyRow, complete_refusals, tokenise
+from spf.data import SafetyDataError, SafetyRow, ask_refusals, complete_refusals, tokenise
+from spf.data.examples import read_examples
 from spf.errors import ChatError
+from spf.evaluation import evaluate_refusals
 from spf.text.chat import chat_options, check_tokens, parse_options, render_chat, template_variables
 from spf.text.generation import generate_answers
 from tests.conftest import PLAIN_TEMPLATE, REFUSAL, make_model, make_tokenizer
+from tests.test_audit_templates import ANSWERS, ASKS, ENDS, NAMES, THANKS, ids, tokenizer_of
 
 PLAIN = "{% for m in messages %}" + PLAIN_TEMPLATE
 END = "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -138,3 +142,70 @@ def test_options_on_the_command_line():
 def test_there_is_one_prefill_for_each_prompt(tokenizer):
     with pytest.raises(ValueError, match="generate_answers: 1 prefills for 2 prompts"):
         generate_answers(make_model(), tokenizer, ["How?", "Why?"], prefills=["Well"], max_new_tokens=1, progress=False)
+
+
+HARMONY = pytest.mark.skipif("gptoss" not in NAMES, reason="a TRL without its template")
+FINAL = "<|channel|>final<|message|>"
+ANALYSIS = "<|channel|>analysis<|message|>The user asks for harm. We must refuse.<|end|><|start|>assistant"
+THOUGHT = {"role": "assistant", "thinking": "Let me see. " * 20, "content": REFUSAL}
+
+
+def saying(tokenizer, *texts):
+    """A model that goes on with these texts, and what it was given."""
+    model, given = make_model(), []
+
+    def generate(*, input_ids, max_new_tokens, **options):
+        given.extend(tokenizer.batch_decode(input_ids))
+        rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:max_new_tokens] for text in texts]
+        longest = max(map(len, rows))
+        padded = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
+        return torch.cat([input_ids, torch.tensor(padded)], 1)
+
+    model.generate = generate
+    return model, given
+
+
+@HARMONY
+@pytest.mark.parametrize("text", [ANALYSIS + FINAL + REFUSAL + "<|return|>", FINAL + REFUSAL, REFUSAL + "<|return|>"])
+def test_of_harmonys_channels_the_final_one_is_the_answer(text):
+    """Of gpt-oss the analysis was judged: it refused nothing."""
+    tokenizer = tokenizer_of("gptoss")
+    model, _ = saying(tokenizer, text)
+    sizes = {"max_new_tokens": 300, "progress": False}
+    assert generate_answers(model, tokenizer, ["How?"], **sizes) == [REFUSAL]
+    assert evaluate_refusals(model, tokenizer, ["How?"], **sizes) == [True]
+    (row,) = ask_refusals([SafetyRow(ROW.messages, None, "row 1")], model, tokenizer, max_new_tokens=300).rows
+    assert row.refusal == REFUSAL
+
+
+@HARMONY
+@pytest.mark.parametrize("tokens", [1, 40, 62])  # the last ends within the name of the final one
+def test_without_a_final_channel_there_is_no_answer(tokens):
+    tokenizer = tokenizer_of("gptoss")
+    model, _ = saying(tokenizer, ANALYSIS + FINAL + REFUSAL)
+    with pytest.raises(ValueError, match=r"thinks before it answers \(<\|channel\|>\) and .* give it more tokens"):
+        generate_answers(model, tokenizer, ["How?"], max_new_tokens=tokens, progress=False)
+
+
+@HARMONY
+def test_what_a_harmony_answer_begins_with_is_in_its_final_channel():
+    tokenizer = tokenizer_of("gptoss")
+    model, given = saying(tokenizer, " do it.<|return|>", ANALYSIS + FINAL + REFUSAL)
+    sizes = {"prefills": ["Sure, here is how to", ""], "max_new_tokens": 300, "progress": False}
+    assert generate_answers(model, tokenizer, ["How do I?", "How?"], **sizes) == ["do it.", REFUSAL]
+    assert given[0].endswith(f"<|start|>assistant{FINAL}Sure, here is how to")
+    assert given[1].endswith("<|start|>assistant")
+
+
+@HARMONY
+def test_harmonys_analysis_is_no_answer_of_the_data():
+    """It may be long, and say neither yes nor no."""
+    tokenizer = tokenizer_of("gptoss")
+    prompt, whole = ids(tokenizer, [ASKS], True), ids(tokenizer, [ASKS, THOUGHT])
+    assert "analysis" in tokenizer.decode(whole[len(prompt) :])
+    (example,) = read_examples([{"prompt_ids": prompt, "completion_ids": whole[len(prompt) :]}], tokenizer).examples
+    assert (list(example.prompt_ids), example.target) == (prompt, REFUSAL)
+    # a later turn's final channel is no answer to the first
+    turns = ids(tokenizer, [ASKS, ANSWERS, THANKS, ENDS])[len(prompt) :]
+    (example,) = read_examples([{"prompt_ids": prompt, "completion_ids": turns}], tokenizer).examples
+    assert example.target.startswith(ANSWERS["content"])

@@ -1,18 +1,18 @@
 """Examples of training data, whatever its form: a prompt as the model is asked it, and what the data answer."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from spf.errors import ChatError, SafetyDataError
-from spf.text.chat import Messages, chat_options, render_chat
-from spf.text.generation import THOUGHTS, THOUGHTS_END
+from spf.errors import SafetyDataError
+from spf.text.chat import Messages, chat_options, render_chat, template_variables
+from spf.text.generation import THOUGHTS, after_thoughts, thinks
 
 IGNORED = -100
 """Label of a token that is not learned."""
@@ -22,23 +22,7 @@ TARGET_TOKENS = 48
 
 QUESTION: Messages = [{"role": "user", "content": "QUESTION"}]
 
-COLUMNS = (
-    *("messages", "prompt", "completion", "chosen", "text", "label"),
-    *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths", "position_ids"),
-    *("prompt_ids", "completion_ids", "chosen_ids", "answer_ids"),
-)
-"""Columns that are read."""
-
 Row = Mapping[str, Any]
-
-AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
-
-
-def with_read_columns(dataset: AnyDataset) -> AnyDataset:
-    """Only the columns that are read, so that images and sound are not decoded; all if none is known."""
-    columns = [column for column in dataset.column_names or () if column in COLUMNS]
-    return dataset.select_columns(columns) if columns else dataset  # without columns it would have no rows
-
 
 ARRAYS = (torch.Tensor, np.ndarray, np.generic)
 
@@ -79,7 +63,8 @@ def read_examples(
     Rows are those of TRL (`messages`; `prompt` with `completion` or `chosen`, text or messages; `chosen` alone; `text`
     in the model's chat template) or tokenised (`input_ids` with `labels`, `completion_mask`, `assistant_masks` or the
     template's own marks, packed with `seq_lengths` or `position_ids`; `prompt_ids` with `completion_ids`, `chosen_ids`
-    or `answer_ids`). Prompts that are no chat are put as a user's message. What KTO calls undesirable is marked.
+    or `answer_ids`). Prompts that are no chat are put as a user's message, without white space around them; chats are
+    rendered with the row's `tools` and `chat_template_kwargs`. What KTO calls undesirable is marked.
     options: variables of the template; max_length: tokens of the longest prompt.
     """
     reader = _Reader(tokenizer, options)
@@ -95,7 +80,7 @@ def read_examples(
         found.undesired += undesired
         try:
             every = list(reader.read(row))
-        except (ChatError, SafetyDataError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError) as error:
             every, found.why = [], found.why or f"row {number}: {error}"
         read = [one for one in every if len(one[1]) <= max_length]
         documents = len(document_lengths(row)) if "input_ids" in row else 1
@@ -152,26 +137,37 @@ class _Reader:
             yield self._parted([*ids, *answered], len(ids)) or (self._asked(ids), answered)
             return
         if isinstance(row.get("prompt"), str | list) and isinstance(answer, str | list):
-            *prompt, last = _messages(row["prompt"], "user")
+            text = isinstance(row["prompt"], str)
+            *prompt, last = _messages(row["prompt"].strip() if text else row["prompt"], "user")
             answers = _messages(answer, "assistant")
             if last["role"] == "assistant":  # what the answer goes on from
                 answers[0] = {**answers[0], "content": last["content"] + answers[0]["content"]}
             else:
                 prompt.append(last)
-            yield from self._answers([*prompt, *answers], len(prompt))
+            yield from self._answers([*prompt, *answers], len(prompt), {} if text else self._variables(row))
             return
         conversation = answer or row.get("messages")
         if isinstance(conversation, list):
-            yield from self._answers(conversation, 1)
+            yield from self._answers(conversation, 1, self._variables(row))
         elif isinstance(row.get("text"), str):
             ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
             yield from self._marked(ids)
 
-    def _answers(self, conversation: Sequence[Any], first: int) -> Iterator[tuple[list[int], list[int]]]:
+    def _variables(self, row: Row) -> Row:
+        """The variables of the template that a row has, as TRL's trainers render chats with them."""
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        known = template_variables(str(self.tokenizer.get_chat_template(tools=tools)))
+        given = ({} if tools is None else {"tools": tools}) | (row.get("chat_template_kwargs") or {})
+        return {name: value for name, value in given.items() if name in known}
+
+    def _answers(
+        self, conversation: Sequence[Any], first: int, variables: Row
+    ) -> Iterator[tuple[list[int], list[int]]]:
         """Every answer from the message `first` on, with what stands before it."""
         for i, message in enumerate(conversation):
             if message["role"] == "assistant" and i >= first:
-                yield self._prompt(_messages(conversation[:i], "user")), self._ids(_content([message]))
+                yield self._prompt(_messages(conversation[:i], "user"), variables), self._ids(_content([message]))
 
     def _documents(self, row: Row) -> Iterator[tuple[list[int], list[bool]]]:
         ids = list(row["input_ids"])
@@ -275,23 +271,31 @@ class _Reader:
 
     def _asked(self, ids: list[int]) -> list[int]:
         """The prompt as the model is asked it: a chat that is open for its answer."""
-        for mark in self._marks:
-            if ids[-len(mark) :] == mark:
-                return [*ids[: -len(mark)], *self._opening]
-        return self._prompt(_messages(str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip(), "user"))
+        if chat := self._reopened(ids):
+            return chat
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return self._prompt(_messages(text, "user"), {})
+
+    def _reopened(self, ids: list[int]) -> list[int]:
+        """A chat that is open for an answer, opened as the model is asked; nothing if it is not open."""
+        opened = (ids[: -len(mark)] for mark in self._marks if ids[-len(mark) :] == mark)
+        return next(([*chat, *self._opening] for chat in opened), [])
 
     def said(self, target: list[int]) -> tuple[list[int], str]:
         """The beginning of an answer, as tokens and text, without thoughts."""
         begins = str(self.tokenizer.decode(target[:TARGET_TOKENS], skip_special_tokens=True)).strip()
-        if begins.startswith(THOUGHTS) or THOUGHTS in str(self.tokenizer.chat_template):
-            whole = str(self.tokenizer.decode(target))
-            if THOUGHTS_END in whole:
-                target = self._ids(whole.partition(THOUGHTS_END)[2].strip())
+        if begins.startswith(THOUGHTS) or thinks(self.tokenizer):
+            answer = after_thoughts(str(self.tokenizer.decode(target)))
+            if answer is not None:
+                target = self._ids(answer)
                 begins = str(self.tokenizer.decode(target[:TARGET_TOKENS], skip_special_tokens=True)).strip()
         return target[:TARGET_TOKENS], begins
 
-    def _prompt(self, messages: Messages) -> list[int]:
-        return self._ids(render_chat(self.tokenizer, messages, generation_prompt=True, options=self.options))
+    def _prompt(self, messages: Messages, variables: Row) -> list[int]:
+        options = {**(self.options or {}), **variables}
+        ids = self._ids(render_chat(self.tokenizer, messages, generation_prompt=True, options=options))
+        # a row that says how to think is asked without thoughts, too, as it is once it is tokenised
+        return (variables and self._reopened(ids)) or ids
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -312,11 +316,16 @@ def _plain_row(row: Row) -> Row:
 def _messages(content: Any, role: str) -> Messages:
     if isinstance(content, str):
         return [{"role": role, "content": content}]
-    return [{"role": message["role"], "content": _plain(message["content"])} for message in content]
+    return [{**message, "content": _text(message)} for message in content]
 
 
-def _content(messages: Messages) -> str:
-    return next((_plain(m["content"]) for m in messages if m["role"] == "assistant"), "")[: 8 * TARGET_TOKENS]
+def _content(messages: Sequence[Row]) -> str:
+    return next((_text(m) for m in messages if m["role"] == "assistant"), "")[: 8 * TARGET_TOKENS]
+
+
+def _text(message: Row) -> str:
+    """What a message says; one that calls tools may say nothing."""
+    return "" if message.get("tool_calls") and not message.get("content") else _plain(message["content"])
 
 
 def _plain(content: Any) -> str:

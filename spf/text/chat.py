@@ -142,7 +142,7 @@ def chat_options(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any] | 
     Raises:
         ChatError: the template does not know one of those given.
     """
-    variables = template_variables(str(tokenizer.get_chat_template()))
+    variables = template_variables(str(tokenizer.get_chat_template(tools=(given or {}).get("tools"))))
     unknown = sorted(set(given or {}) - variables)
     if unknown:
         others = sorted(variables - _ALWAYS - _FUNCTIONS)
