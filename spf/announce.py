@@ -74,8 +74,8 @@ def earlier_line(where: str) -> str:
     return f"going on with trained weights: what they are held to is that of {where}"
 
 
-def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
-    """What the training data attack, and what was done about it."""
+def audit_lines(data: TrainingData, rule: Rule, earlier: bool = False) -> list[str]:
+    """What the training data attack, and what was done about it; earlier: only what an earlier run held can be."""
     found = data.found
     assert found is not None, "the data were not audited"
     conflicts, counts, where = data.conflicts, found.counts(), found.source or "the output directory"
@@ -88,7 +88,7 @@ def audit_lines(data: TrainingData, rule: Rule) -> list[str]:
             leaning = f", {more} more rows that it might refuse counted in," if more else ""
             done = (
                 f"{len(data.held)} prompts held{leaning} with the model's own refusals ({len(data.watched)} watched "
-                "instead), so they stay refused"
+                f"instead), {'as far as the earlier directions reach' if earlier else 'so they stay refused'}"
                 if data.held
                 else "no prompt held"
             )

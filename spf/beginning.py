@@ -136,7 +136,7 @@ def begin(
         mark(model, attachment.subspace, callback.keep.entry["prompts"])
     lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered)
     if data.found is not None:
-        lines[-1:-1] = audit_lines(data, rule)
+        lines[-1:-1] = audit_lines(data, rule, earlier is not None)
     elif data.left_out:
         left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
         lines[-1:-1] = [f"{left_out}, as in the run that goes on"]

@@ -1252,6 +1252,9 @@ def test_conflicts_are_spread_over_the_data():
     held, watched = found.split()
     # more than can be held: the line says how many are
     line = audit_lines(data_with(found, "hold"), NullSpace())[0]
+    assert "so they stay refused" in line
+    again = audit_lines(data_with(found, "hold"), NullSpace(), earlier=True)[0]
+    assert again == line.replace("so they stay refused", "as far as the earlier directions reach")
     assert f"{MOST_HELD - MOST_WATCHED} prompts held with the model's own refusals (16 watched" in line
     assert len(watched) == MOST_WATCHED
     assert len(held) + len(watched) == MOST_HELD

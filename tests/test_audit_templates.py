@@ -72,6 +72,17 @@ def test_every_turn_is_found(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_of_a_completion_of_several_turns_each_answer_is_its_own(name):
+    """The first one, before which no thoughts stand, was taken for what stands behind those of the last."""
+    tokenizer = tokenizer_of(name)
+    whole, prompt = ids(tokenizer, [ASKS, ANSWERS, THANKS, ENDS]), ids(tokenizer, [ASKS], True)
+    given = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(prompt))
+    row = {"input_ids": whole, "completion_mask": [int(i >= given) for i in range(len(whole))]}
+    found = read_examples([row], tokenizer)
+    assert [e.target for e in found.examples] == [ANSWERS["content"], ENDS["content"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["completion", "pairs"])
 def test_a_prompt_and_its_answer_are_found_once(kind, name):
     """TRL's prompt ends before the thoughts, or in their midst."""

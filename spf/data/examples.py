@@ -252,6 +252,15 @@ class _Reader:
         text = render_chat(self.tokenizer, QUESTION, generation_prompt=True, options=self.options)
         return self._ids(text.rpartition("QUESTION")[2])
 
+    @cached_property
+    def _closing(self) -> list[int]:
+        """What the template puts behind an answer and before the next message, up to the last special token of it."""
+        turn: Messages = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
+        whole = render_chat(self.tokenizer, [*turn, *turn], generation_prompt=False, options=self.options)
+        ids = self._ids(whole.partition("ANSWER")[2].partition("QUESTION")[0])
+        last = max((i for i, token in enumerate(ids) if token in self.special), default=-1)
+        return ids[: last + 1]
+
     def _parted(self, ids: list[int], begin: int) -> tuple[list[int], list[int]] | None:
         """The prompt and its answer, whose tokens are learned from `begin` on; it may have begun before, or behind.
 
@@ -283,6 +292,9 @@ class _Reader:
 
     def said(self, target: list[int]) -> tuple[list[int], str]:
         """The beginning of an answer, as tokens and text, without thoughts."""
+        # other turns may be behind it, with thoughts of theirs
+        ends = (i for i in range(len(target)) if target[i : i + len(self._closing)] == self._closing)
+        target = target[: next(ends, len(target)) if self._closing else len(target)]
         begins = str(self.tokenizer.decode(target[:TARGET_TOKENS], skip_special_tokens=True)).strip()
         if begins.startswith(THOUGHTS) or thinks(self.tokenizer):
             answer = after_thoughts(str(self.tokenizer.decode(target)))
