@@ -8,6 +8,7 @@ import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from spf.data import SafetyDataError, SafetyRow, tokenise
 from spf.data.examples import read_examples
 from spf.shared_prefix import common
 from spf.text.chat import render_chat
@@ -51,6 +52,21 @@ def asked(tokenizer, messages):
     """As the model is asked, without thoughts."""
     text = render_chat(tokenizer, messages, generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.skipif("gptoss" not in NAMES, reason="TRL has no such template")
+def test_gpt_oss_is_held_in_its_final_channel_only():
+    """Its refusals began with the name of a channel, as all it says does, so none of them was told from an answer."""
+    tokenizer = tokenizer_of("gptoss")
+    row = SafetyRow([ASKS], "I'm sorry, no.", "row 1")
+    with pytest.raises(SafetyDataError, match="row 1: the chat template has the model think in a channel") as error:
+        tokenise([row], tokenizer, 4096)
+    exec(re.search(r"tokenizer\.chat_template \+= '.*?'", str(error.value))[0])
+    (anchor,) = tokenise([row], tokenizer, 4096)
+    assert tokenizer.decode(anchor.prompt_ids).endswith("<|start|>assistant<|channel|>final<|message|>")
+    assert tokenizer.decode(anchor.refusal_ids) == "I'm sorry, no.<|return|>"
+    (example,) = read_examples([{"messages": [ASKS, ANSWERS]}], tokenizer).examples
+    assert example.prompt_ids == tuple(anchor.prompt_ids)
 
 
 def test_there_are_templates():

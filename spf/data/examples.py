@@ -21,6 +21,7 @@ TARGET_TOKENS = 48
 """As much of an answer is read as tells whether it refuses."""
 
 QUESTION: Messages = [{"role": "user", "content": "QUESTION"}]
+TURN: Messages = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
 
 Row = Mapping[str, Any]
 
@@ -236,9 +237,8 @@ class _Reader:
         A model that can think is given empty thoughts before the last answer only, or in what is generated from, or
         the beginning of thoughts there.
         """
-        turn: Messages = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
         texts = []
-        for chat in (turn, [*turn, *turn]):
+        for chat in (TURN, [*TURN, *TURN]):
             whole = render_chat(self.tokenizer, chat, generation_prompt=False, options=self.options)
             texts += whole.split("ANSWER")[:-1]
         thinking = dict.fromkeys(chat_options(self.tokenizer, None), True)
@@ -255,8 +255,7 @@ class _Reader:
     @cached_property
     def _closing(self) -> list[int]:
         """What the template puts behind an answer and before the next message, up to the last special token of it."""
-        turn: Messages = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
-        whole = render_chat(self.tokenizer, [*turn, *turn], generation_prompt=False, options=self.options)
+        whole = render_chat(self.tokenizer, [*TURN, *TURN], generation_prompt=False, options=self.options)
         ids = self._ids(whole.partition("ANSWER")[2].partition("QUESTION")[0])
         last = max((i for i, token in enumerate(ids) if token in self.special), default=-1)
         return ids[: last + 1]
