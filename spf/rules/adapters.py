@@ -44,12 +44,12 @@ def refuse_tied(model: nn.Module, trained: Iterable[str]) -> None:
         UnsupportedModelError: a layer with an adapter shares its weight, so that once merged the adapter is in the
             other one, too, as in the output layer of an embedding, where nothing is held against it.
     """
-    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    owners = Counter(weight for module in model.modules() for weight in module._parameters.values())
     for name in trained:
         layer, adapter, _ = name.partition(".lora_")
         if adapter:
             weight = next(model.get_submodule(f"{layer}.base_layer").parameters(recurse=False), None)
-            if owners[id(weight)] > 1:
+            if weight is not None and owners[weight] > 1:
                 raise UnsupportedModelError(
                     f"{name}: {layer} shares its weight with another layer (tied embeddings), so once merged it "
                     "changes what that one answers, too, which is not held; leave it out of target_modules"
