@@ -137,7 +137,7 @@ class SafetyCallback(TrainerCallback):
         trainer = calling_trainer()
         if trainer is not None:
             self.card.follow(trainer)
-            around(trainer, self._begin, self._end, self._leave)
+            around(trainer, self._begin, self._end, lambda: self._running.verify(final=True), self._leave)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -79,8 +79,9 @@ def earlier_subspace(model: nn.Module, given: str | None, before: Attachment | N
 def leave(running: Attachment | None, model: nn.Module, directory: Path, first: bool) -> list[str]:
     """A model was written there: leave with it what it is held to, and say what is wrong. All processes have to call
     it; first: this one writes."""
-    adapters = model.peft_config if isinstance(model, PeftModel) else ()
-    return [said for said in (_leave_subspace(running, model, directory, first), beside(directory, adapters)) if said]
+    # transformers' own loading has them without a PeftModel
+    other = beside(directory, getattr(model, "peft_config", ())) if first else ""
+    return [said for said in (_leave_subspace(running, model, directory, first), other) if said]
 
 
 def _leave_subspace(running: Attachment | None, model: nn.Module, directory: Path, first: bool) -> str:

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from spf.data.columns import read_columns
-from spf.data.examples import document_lengths
+from spf.data.columns import document_lengths, read_columns
 
 Place = tuple[int, int]
 """A row of a data set, and which document of it, if it is packed; else 0."""

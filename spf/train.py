@@ -1,8 +1,8 @@
 """`spf train`: TRL's trainers (`trainer` says which) with SafetyCallback, from a YAML file or flags."""
 
+import hashlib
 import importlib.util
 import os
-import shutil
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -111,7 +111,7 @@ class Parser(TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         given = {TRAIN_NAMES.get(name, name): expanded(value) for name, value in config.items()}
         for name in given.keys() & {"resume_from_checkpoint"}:  # true, too, which is no text
-            given[name] = str(given[name])
+            given[name] = None if given[name] is None else str(given[name])
         return super().set_defaults_with_config(**given)
 
 
@@ -196,7 +196,7 @@ def _train(
     kinds: Any = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer, "grpo": GRPOTrainer}
     model, tokenizer = _load_model(training, model_config)
     if model_config.use_peft and _is_adapter(model_config.model_name_or_path):
-        save_base(model, tokenizer, Path(training.output_dir) / "base")
+        save_base(model, tokenizer, Path(model_config.model_name_or_path), Path(training.output_dir))
     trainer = kinds[kind.trainer](
         model,
         **({"reward_funcs": rewards} if rewards else {}),
@@ -246,11 +246,17 @@ def _is_adapter(name: str) -> bool:
     return (Path(name) / ADAPTER_CONFIG).is_file()
 
 
-def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write what an adapter was merged into, for the one that is trained above it: it is nowhere else as a whole."""
-    if is_first():
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.parent.mkdir(parents=True, exist_ok=True)
+def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, output: Path) -> None:
+    """Write what an adapter was merged into, for the one that is trained above it: it is nowhere else as a whole.
+
+    Its directory is named by a hash of the adapter's files: what stands there is never written over.
+    """
+    digest = hashlib.sha256()
+    for path in (adapter / ADAPTER_CONFIG, *sorted(adapter.glob("**/adapter_model.*"))):
+        digest.update(path.read_bytes())
+    directory = output / f"base-{digest.hexdigest()[:8]}"
+    if is_first() and not directory.is_dir():
+        output.mkdir(parents=True, exist_ok=True)
         save_whole(directory, model, tokenizer)
     model.name_or_path = model.config.name_or_path = str(directory.resolve())
 

@@ -45,11 +45,13 @@ def around(
     trainer: Trainer,
     begin: Callable[[Trainer, str | bool | None], None],
     end: Callable[[Trainer], None],
+    saves: Callable[[], None],
     saved: Callable[[Trainer, Path], None],
 ) -> None:
     """Have `train` call `begin` with what it goes on from, and `end` however it ends: an error calls no event.
 
-    saved: called with its directory when `save_model` has written a model that is no checkpoint's.
+    saves: called before a checkpoint's model is written. saved: called with its directory when `save_model` has written
+    a model that is no checkpoint's.
     """
     train, save = trainer.train, trainer.save_model
 
@@ -63,6 +65,8 @@ def around(
 
     @functools.wraps(save)
     def saving(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call and trainer.is_in_train:
+            saves()
         save(output_dir, _internal_call)
         if not _internal_call:
             saved(trainer, Path(str(output_dir or trainer.args.output_dir)))

@@ -223,6 +223,9 @@ def test_every_turn_counts_and_packed_documents_are_apart(tokenizer):
         assert [list(e.prompt_ids) for e in found.examples] == expected
         assert [e.document for e in found.examples] == [0, 0, 1]
         assert not found.unread
+    padded = {"input_ids": [0, 0, 0, *two], "position_ids": [1, 1, 1, *range(len(two))]}
+    assert [e.document for e in read_examples([padded], tokenizer).examples] == [0]
+    assert not read_examples([padded], tokenizer).unread
     # positions that are several a token, as of images
     images = packed | {"position_ids": [positions] * 3}
     assert {e.document for e in read_examples([images], tokenizer).examples} == {0}

@@ -69,6 +69,18 @@ def test_gpt_oss_is_held_in_its_final_channel_only():
     assert example.prompt_ids == tuple(anchor.prompt_ids)
 
 
+@pytest.mark.parametrize("limit", ["{% if messages|length > 2 %}{{ raise_exception('one') }}{% endif %}", ""])
+def test_a_template_of_one_exchange_only_is_read(limit):
+    """What stands behind an answer is asked of a template with two."""
+    tokenizer = tokenizer_of("qwen2_5")
+    one = "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    opens = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = limit + one + opens
+    found = read_examples([{"messages": [ASKS, ANSWERS]}], tokenizer)
+    assert [e.target for e in found.examples] == [ANSWERS["content"]]
+    assert found.unread == 0
+
+
 def test_there_are_templates():
     assert len(NAMES) > 5
 

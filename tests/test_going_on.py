@@ -19,9 +19,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedModelError, UnsupportedSetupError
 from spf.checkpoint import SUBSPACE_FILE
-from spf.going_on import add_adapter, earlier_subspace
+from spf.going_on import add_adapter, earlier_subspace, leave
 from spf.models import beside, load_model
 from spf.subspace import SafetySubspace
+from spf.train import save_base
 from tests.conftest import make_model
 from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
 from tests.test_optimizer import logits
@@ -314,6 +315,27 @@ def test_what_lies_beside_a_saved_model_and_would_be_loaded_is_said(tmp_path, to
     (tmp_path / "new" / "held" / "adapter_config.json").write_text("{}")
     assert beside(tmp_path / "new", ["default"]).startswith(str(tmp_path / "new" / "held"))
     assert not beside(tmp_path / "new", ["default", "held"])
+
+
+def test_an_adapter_that_transformers_holds_itself_is_no_other_model(tmp_path):
+    """Without PEFT's wrapper the file that was just saved was to be taken away."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert leave(None, SimpleNamespace(peft_config={"default": None}), tmp_path, True) == []
+    assert len(leave(None, SimpleNamespace(), tmp_path, True)) == 1
+    assert leave(None, SimpleNamespace(), tmp_path, False) == []
+
+
+def test_what_an_adapter_stands_on_is_not_written_over(tmp_path, tokenizer):
+    """A command that was refused later had changed the model that an earlier adapter stands on."""
+    places = []
+    for scale in (8, 16):
+        lora(lora_alpha=scale).save_pretrained(tmp_path / "adapter")
+        for _ in range(2):
+            base = make_model(width=64)
+            save_base(base, tokenizer, tmp_path / "adapter", tmp_path / "out")
+            places.append((base.name_or_path, Path(base.name_or_path, "model.safetensors").stat().st_mtime_ns))
+    assert places[0] == places[1] != places[2] == places[3]
+    assert {Path(place) for place, _ in places} == set((tmp_path / "out").iterdir())
 
 
 def test_an_adapter_that_is_trained_above_a_merged_one_is_loaded_above_it(tmp_path, tokenizer, monkeypatch):

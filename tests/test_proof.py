@@ -231,8 +231,9 @@ def test_the_best_model_is_proven_when_it_is_loaded_at_the_end(tmp_path, tokeniz
     assert "proven on the model's own parameters" in caplog.records[-1].getMessage()
 
 
+@pytest.mark.parametrize("saves", ["steps", "epoch"])
 @pytest.mark.parametrize("tuning", ["full", "lora", "lora and head"])
-def test_a_run_in_bfloat16_goes_on(tuning, tmp_path, tokenizer, rows):
+def test_a_run_in_bfloat16_goes_on(tuning, saves, tmp_path, tokenizer, rows):
     """What its corrections leave of a step was a fault in the run that went on: from a checkpoint or the end, after an
     error, or with the best of its models, which it judged by another step."""
     head = {"modules_to_save": ["lm_head"]} if tuning == "lora and head" else {}
@@ -248,7 +249,8 @@ def test_a_run_in_bfloat16_goes_on(tuning, tmp_path, tokenizer, rows):
                 self.fails = False
                 raise RuntimeError("CUDA out of memory.")
 
-    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    best = {"eval_strategy": saves, "eval_steps": 2, "save_strategy": saves, "save_steps": 2}
+    best |= {"per_device_train_batch_size": 12}  # two steps an epoch
     settings = best | {"max_steps": 6, "bf16": True, "learning_rate": 5e-3, "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "worse", "greater_is_better": False}
     callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
@@ -268,6 +270,21 @@ def test_a_run_in_bfloat16_goes_on(tuning, tmp_path, tokenizer, rows):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer.train()
+
+
+def test_a_resumed_run_in_bfloat16_is_that_which_saved(tmp_path, tokenizer, rows):
+    """What was left of a step was taken out a second time, after the file was written."""
+
+    def run(directory, resume=None):
+        callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+        saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "learning_rate": 5e-3}
+        trainer = make_trainer(directory, tokenizer, callback, tiny("full", "autocast"), bf16=True, **saving)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.parameters()
+
+    whole = run(tmp_path)
+    resumed = run(tmp_path, str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(p, q) for p, q in zip(whole, resumed, strict=True))
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from spf.errors import SafetyDataError
+from spf.data.columns import document_lengths
+from spf.errors import ChatError, SafetyDataError
 from spf.text.chat import Messages, chat_options, render_chat, template_variables
 from spf.text.generation import THOUGHTS, after_thoughts, thinks
 
@@ -98,19 +99,6 @@ def read_examples(
     return found
 
 
-def document_lengths(row: Row) -> list[int]:
-    """How many tokens each document of a tokenised row has: `seq_lengths` says so where TRL packed it, elsewhere
-    `position_ids` begin again at 0. Padding, all of whose positions are 0, is of the document before it."""
-    if row.get("seq_lengths"):
-        return list(row["seq_lengths"])
-    tokens, told = len(row["input_ids"]), row.get("position_ids")
-    if told is None or len(told) != tokens:  # of images, there are several rows of them
-        return [tokens]
-    positions = np.asarray(told)
-    begins = np.flatnonzero((positions[:-1] == 0) & (positions[1:] != 0))
-    return np.diff([0, *begins[begins > 0], tokens]).tolist()
-
-
 class _Reader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None):
         self.tokenizer, self.options = tokenizer, options
@@ -172,7 +160,7 @@ class _Reader:
 
     def _documents(self, row: Row) -> Iterator[tuple[list[int], list[bool]]]:
         ids = list(row["input_ids"])
-        learned = self._learned(row, ids)
+        learned = _learned(row, ids)
         start = 0
         for length in document_lengths(row):
             yield ids[start : start + length], learned[start : start + length]
@@ -191,15 +179,6 @@ class _Reader:
                 if first is None and not turns:
                     first = self._asked(ids[:begin]), ids[begin:end]
                 yield from [first, *turns] if first else turns
-
-    @staticmethod
-    def _learned(row: Row, ids: Sequence[int]) -> list[bool]:
-        if row.get("labels") is not None:
-            return [label != IGNORED for label in row["labels"]]
-        for column in ("completion_mask", "assistant_masks"):
-            if row.get(column) is not None:
-                return [bool(mask) for mask in row[column]]
-        return [True] * len(ids)
 
     def _marked(self, ids: list[int], start: int = 0) -> Iterator[tuple[list[int], list[int]]]:
         """Answers, from token `start` on, behind what the template puts between a user's message and its answer."""
@@ -255,7 +234,10 @@ class _Reader:
     @cached_property
     def _closing(self) -> list[int]:
         """What the template puts behind an answer and before the next message, up to the last special token of it."""
-        whole = render_chat(self.tokenizer, [*TURN, *TURN], generation_prompt=False, options=self.options)
+        try:
+            whole = render_chat(self.tokenizer, [*TURN, *TURN], generation_prompt=False, options=self.options)
+        except ChatError:
+            return []  # of one exchange only
         ids = self._ids(whole.partition("ANSWER")[2].partition("QUESTION")[0])
         last = max((i for i, token in enumerate(ids) if token in self.special), default=-1)
         return ids[: last + 1]
@@ -310,6 +292,15 @@ class _Reader:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _learned(row: Row, ids: Sequence[int]) -> list[bool]:
+    if row.get("labels") is not None:
+        return [label != IGNORED for label in row["labels"]]
+    for column in ("completion_mask", "assistant_masks"):
+        if row.get(column) is not None:
+            return [bool(mask) for mask in row[column]]
+    return [True] * len(ids)
 
 
 def _undesired(row: Row) -> bool:

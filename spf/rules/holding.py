@@ -46,6 +46,8 @@ class Holding(Correction):
         self.learning_rows = self.fixed.learning_rows
         self.moves = Moves(run, subspace)
         self._largest = 0.0
+        self._settled = 0
+        """The step after which that was done last."""
         self._meet(given)
         self.growth: Growth | None = None
         self._grown: dict[str, Any] | None = None
@@ -152,8 +154,11 @@ class Holding(Correction):
     def _settle(self) -> None:
         """Take out what corrections in a narrower type left of the last step: it would be a fault where none is known
         of, in a run that goes on from these weights. ZeRO's own are narrower than that."""
-        if self.correction_dtype != torch.float32 and not self.run.sharding.flat:
+        rough = self.correction_dtype != torch.float32 and not self.run.sharding.flat
+        # once a step: what goes on is what was saved, bit for bit
+        if rough and self._settled != self.run.steps:
             self._hold(list(self.run.matrices), torch.float32)
+            self._settled = self.run.steps
 
     def check(self, final: bool) -> None:
         run = self.run
