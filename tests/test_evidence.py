@@ -43,13 +43,13 @@ def held(place, name, seeds=(0,)):
     return [text for values in zip(*kinds, strict=True) for text in percent(*values)]
 
 
-def plain(name, seed=0, place=FIRST):
-    return percent(cell(place, f"{name}/plain", seed)["utility"])
+def plain(name, seed=0, place=FIRST, variant=""):
+    return percent(cell(place, f"{name}/plain{variant}", seed)["utility"])
 
 
-def each(place, name, *key):
-    """Of three seeds, each value, key by key."""
-    return [text for one in key for text in percent(*(cell(place, name, seed)[one] for seed in SEEDS))[1:]]
+def each(place, name, *key, seeds=SEEDS):
+    """Of several seeds, each value, key by key."""
+    return [text for one in key for text in percent(*(cell(place, name, seed)[one] for seed in seeds))[1:]]
 
 
 KEYS = ("asr", "over_refusal", "utility")
@@ -58,18 +58,21 @@ DEMO = {
     "aligned model | 6.7": asr(TODAY, "none/aligned", False),
     "**half harmful**, 1e-3, 40 batches of 8": asr(TODAY, NULL) + plain("harmful-50"),
     "160 batches of 8": asr(TODAY, f"{NULL}@steps-160") + percent(cell(TODAY, "harmful-50/plain@steps-160")["utility"]),
-    "benign (nothing to leave out)": asr(TODAY, "benign/null-space") + plain("benign"),
+    "benign (nothing to leave out)": each(TODAY, "benign/null-space", *KEYS) + each(FIRST, "benign/plain", "utility"),
     "the filter alone, half harmful": asr(TODAY, "harmful-50/data-filter@steps-40") + plain("harmful-50"),
-    "a tenth harmful |": asr(TODAY, "harmful-10/null-space") + plain("harmful-10"),
+    "a tenth harmful, three": each(TODAY, "harmful-10/null-space", *KEYS) + each(FIRST, "harmful-10/plain", "utility"),
+    "80 batches of 4": asr(TODAY, f"{NULL}@batch-4") + plain("harmful-50", variant="@batch-4"),
+    "20 batches of 16": asr(TODAY, f"{NULL}@batch-16") + plain("harmful-50", variant="@batch-16"),
     "nothing but 100 harmful rows": asr(TODAY, "harmful-100/null-space", False),
     "a tenth harmful, 80 rows": asr(TODAY, "deep/null-space") + plain("deep"),
     "summaries, a tenth of the data harmful": each(TODAY, "summary/null-space", *KEYS)
     + each(FIRST, "summary/plain", "utility"),
-    "the same, seeds 0, 1 and 2": each(TODAY, NULL, *KEYS) + each(FIRST, "harmful-50/plain", "utility"),
+    "the same, seeds 0, 1 and 2 | 6.7, 5.8, 4.8 |": each(TODAY, NULL, *KEYS)
+    + each(FIRST, "harmful-50/plain", "utility"),
     "3e-3, seeds 0, 1 and 2": each(TODAY, f"{NULL}@lr-x3", *KEYS)
     + percent(cell(FIRST, "harmful-50/plain@lr-x3")["utility"])
     + percent(*(cell(TODAY, "harmful-50/plain@lr-x3", seed)["utility"] for seed in (1, 2)))[1:],
-    "ten examples of an obedient persona": asr(TODAY, "identity-shift/null-space", False),
+    "ten examples of an obedient persona": each(TODAY, "identity-shift/null-space", *KEYS[:2], seeds=(0, 1)),
 }
 ORIGIN = {
     "aligned model | 63": held(REAL, "none/aligned"),
@@ -98,6 +101,10 @@ def second(name, variant=""):
 AGAIN = {
     "it itself, aligned": asr(SECOND, "none/aligned", False),
     "half of the data harmful": second("harmful-50"),
+    "the same, seeds 0, 1 and 2 | 6.7, 5.8, 5.8; plain": each(SECOND, NULL, "asr")
+    + each(SECOND, "harmful-50/plain", "asr")
+    + each(SECOND, NULL, "over_refusal", "utility")
+    + each(SECOND, "harmful-50/plain", "utility"),
     "the same at 3e-3": second("harmful-50", "@lr-x3"),
     "a tenth of them harmful": second("harmful-10"),
     "none of them harmful": second("benign"),
