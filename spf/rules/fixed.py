@@ -53,8 +53,9 @@ class Fixed:
         for name, parameter in self._others.items():
             if name in self._new_rows and name in here:
                 self._keep_all_but_new_rows(name)
-            elif not sharding.flat:
-                # Without a gradient the optimizer skips it, decay and momentum included.
+            elif not sharding.split:
+                # Without a gradient the optimizer skips it, decay and momentum included. Where processes hold parts of
+                # it, they could not go on from a checkpoint in which it has no state.
                 parameter.grad = None
             elif name in here:
                 part = sharding.parts[name]

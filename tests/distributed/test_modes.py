@@ -234,6 +234,9 @@ def test_a_run_taken_up_again_is_the_same_run(mode):
     for ranks in trained(mode):
         assert distance(ranks["resume"], ranks["null-space-full"]) < 1e-6
         assert distance(ranks["resume-lora"], ranks["null-space-lora-adamw"]) < 2e-5
+        # under FSDP2 the optimizer had no state of what is kept fixed, and there was no going on
+        assert ranks["resume-bf16"]["corrected"] == 4
+        assert distance(ranks["resume-bf16"], ranks["null-space-bf16"]) < 1e-2
         for key in ("losses", "cos"):
             assert deviation(ranks["resume"], ranks["null-space-full"], key) < 1e-5
         assert ranks["resume"]["corrected"] == 4

@@ -521,6 +521,7 @@ SPECIAL = {
     "left-out": (functools.partial(audited, alone=True), "null-space-full"),
     "resume": (resume, "null-space-full"),
     "resume-lora": (resume, "null-space-lora-adamw"),
+    "resume-bf16": (resume, "null-space-bf16"),
     "own-refusals": (own_refusals, "null-space-full"),
     "fault": (planted(lambda self, names: []), "null-space-full"),
     "fault-lora": (planted(lambda self, names: []), "null-space-lora-adamw"),
