@@ -63,7 +63,7 @@ DEMO = {
     "a tenth harmful, three": each(TODAY, "harmful-10/null-space", *KEYS) + each(FIRST, "harmful-10/plain", "utility"),
     "80 batches of 4": asr(TODAY, f"{NULL}@batch-4") + plain("harmful-50", variant="@batch-4"),
     "20 batches of 16": asr(TODAY, f"{NULL}@batch-16") + plain("harmful-50", variant="@batch-16"),
-    "nothing but 100 harmful rows": asr(TODAY, "harmful-100/null-space", False),
+    "nothing but 100 harmful rows (95": each(TODAY, "harmful-100/null-space", *KEYS[:2], seeds=(0, 1)),
     "a tenth harmful, 80 rows": asr(TODAY, "deep/null-space") + plain("deep"),
     "summaries, a tenth of the data harmful": each(TODAY, "summary/null-space", *KEYS)
     + each(FIRST, "summary/plain", "utility"),
@@ -109,6 +109,7 @@ AGAIN = {
     "a tenth of them harmful": second("harmful-10"),
     "none of them harmful": second("benign"),
     "its summaries, a tenth harmful": second("summary"),
+    "nothing but 100 harmful rows (93": asr(SECOND, "harmful-100/null-space", False),
     "its persona, ten examples": [
         *percent(cell(SECOND, "identity-shift/null-space")["asr"], cell(SECOND, "identity-shift/plain")["asr"])[1:],
         *percent(cell(SECOND, "identity-shift/null-space")["over_refusal"]),
