@@ -61,7 +61,7 @@ DEMO = {
     "benign (nothing to leave out)": each(TODAY, "benign/null-space", *KEYS) + each(FIRST, "benign/plain", "utility"),
     "the filter alone, half harmful": asr(TODAY, "harmful-50/data-filter@steps-40") + plain("harmful-50"),
     "a tenth harmful, three": each(TODAY, "harmful-10/null-space", *KEYS) + each(FIRST, "harmful-10/plain", "utility"),
-    "80 batches of 4": asr(TODAY, f"{NULL}@batch-4") + plain("harmful-50", variant="@batch-4"),
+    "80 batches of 4": each(TODAY, f"{NULL}@batch-4", *KEYS, seeds=(0, 1)) + plain("harmful-50", variant="@batch-4"),
     "20 batches of 16": asr(TODAY, f"{NULL}@batch-16") + plain("harmful-50", variant="@batch-16"),
     "nothing but 100 harmful rows (95": each(TODAY, "harmful-100/null-space", *KEYS[:2], seeds=(0, 1)),
     "a tenth harmful, 80 rows": asr(TODAY, "deep/null-space") + plain("deep"),
