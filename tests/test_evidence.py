@@ -109,6 +109,7 @@ AGAIN = {
     "a tenth of them harmful": second("harmful-10"),
     "none of them harmful": second("benign"),
     "its summaries, a tenth harmful": second("summary"),
+    "a tenth of 80 rows harmful": asr(SECOND, "deep/null-space"),
     "nothing but 100 harmful rows (93": asr(SECOND, "harmful-100/null-space", False),
     "its persona, ten examples": [
         *percent(cell(SECOND, "identity-shift/null-space")["asr"], cell(SECOND, "identity-shift/plain")["asr"])[1:],
