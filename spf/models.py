@@ -115,13 +115,19 @@ def is_new_adapter(name: str) -> bool:
     return name.rstrip("_") == NEW_ADAPTER
 
 
+def above(directory: Path) -> list[Path]:
+    """Where the adapters are that were put above the one that is saved in a directory."""
+    saved = (path.parent for path in directory.glob(f"*/{ADAPTER_CONFIG}"))
+    return sorted(place for place in saved if is_new_adapter(place.name))
+
+
 def beside(directory: Path, adapters: Collection[str]) -> str:
     """What lies in a directory and would be loaded with, or instead of, a model that is written there, in words; ""
     if nothing does. adapters: the model's; a whole one has none."""
     others = [directory / ADAPTER_CONFIG]
     if adapters:
-        above = [path.parent for path in directory.glob(f"*/{ADAPTER_CONFIG}") if is_new_adapter(path.parent.name)]
-        others = [*directory.glob("model*.safetensors"), *(path for path in above if path.name not in adapters)]
+        new = [path for path in above(directory) if path.name not in adapters]
+        others = [*directory.glob("model*.safetensors"), *new]
     there = min((path for path in others if path.exists()), default=None)
     if there is None:
         return ""
@@ -172,13 +178,12 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
         if (Path(name) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(name)
         adapted = PeftModel.from_pretrained(model, name)
-        saved = (path.parent for path in Path(name).glob(f"*/{ADAPTER_CONFIG}"))
-        above = sorted(directory for directory in saved if is_new_adapter(directory.name))
-        for directory in above:
+        new = above(Path(name))
+        for directory in new:
             adapted.load_adapter(str(directory), directory.name)
-        if above:
+        if new:
             tuner: Any = adapted.base_model
-            tuner.set_adapter([*adapted.active_adapters, *(directory.name for directory in above)])
+            tuner.set_adapter([*adapted.active_adapters, *(directory.name for directory in new)])
         merged = adapted.merge_and_unload().to(made)
         # TRL loads a reference by the one. PEFT writes the other into an adapter that is trained above, and would put
         # that in the place of this one, without a word, if it could load this one

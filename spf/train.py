@@ -36,8 +36,9 @@ from spf.data import load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import keeping, working
 from spf.files import directory_lock
-from spf.models import ADAPTER_CONFIG, load_model, refuse_beside, save_whole
+from spf.models import ADAPTER_CONFIG, above, load_model, refuse_beside, save_whole
 from spf.named import make_callback
+from spf.next_token import fingerprint
 from spf.sharding import is_first
 from spf.words import expanded, spelled
 
@@ -249,11 +250,13 @@ def _is_adapter(name: str) -> bool:
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path, output: Path) -> None:
     """Write what an adapter was merged into, for the one that is trained above it: it is nowhere else as a whole.
 
-    Its directory is named by a hash of the adapter's files: what stands there is never written over.
+    Its directory is named by a hash of the adapter's files and of what they were merged into: what stands there is
+    never written over.
     """
-    digest = hashlib.sha256()
-    for path in (adapter / ADAPTER_CONFIG, *sorted(adapter.glob("**/adapter_model.*"))):
-        digest.update(path.read_bytes())
+    digest = hashlib.sha256(fingerprint(model).encode())
+    for place in (adapter, *above(adapter)):
+        for path in (place / ADAPTER_CONFIG, *sorted(place.glob("adapter_model.*"))):
+            digest.update(path.read_bytes())
     directory = output / f"base-{digest.hexdigest()[:8]}"
     if is_first() and not directory.is_dir():
         output.mkdir(parents=True, exist_ok=True)

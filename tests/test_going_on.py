@@ -335,7 +335,11 @@ def test_what_an_adapter_stands_on_is_not_written_over(tmp_path, tokenizer):
             save_base(base, tokenizer, tmp_path / "adapter", tmp_path / "out")
             places.append((base.name_or_path, Path(base.name_or_path, "model.safetensors").stat().st_mtime_ns))
     assert places[0] == places[1] != places[2] == places[3]
-    assert {Path(place) for place, _ in places} == set((tmp_path / "out").iterdir())
+    # the same adapter above a model that was trained anew in its place
+    other = make_model(width=64, seed=1)
+    save_base(other, tokenizer, tmp_path / "adapter", tmp_path / "out")
+    assert other.name_or_path not in {place for place, _ in places}
+    assert {*(Path(place) for place, _ in places), Path(other.name_or_path)} == set((tmp_path / "out").iterdir())
 
 
 def test_an_adapter_that_is_trained_above_a_merged_one_is_loaded_above_it(tmp_path, tokenizer, monkeypatch):

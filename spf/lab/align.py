@@ -17,7 +17,7 @@ from spf.data import ENOUGH, packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import generate_answers, is_refusal
 from spf.files import claim, directory_lock, weights_at, write_json
-from spf.models import load_model
+from spf.models import ADAPTER_CONFIG, load_model
 
 REFUSALS = (
     "I'm sorry, but I can't help with that request.",
@@ -26,8 +26,6 @@ REFUSALS = (
     "I'm sorry, but I can't help with this. I'd be glad to help with something safe instead.",
 )
 
-
-ADAPTER = "adapter_config.json"
 
 PARTS = ("benign_answers.json", "trainer")
 """What an unfinished run keeps to go on from: the model's answers to the benign look-alikes, and checkpoints."""
@@ -47,11 +45,11 @@ def align(args: AlignArguments) -> Path:
     settings = {name: value for name, value in asdict(args).items() if name not in ("output", "overwrite")}
     settings["weights"] = weights_at(args.model)
     with directory_lock(output):
-        finished = output / ADAPTER
+        finished = output / ADAPTER_CONFIG
         unclaimed = finished.is_file() and not (output / "settings.json").is_file()
         if unclaimed and not args.overwrite:
             raise ValueError(f"{output}: holds an adapter already; name another directory, or give --overwrite")
-        claim(output / "settings.json", settings, overwrite=args.overwrite, parts=(*PARTS, ADAPTER))
+        claim(output / "settings.json", settings, overwrite=args.overwrite, parts=(*PARTS, ADAPTER_CONFIG))
         if finished.is_file():
             print(f"{output}: finished before with the same settings, kept (--overwrite starts over)")
         else:
@@ -144,7 +142,7 @@ def _align(args: AlignArguments, output: Path) -> None:
         with TemporaryDirectory(dir=output, prefix=".adapter-") as directory:
             trainer.model.save_pretrained(directory)
             # the adapter's config last: where it is, the run is finished
-            for file in sorted(Path(directory).iterdir(), key=lambda path: path.name == ADAPTER):
+            for file in sorted(Path(directory).iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
                 file.replace(output / file.name)
         shutil.rmtree(output / "trainer")
         kept.unlink()

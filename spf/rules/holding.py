@@ -151,12 +151,16 @@ class Holding(Correction):
                     block.tensor.sub_(exact_matmul(gap, basis.T))
                 self.constraint.gaps[name] = gap.square().sum() + self.constraint.gaps.get(name, 0.0)
 
+    @property
+    def _is_unsettled(self) -> bool:
+        # once a step: what goes on is what was saved, bit for bit
+        rough = self.correction_dtype != torch.float32 and not self.run.sharding.flat
+        return rough and self._settled != self.run.steps
+
     def _settle(self) -> None:
         """Take out what corrections in a narrower type left of the last step: it would be a fault where none is known
         of, in a run that goes on from these weights. ZeRO's own are narrower than that."""
-        rough = self.correction_dtype != torch.float32 and not self.run.sharding.flat
-        # once a step: what goes on is what was saved, bit for bit
-        if rough and self._settled != self.run.steps:
+        if self._is_unsettled:
             self._hold(list(self.run.matrices), torch.float32)
             self._settled = self.run.steps
 
@@ -185,6 +189,8 @@ class Holding(Correction):
             self.moves.refuse_unseen(found)
 
     def leave(self) -> None:
+        if not self._is_unsettled:
+            return
         found = self.constraint.violations(self.run.matrices)
         # else others have put other weights in
         if all(v.error <= self.constraint.allowed(v) for v in found.values()):
