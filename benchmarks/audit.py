@@ -6,7 +6,8 @@ Three mixtures of the benchmark (half harmful, a tenth harmful among summaries, 
 --prompts). Truth is what the model answers: every distinct prompt is answered greedily and the prefix judge reads it.
 The audit sees the prompts only. What it lets go as over-refusals, and what is unclear (left out, not held), is counted
 for harmful and harmless prompts apart: of the harmful none should be. Besides, text-to-SQL and summary prompts are
-audited: none should be a conflict. Writes benchmarks/results/audit/MODEL.json: counts and seconds, no text.
+audited: none should be a conflict. Writes benchmarks/results/audit/MODEL.json: counts and seconds, no text; each part
+when it is done, and the same command goes on with what is missing.
 """
 
 import argparse
@@ -22,14 +23,17 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.audit import audit_data
+from spf.config import read_json
 from spf.conflicts import Audit
 from spf.data import HARMLESS_STUB, SafetyRow, ask_refusals, in_turn, load_safety_rows
 from spf.evaluation import generate_answers
 from spf.files import write_json
+from spf.lab.bench.cell import sources
 from spf.lab.bench.scenarios import SCENARIOS, training_rows
 from spf.lab.demo.sql import make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
 from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device
+from spf.next_token import fingerprint
 from spf.text.generation import context_length
 from spf.text.refusal import is_refusal
 
@@ -86,6 +90,23 @@ def mixture(
     }
 
 
+def benign(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, own: list[SafetyRow]
+) -> dict[str, Any]:
+    """The audit of text-to-SQL and summary prompts with their answers."""
+    half = count // 2
+    pairs = [(e.prompt, e.query) for e in make_sql_examples(count - half, 0, "train")]
+    pairs += [(e.prompt, e.summary) for e in make_summary_examples(half, 0, "train")]
+    found = audited(model, tokenizer, pairs, own)
+    return {
+        "prompts": found.prompts,
+        "flagged": len(found.conflicts),
+        "let_go": len(found.over_refusals),
+        "unclear": sum(conflict.unclear for conflict in found.conflicts),
+        "seconds": found.seconds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -97,26 +118,26 @@ def main() -> None:
     model = model.to(machine_device(), cpu_dtype()).eval()  # type: ignore[call-overload,arg-type]
     own = ask_refusals(in_turn(load_safety_rows(None), 0), model, tokenizer, wanted=OWN).rows
     names = [name for name in MIXTURES if args.prompts or not SCENARIOS[name].foreign]
-    result: dict[str, Any] = {
+    path = args.output or Path(__file__).parent / "results" / "audit" / f"{Path(args.model).name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {
         "model": Path(args.model).name,
+        "weights": fingerprint(model),
+        "sources": sources(),
         "versions": {name: version(name) for name in ("torch", "transformers", "spf")},
         "threads": torch.get_num_threads(),
-        "mixtures": {name: mixture(model, tokenizer, name, own, args.prompts) for name in names},
+        "benign_prompts": args.benign,
     }
-    half = args.benign // 2
-    benign = [(e.prompt, e.query) for e in make_sql_examples(args.benign - half, 0, "train")]
-    benign += [(e.prompt, e.summary) for e in make_summary_examples(half, 0, "train")]
-    found = audited(model, tokenizer, benign, own)
-    result["benign"] = {
-        "prompts": found.prompts,
-        "flagged": len(found.conflicts),
-        "let_go": len(found.over_refusals),
-        "unclear": sum(conflict.unclear for conflict in found.conflicts),
-        "seconds": found.seconds,
-    }
-    path = args.output or Path(__file__).parent / "results" / "audit" / f"{result['model']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    result: dict[str, Any] = made | {"mixtures": {}}
+    if path.is_file() and (before := read_json(dict[str, Any], path, "remove it")).items() >= made.items():
+        result = before
+    for name in names:
+        if name not in result["mixtures"]:
+            result["mixtures"][name] = mixture(model, tokenizer, name, own, args.prompts)
+            write_json(path, result)
+    if "benign" not in result:
+        result["benign"] = benign(model, tokenizer, args.benign, own)
+        write_json(path, result)
     table = Table(
         *("mixture", "prompts", "refused", "flagged", "precision", "recall"),
         *("let go (unclear), harmful", "harmless", "audit, s"),
