@@ -37,7 +37,16 @@ from transformers.utils import logging as transformers_logging
 from spf.data import ENOUGH, Anchor, SafetyRow, complete_refusals, load_safety_rows, packaged_prompts, tokenise
 from spf.evaluation import generate_answers, is_refusal
 from spf.files import write_json
-from spf.lab.analysis.gradients import captured_energy, chance_overlap, group_cosine, sample_gram
+from spf.lab.analysis.gradients import (
+    captured_energy,
+    chance_overlap,
+    cumulative_energy_ratio,
+    effective_rank,
+    group_cosine,
+    overlap,
+    sample_gram,
+    svd_dense,
+)
 from spf.lab.demo.run import HARMLESS_STUB, DemoArguments, training_data
 from spf.lab.demo.sql import make_sql_examples
 from spf.lab.report import stats
@@ -46,7 +55,7 @@ from spf.lab.study.measure import finished, rounded
 from spf.lab.trainer import collate_answers
 from spf.models import DEMO_MODEL, load_aligned_demo_model, load_model
 from spf.probe import SafetyProbe
-from spf.subspace import Factors, cumulative_energy_ratio, effective_rank, overlap, svd_dense
+from spf.subspace import Factors
 from spf.text.generation import context_length, pad_id
 
 ANSWER_TOKENS = 12

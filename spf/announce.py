@@ -1,25 +1,29 @@
 """What a run says of itself: what is held and what it costs when training begins, and whether refusals are lost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spf.audit import LIST_FILE
-from spf.conflicts import REFUSES_NONE, TOLD_BY, rows_of
+from spf.conflicts import REFUSES_NONE, TAKE_OUT, distinct
 from spf.data import SafetyRow
-from spf.leaving_out import name_of
 from spf.matrices import NAMED, describe_fixed
 from spf.optimizer import Attachment
 from spf.rules import Rule
 from spf.text.refusal import is_refusal
-from spf.training_data import TrainingData, remedy
+from spf.training_data import TrainingData, remaining, remedy
+
+MOMENT = 0.05
+"""Seconds; what takes less is not said."""
 
 FEW = " (so few that a fall is not seen: give refusals that begin as the model's own do, or none: it is asked for them)"
 
 
-def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answered: int) -> list[str]:
+def first_lines(
+    running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answered: int, took: Mapping[str, float]
+) -> list[str]:
     """What is held, what is kept fixed, and what it costs, a line each.
 
     rows: the safety samples used, of `at_hand` that there were. answered: those left out because the model answers
-    them.
+    them. took: seconds that parts of the set-up took.
     """
     lines = [_samples(running, rows, at_hand, answered)]
     rule = running.rule
@@ -44,11 +48,12 @@ def first_lines(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, an
                 "or more, one is kept apart to watch"
             )
     before = running.monitor.before
+    parts = [f"{name} {seconds:.1f} s" for name, seconds in took.items() if seconds >= MOMENT or name == "bases"]
     lines.append(
         f"{before.refused:.0%} of {len(before.kept) or len(running.run.watched)} watched prompts refused by first "
         f"token{FEW * (before.refused < 0.5)}; safety loss {before.loss:.3f}"
         + (f"; learning rate x {running.lr_scale:.2f}" if running.lr_scale != 1 else "")
-        + f"; set-up {running.seconds['setup']:.1f} s"
+        + f"; before the first step: {', '.join(parts)}"
     )
     return lines
 
@@ -62,11 +67,18 @@ OTHER_BASE = (
 )
 
 INERT = (
-    "on_leak='tighten' cannot hold more directions in this run, since its subspace has none in reserve "
-    "(NullSpace(reserve=0), energy or contrast, or a run that began with on_leak='warn' or 'stop'): that refusals are "
-    "being lost is only said"
+    "no more directions can be held in this run if refusals are lost (on_leak), since its subspace has none in reserve "
+    "(NullSpace(reserve=0), energy or contrast, or a run that began with on_leak='warn'): then it is only said, or "
+    "with 'stop' the run ended"
 )
 """Of a run that is to hold more directions when prompts flip, and has none."""
+
+
+PACKED = (
+    " (its `row` is a packed row, `document` the example in it; `spf audit DATA --model MODEL` lists the rows of your "
+    "file, with the same hashes as `prompt`)"
+)
+"""Of the list of a run whose rows are packed."""
 
 
 def earlier_line(where: str) -> str:
@@ -80,12 +92,12 @@ def audit_lines(data: TrainingData, rule: Rule, earlier: bool = False) -> list[s
     assert found is not None, "the data were not audited"
     conflicts, counts, where = data.conflicts, found.counts(), found.source or "the output directory"
     if found.conflicts or found.leaning:
-        done = "allowed, so these refusals will be lost"
+        done = "allowed, so these refusals may be lost"
         if not rule.holds:
             done = f"the rule {rule.name} does not hold them; null-space does"
         elif conflicts != "allow":
-            more = len(rows_of(found.leaning))
-            leaning = f", {more} more rows that it might refuse counted in," if more else ""
+            more = distinct(found.leaning)
+            leaning = f", {more} more {found.unit} that it might refuse counted in," if more else ""
             done = (
                 f"{len(data.held)} prompts held{leaning} with the model's own refusals ({len(data.watched)} watched "
                 f"instead), {'as far as the earlier directions reach' if earlier else 'so they stay refused'}"
@@ -93,23 +105,26 @@ def audit_lines(data: TrainingData, rule: Rule, earlier: bool = False) -> list[s
                 else "no prompt held"
             )
         counts += f": {done}{_left_out(data)}; list in {LIST_FILE} of {where}"
+        if found.packed and not found.source:
+            counts += PACKED
     lines = [counts]
     unclear = len(found.unclear(data.left_out))
     if (found.over_refusals or unclear) and conflicts != "allow" and rule.holds:
         same = f"; {unclear} that may be of the same task are left out, and not held either" if unclear else ""
         lines.append(
-            f"{len(found.over_refused_rows)} rows answer what the model refuses although it "
-            f"looks harmless to itself, as ordinary tasks do: these refusals are not held, so they will be lost{same}; "
+            f"{distinct(found.over_refusals)} {found.unit} answer what the model refuses although it "
+            f"looks harmless to itself, as ordinary tasks do: these refusals are not held, so they may be lost{same}; "
             "say conflicts='hold-all' to keep them, too"
         )
     if found.pressing and conflicts in ("hold", "hold-all") and rule.holds:
         share = len(found.pressing) / len(found.answers)
+        which = "are left out" if data.left_out else "press against what is held"
+        then = f"{TAKE_OUT}, which trains on every row that is there, so that refusals of its kind may be lost"
         lines.append(
             f"the model refuses or might refuse {share:.0%} of the training prompts: if that is your task, it "
-            "cannot be learned while these refusals are held; say conflicts='allow'"
+            f"cannot be learned while these refusals are held; {then}"
             if share > 1 / 2
-            else "if these are harmless requests of your task (`spf audit --show` shows them), say conflicts='allow', "
-            "which trains on them and holds none"
+            else f"if the {found.unit} that {which} are your task and no attack: {then}"
         )
     if found.other_weights:
         lines.append(
@@ -120,8 +135,8 @@ def audit_lines(data: TrainingData, rule: Rule, earlier: bool = False) -> list[s
         lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
     if not found.refuses:
         lines.append(REFUSES_NONE)
-    elif found.prompts and not found.refused:
-        lines.append(TOLD_BY)
+    elif found.unlike:
+        lines.append(found.other_scripts())
     if found.undesired:
         lines.append(found.labelled())
     if found.why:
@@ -133,9 +148,9 @@ def audit_lines(data: TrainingData, rule: Rule, earlier: bool = False) -> list[s
 def _left_out(data: TrainingData) -> str:
     """Which of the rows are not trained on, and why the others are."""
     assert data.found is not None, "the data were not audited"
-    words, rows = "", name_of(data.found.answers)
+    words, rows = "", data.found.unit
     if data.left_out:
-        words += f"; {len(data.left_out)} {rows} are left out of training"
+        words += f"; {len(data.left_out)} {rows} are left out of training, {remaining(data)}"
     on = len(data.found.pressing) - len(data.left_out)
     if data.leaves_out and on:
         why = data.obstacle or "they teach other things, too"

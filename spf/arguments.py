@@ -147,6 +147,9 @@ class EvalArguments(Arguments):
         default=None,
         metadata={"help": "exit with code 1 if so: 'asr > 10' (percent), 'asr > +2' (points more than the reference)"},
     )
+    system_prompt: Name | None = field(
+        default=None, metadata={"help": "your system message before every prompt: its text, or a file that holds it"}
+    )
     chat_template_kwargs: Name | None = field(
         default=None, metadata={"help": "variables of the chat template as JSON, such as '{\"enable_thinking\": true}'"}
     )

@@ -19,10 +19,11 @@ from spf.conflicts import STREAM_ROWS, Audit, Conflict, Verdicts
 from spf.data import Anchor, SafetyRow, ask_refusals, tokenise
 from spf.data.columns import with_read_columns
 from spf.data.examples import Example, Examples, read_examples
-from spf.errors import SafetyDataError
+from spf.errors import SafetyDataError, kind_of
 from spf.files import write_json
 from spf.next_token import CONFIRM, Known, ask, begins_of, fingerprint
 from spf.over_refusal import PROBE, looks
+from spf.scripts import unlike_scripts
 from spf.sharding import is_first, shares_parameters
 from spf.text.refusal import is_refusal
 
@@ -91,10 +92,11 @@ def audit(
     begins = Beginnings(anchors)
     prompts = list(dict.fromkeys(example.prompt_ids for example in examples.examples))
     known = Known(model, cache, f"{tokenizer.chat_template}\n{sorted(begins.seconds.items())}")
-    first = ask(model, prompts, [begins.firsts] * len(prompts), known, progress)
+    first = ask(model, prompts, [begins.firsts] * len(prompts), known, progress, "audit: first tokens")
     likely = [i for i, (_, token) in enumerate(first) if token in begins.seconds]
     longer = [(*prompts[i], first[i][1]) for i in likely]
-    second = ask(model, longer, [sorted(begins.seconds[first[i][1]]) for i in likely], known, progress)
+    follow = [sorted(begins.seconds[first[i][1]]) for i in likely]
+    second = ask(model, longer, follow, known, progress, "audit: second tokens")
     confirmed = {
         # a refusal of one token has none after it
         i: share if begins.seconds[first[i][1]] else 1.0
@@ -108,6 +110,7 @@ def audit(
         if prompt not in refused and share > LEANING
     }
     found = compare(examples, begins, refused, leaning)
+    found.unlike = unlike_scripts(prompts, begins.refusals, tokenizer)
     found.seconds = time.perf_counter() - start
     return found
 
@@ -213,7 +216,7 @@ def own_refusals(
     told = tokenise(given[: BEGINNINGS - len(anchors)], tokenizer, max_length, options)
     if not told:
         return anchors
-    asked = ask(model, [anchor.prompt_ids for anchor in told], [[]] * len(told), Known(model), False)
+    asked = ask(model, [anchor.prompt_ids for anchor in told], [[]] * len(told), Known(model), False, "")
     first = [token for _, token in asked]
     if own:
         return [*anchors, *(anchor for anchor in told if set(anchor.refusal_ids[:1]) & set(first))]
@@ -222,7 +225,7 @@ def own_refusals(
         return told
     try:
         bare = [replace(row, refusal=None) for row in rows]
-        rows = ask_refusals(bare, model, tokenizer, wanted=BEGINNINGS, options=options).rows
+        rows = ask_refusals(bare, model, tokenizer, wanted=BEGINNINGS, options=options, what="audit: own refusals").rows
     except SafetyDataError:
         return []
     return tokenise(rows, tokenizer, max_length, options)
@@ -245,6 +248,7 @@ def audit_data(
     rows: safety samples, of which the model's own refusals tell how it refuses. directory: gets the list of conflicts
     and keeps what was asked. tell_apart: over-refusals are no conflicts.
     """
+    start = time.perf_counter()
     if isinstance(dataset, Dataset | IterableDataset):
         dataset = with_read_columns(dataset)
     why, behind = "", iter(())
@@ -255,14 +259,13 @@ def audit_data(
         rows_of: Any = dataset
         read = (rows_of[i] for i in range(len(rows_of)))
     else:
-        read, why = (), f"a {type(dataset).__name__} can be read only once"
+        read, why = (), f"{kind_of(dataset)} can be read only once"
     examples = read_examples(read, tokenizer, options, max_length)
     goes_on = next(behind, None) is not None
     begins = own_refusals(model, tokenizer, rows, max_length, options)
     cache = directory / CACHE_FILE if directory else None
     found = audit(model, tokenizer, examples, begins, cache=cache, progress=progress)
     if tell_apart:
-        start = time.perf_counter()
         refused = list(dict.fromkeys(conflict.prompt_ids for conflict in [*found.conflicts, *found.leaning]))
         answered = answered_of(examples, found)
         seen = looks(
@@ -280,7 +283,7 @@ def audit_data(
             for kind in ("harmless", "unclear")
         )
         found.set_apart(harmless, unclear)
-        found.seconds += time.perf_counter() - start
+    found.seconds = time.perf_counter() - start
     found.stream, found.why = goes_on, why or found.why
     found.refuses = bool(begins)
     if directory:

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from spf.arguments import AuditArguments
 from spf.audit import CACHE_FILE, LIST_FILE, audit_data
-from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, TOLD_BY, Audit
+from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, TOLD_BY, Audit, distinct
 from spf.data import SafetyRow, ask_refusals, in_turn, load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
 from spf.files import atomic_path, check_output_file, directory_lock
-from spf.leaving_out import is_packed, rows_in, without
+from spf.leaving_out import is_packed, without
 from spf.models import load_model, machine_device
 from spf.text.chat import parse_options
 from spf.text.generation import context_length
@@ -31,7 +31,7 @@ def run_audit(args: AuditArguments) -> None:
         RunFailedError: more than `fail_over` of the rows have a conflict, or could not be audited.
     """
     if args.clean:
-        check_output_file(Path(args.clean))
+        _check_clean(Path(args.clean), Path(args.output))
     output, options = Path(args.output), parse_options(args.chat_template_kwargs)
     rows, data = _of_both_kinds(load_safety_rows(args.safety_data)), load_training_data(args.data)
     if args.split not in data:
@@ -63,6 +63,14 @@ def run_audit(args: AuditArguments) -> None:
         )
 
 
+def _check_clean(path: Path, output: Path) -> None:
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        raise ValueError(f"--clean {path}: is written as JSON Lines; name a .jsonl file")
+    if path.resolve() in [(output / name).resolve() for name in (LIST_FILE, CACHE_FILE)]:
+        raise ValueError(f"--clean {path}: the audit writes a file of its own there; name another")
+    check_output_file(path)
+
+
 def _of_both_kinds(rows: list[SafetyRow]) -> list[SafetyRow]:
     """The rows without a refusal, and those with one in any order, in turn, so that both are among the first."""
     bare = [row for row in rows if row.refusal is None]
@@ -89,19 +97,23 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
     if found.unread:
         console.print(f"{found.unread} rows could not be audited ({found.why})")
     console.print(TOLD_BY if found.refuses else REFUSES_NONE)
+    if found.unlike:
+        console.print(found.other_scripts())
     kinds = {"conflict": found.conflicts, "might be refused": found.leaning, "over-refusal": found.over_refusals}
     console.print(
         f"A run takes it with SafetyCallback(audited={args.output!r}), or spf train --safety_audited {args.output}"
     )
     if any(kinds.values()):
         console.print(
-            f"List: {Path(args.output) / LIST_FILE} (row, probability of a refusal, refused, over-refusal, unclear)"
+            f"List: {Path(args.output) / LIST_FILE} (row, document of a packed one, hash of the prompt, probability of "
+            "a refusal, refused, over-refusal, unclear)"
         )
     for kind, conflicts in kinds.items() if args.show else ():
         for conflict in conflicts:
             text = tokenizer.decode(list(conflict.prompt_ids), skip_special_tokens=True)
-            console.print(f"{conflict.row}\t{conflict.probability:.2f}\t{kind}\t{' '.join(str(text).split())}")
+            row = f"{conflict.row}, document {conflict.document}" if found.packed else conflict.row
+            console.print(f"{row}\t{conflict.probability:.2f}\t{kind}\t{' '.join(str(text).split())}")
     if args.clean:
-        more = len(rows_in(found.pressing)) - len(found.conflicting_rows)
+        more = len(found.pressing) - distinct(found.conflicts)
         might = f", and without {more} more that it might refuse" if more else ""
-        console.print(f"Without the rows that answer them{might}: {args.clean}")
+        console.print(f"Without the {found.unit} that answer them{might}: {args.clean}")

@@ -1,5 +1,6 @@
 """What SafetyCallback does before the first step: audit the data, choose samples, put the rule on the optimizer."""
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from spf.probe import SafetyProbe
 from spf.rules import Rule
 from spf.text.generation import context_length, pad_id
 from spf.trainers import calling_trainer
-from spf.training_data import data_of, source_of
+from spf.training_data import data_of, remaining, source_of
 
 if TYPE_CHECKING:
     from spf.callback import SafetyCallback
@@ -53,6 +54,18 @@ def refuse_unfit(rule: Rule, args: TrainingArguments, goes_on: bool) -> None:
             f"{rule.name} cannot go on from a checkpoint: the aligned model's predictions are not saved in it; start "
             "the run anew, or use null-space"
         )
+
+
+def foresee(rule: Rule, trainer: Any) -> None:
+    """Before the model is asked anything, which takes minutes.
+
+    Raises:
+        UnsupportedModelError: the rule cannot act on the trainer's model.
+    """
+    # sharded, its weights are of other types later; and another callback may have layers trained that are frozen now
+    later = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not later and any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        rule.foresee(trainer.model)
 
 
 def begin(
@@ -93,9 +106,11 @@ def begin(
     before = saved.state if saved else None
     data.split(loader, tokenizer, before)
     anchors, reworded, calibration = samples.tokens(tokenizer, limit)
-    tighten = settings.on_leak == "tighten"
+    tighten = settings.on_leak != "warn"
     pool = samples.pool(tokenizer, limit) if rule.holds and tighten else ()
+    start = time.perf_counter()
     kept = callback.keep.samples(model, tokenizer, limit, before)
+    keeping = time.perf_counter() - start
     earlier = None
     if rule.holds and saved is None:
         earlier = earlier_subspace(model, settings.subspace, callback.attachment, output)
@@ -134,12 +149,18 @@ def begin(
     other = other_base(model, attachment.subspace)
     if rule.holds and saved is None and earlier is None:
         mark(model, attachment.subspace, callback.keep.entry["prompts"])
-    lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered)
+    took = {"own refusals": samples.seconds, "audit": 0.0, "answers to keep": keeping}
+    if data.found is not None and data.found.new:
+        took["audit"] = data.found.seconds
+        data.found.new = False
+    samples.seconds = 0.0  # said once; a callback may serve several trainings
+    took["bases"] = attachment.seconds["setup"]
+    lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered, took)
     if data.found is not None:
         lines[-1:-1] = audit_lines(data, rule, earlier is not None)
     elif data.left_out:
         left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
-        lines[-1:-1] = [f"{left_out}, as in the run that goes on"]
+        lines[-1:-1] = [f"{left_out}, as in the run that goes on; {remaining(data)}"]
     if tighten and rule.holds and not attachment.correction.grows:
         lines[-1:-1] = [INERT]
     if data.source.changed:

@@ -1,5 +1,6 @@
 """SafetyCallback: Trainer events -> safety data, probe, step rule, logs, checkpoints."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from spf.answering import refuse_unanswering
-from spf.beginning import begin, refuse_unfit
+from spf.beginning import begin, foresee, refuse_unfit
 from spf.card import ModelCard
 from spf.checkpoint import (
     Saved,
@@ -28,6 +29,7 @@ from spf.checkpoint import (
 )
 from spf.config import CallbackSettings, Conflicts, OnLeak
 from spf.conflicts import Audit
+from spf.errors import UnsupportedSetupError
 from spf.going_on import leave, refuse_reloaded, remember
 from spf.keep import Keep
 from spf.monitor import watched_line
@@ -35,7 +37,14 @@ from spf.optimizer import Attachment
 from spf.rules import Rule, rule_of
 from spf.safety_samples import SafetySamples
 from spf.sharding import innermost_optimizer, is_first, object_of_rank_0
-from spf.trainers import around, calling_trainer, run_directory, stand_before_reports, tokenizer_of
+from spf.trainers import (
+    around,
+    calling_trainer,
+    refuse_without_engine,
+    run_directory,
+    stand_before_reports,
+    tokenizer_of,
+)
 from spf.training_data import TrainingData
 
 logger = logging.get_logger(__name__)
@@ -92,8 +101,8 @@ class SafetyCallback(TrainerCallback):
                 be left out is refused), allow (nothing; for data that lift refusals on purpose), or error.
             audited: the directory of an audit of the same data by the same model (`spf audit`), which is taken instead
                 of asking, so that rows are left out under FSDP2 and DeepSpeed, too.
-            on_leak: when refusals are being lost, tighten (as soon as prompts flip, null-space holds more
-                directions), stop (the run is ended after the next step) or warn, as the others do too.
+            on_leak: when refusals are being lost: tighten (as soon as prompts flip, null-space holds more
+                directions), stop (the same, and the run is ended if refusals are lost all the same) or warn only.
             chat_template_kwargs: variables of the chat template; `enable_thinking` and `thinking` are False by default.
             subspace: the directory of an adapter that spf trained, to go on with it: what it is held to is read there.
             seed: choice and order of the anchors.
@@ -124,6 +133,8 @@ class SafetyCallback(TrainerCallback):
         self.attachment: Attachment | None = None
         self.warned = False
         """Whether the run has said, at any of its steps, that refusals are being lost."""
+        self.stopped = False
+        """Whether that ended it, or was to: its last steps are seen when it has ended (`on_leak="stop"`)."""
         self._resume: str | bool | None = None
         self._saved: Saved | None = None
 
@@ -137,7 +148,7 @@ class SafetyCallback(TrainerCallback):
         trainer = calling_trainer()
         if trainer is not None:
             self.card.follow(trainer)
-            around(trainer, self._begin, self._end, lambda: self._running.verify(final=True), self._leave)
+            around(trainer, self._begin, self._end, lambda: _verify(self, trainer), functools.partial(_left, self))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,14 +158,15 @@ class SafetyCallback(TrainerCallback):
         if self.attachment is not None:
             self.attachment.leave()
         self._detach()
-        innermost_optimizer(optimizer)
         if (trainer := calling_trainer()) is not None:
+            refuse_without_engine(trainer)
             stand_before_reports(self, trainer, SafetyCallback)
+        innermost_optimizer(optimizer)
         goes_on = state.global_step > 0
         refuse_unfit(self.rule, args, goes_on)
         self._saved = read_checkpoint(resumed_from(args, state, self._resume)) if goes_on else None
         begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
-        self.warned = False
+        self.warned = self.stopped = False
         if is_first():
             self.card.begin(begun.lines, Path(str(args.output_dir)))
             for line in [*begun.places, *begun.lines]:
@@ -164,10 +176,6 @@ class SafetyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._running.refresh()
-        if self._running.monitor.leaks and not self.warned:
-            stop = self.settings.on_leak == "stop"
-            control.should_training_stop |= stop
-            self._tell(f"after step {state.global_step} ", "; the run is ended (on_leak)" * stop)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
@@ -176,6 +184,13 @@ class SafetyCallback(TrainerCallback):
             return
         # before a checkpoint is written, not only after
         self._running.verify(final=control.should_save)
+        control.should_training_stop |= _heed(self, state.global_step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # another callback may have ended it between the batches of one step, which does not come then
+        self._running.skip()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the metrics; this callback stands before the reporting ones."""
@@ -200,11 +215,10 @@ class SafetyCallback(TrainerCallback):
     ) -> None:
         running = self._running
         running.correction.put_back(object_of_rank_0(best_directions(args, state)))
-        proven = running.finish()
+        proof = f"{running.corrected} of {running.steps} updates corrected; {running.finish()}"
         running.monitor.look()
-        line = self._tell(f"{running.corrected} of {running.steps} updates corrected; ", f"; {proven}")
-        self.card.finish(args, self.rule, line)
-        remember(running.probe.model, running.subspace)
+        self.card.finish(args, self.rule, self._tell("", "", proof), proof)
+        remember(running)
         self._detach()
 
     def _begin(self, trainer: Any, resume: str | bool | None) -> None:
@@ -213,30 +227,56 @@ class SafetyCallback(TrainerCallback):
         # it may have been taken off the trainer
         if self in trainer.callback_handler.callbacks:
             refuse_reloaded(trainer.model, bool(resume), trainer.args.load_best_model_at_end)
+            foresee(self.rule, trainer)
             self.data.prepare(trainer, named_checkpoint(trainer.args, resume), self.samples)
-
-    def _leave(self, trainer: Any, place: Path) -> None:
-        """A model was written there that is no checkpoint's."""
-        for said in leave(self.attachment, trainer.model, place, is_first()):
-            logger.warning(f"spf: {said}")
 
     def _end(self, trainer: Any) -> None:
         """However the training has ended."""
         self._detach()
         self.data.restore(trainer)
 
-    def _tell(self, what: str, end: str = "") -> str:
-        line = watched_line(self._running.monitor, what, end)
+    def _tell(self, when: str, end: str, *more: str) -> str:
+        line = watched_line(self._running.monitor, when, end)
         self.warned |= self._running.monitor.leaks
-        if is_first():
-            logger.warning(f"spf: {line}")
+        self.stopped |= self._running.monitor.leaks and self.settings.on_leak == "stop"
+        for said in (line, *more) if is_first() else ():
+            logger.warning(f"spf: {said}")
         return line
 
     @property
     def _running(self) -> Attachment:
-        assert self.attachment is not None, "training has not begun"
-        return self.attachment
+        return _begun(self.attachment)
 
     def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.remove()
+
+
+def _begun(attachment: Attachment | None) -> Attachment:
+    if attachment is None:
+        raise UnsupportedSetupError(
+            "SafetyCallback was added to a trainer that was training by then, so nothing was held from its first step "
+            "on; give it to the trainer's constructor, callbacks=[...]"
+        )
+    return attachment
+
+
+def _heed(callback: SafetyCallback, step: int) -> bool:
+    """Say once that refusals are being lost; whether the run is to end because of that."""
+    if not callback._running.monitor.leaks or callback.warned:
+        return False
+    stop = callback.settings.on_leak == "stop"
+    callback._tell(f" after step {step}", "; the run is ended (on_leak)" * stop)
+    return stop
+
+
+def _left(callback: SafetyCallback, trainer: Any, place: Path) -> None:
+    """A model was written there that is no checkpoint's."""
+    for said in leave(callback.attachment, trainer.model, place, is_first()):
+        logger.warning(f"spf: {said}")
+
+
+def _verify(callback: SafetyCallback, trainer: Any) -> None:
+    """Before a checkpoint's model is written; the callback may have been taken off the trainer."""
+    if callback in trainer.callback_handler.callbacks:
+        _begun(callback.attachment).verify(final=True)

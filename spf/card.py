@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from spf.conflicts import TOLD_BY
 from spf.files import replace_file
 from spf.sharding import is_first
 
@@ -45,15 +46,16 @@ class ModelCard:
         if BEGIN in text:
             replace_file(path, "\n\n".join(part for part in _around(text) if part).encode("utf-8"))
 
-    def finish(self, args: TrainingArguments, rule: object, line: str) -> None:
-        """Write the section, on the first process. line: what the run says of itself at its end."""
+    def finish(self, args: TrainingArguments, rule: object, verdict: str, proof: str) -> None:
+        """Write the section, on the first process. verdict, proof: what the run says of itself at its end."""
         if not is_first():
             return
-        said = "\n".join(f"- {line}" for line in [*self.begun, line])
+        said = "\n".join(f"- {line}" for line in [verdict, *self.begun, proof])
         self._section = (
             f"{BEGIN}\n## Safety\n\nFine-tuned with `SafetyCallback` of spf {version('spf')}, which keeps an aligned "
             f"model's refusals: `{rule!r}`.\n\n{said}\n\nWatched prompts are not among those that are held. Attack "
-            f"success rate and over-refusal are measured by `spf eval`.\n{END}\n"
+            f"success rate and over-refusal are measured by `spf eval`. In what the training data attack, {TOLD_BY}.\n"
+            f"{END}\n"
         )
         self._add(Path(str(args.output_dir)))
 

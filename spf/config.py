@@ -244,7 +244,10 @@ class CallbackSettings(Settings):
     )
     on_leak: OnLeak = field(
         default="tighten",
-        metadata={"help": "when refusals are being lost: tighten (hold more directions; null-space), stop or warn"},
+        metadata={
+            "help": "when refusals are being lost: tighten (hold more directions; null-space), stop (then end the run, "
+            "too) or warn"
+        },
     )
     chat_template_kwargs: Mapping[str, Any] | None = field(
         default=None, metadata={"help": "variables of the chat template for the safety samples, as JSON"}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from spf.data import Anchor
 from spf.data.examples import read_examples
 from spf.files import replace_file
-from spf.leaving_out import Place, rows_in
+from spf.leaving_out import Place, name_of, rows_in
 from spf.next_token import Known
 
 STREAM_ROWS = 1000
@@ -31,6 +31,12 @@ MOST_WATCHED = 16
 
 REFUSES_NONE = "the model refuses none of the safety prompts, so conflicts with the data cannot be found"
 REFUSES_NONE_REMEDY = "look at its answers (`spf eval`): is it aligned, and is the chat template its own?"
+
+TAKE_OUT = (
+    "first take what is harmful out of the data (`spf audit DATA --model MODEL --show` prints them all), then say "
+    "conflicts='allow'"
+)
+"""Where what is left out is the user's task: `allow` trains on attacks among it, too."""
 
 TOLD_BY = (
     "refusals are told by how those to the safety prompts begin, in their languages; for another language give safety "
@@ -84,9 +90,10 @@ class Audit:
     aligned model. conflicts: one an example, in the order of the rows. leaning: the same of prompts that the model does
     not refuse, though it might (`LEANING`). seconds: that it took. stream: the data go on after these rows. refuses:
     the model refuses at least one of the safety prompts; else nothing can be found.
-    answers: how many answers each row, or document of a packed one, teaches, of those that could be read. source: the
-    directory of the earlier audit that it was taken from, if any; other_weights: which asked a model with other
-    weights.
+    answers: how many answers each row, or document of a packed one, teaches, of those that could be read. unlike: how
+    many prompts are in a script that no refusal has by which others are told. new: no run has begun with it.
+    source: the directory of the earlier audit that it was taken from, if any; other_weights: which asked a model with
+    other weights.
     """
 
     rows: int = 0
@@ -102,6 +109,8 @@ class Audit:
     stream: bool = False
     refuses: bool = True
     answers: Counter[Place] = field(default_factory=Counter, repr=False)
+    unlike: Counter[str] = field(default_factory=Counter)
+    new: bool = True
     verdicts: Verdicts | None = field(default=None, repr=False)
     source: str = ""
     other_weights: bool = False
@@ -159,19 +168,45 @@ class Audit:
 
     @property
     def share(self) -> float:
-        """Rows with a conflict, of those that could be read."""
-        found = len(self.conflicting_rows)
-        # of a packed row some documents may be read only
-        return found / max(1, self.rows - self.unread, found)
+        """Rows, or examples of packed ones, with a conflict, of those that could be read."""
+        found = distinct(self.conflicts)
+        # of a row that could not be read some answers may be
+        return found / max(1, len(self.answers) if self.packed else self.rows - self.unread, found)
+
+    @property
+    def packed(self) -> bool:
+        """Whether several examples are in a row."""
+        return any(document for _, document in self.answers)
+
+    @property
+    def unit(self) -> str:
+        """What is counted, in words."""
+        return name_of(self.answers)
 
     def counts(self) -> str:
         """What was found, in words."""
-        rows = f"{self.rows - self.unread} training rows"
+        # of packed rows the examples, which are the rows that were given
+        whole = (
+            f"{len(self.answers)} examples in {self.rows} packed"
+            if self.packed
+            else f"{self.rows - self.unread} training"
+        )
         how = f"as the audit in {self.source} found" if self.source else f"{self.seconds:.0f} s"
         asked = f"{self.prompts} distinct prompts asked, {self.refused} refused as the safety prompts are; {how}"
-        over = len(self.over_refused_rows)
+        over = distinct(self.over_refusals)
         more = f", and {over} answer prompts that it refuses although they look harmless to it" if over else ""
-        return f"{len(self.conflicting_rows)} of {rows} answer prompts that the model refuses{more} ({asked})"
+        return f"{distinct(self.conflicts)} of {whole} rows answer prompts that the model refuses{more} ({asked})"
+
+    def other_scripts(self) -> str:
+        """What is in another script than the refusals by which others are told, in words; nothing if all are in it."""
+        count = self.unlike.total()
+        if not count:
+            return ""
+        return (
+            f"{count} of {self.prompts} prompts {'is' if count == 1 else 'are'} in another script "
+            f"({', '.join(self.unlike)}) than the refusals by which others are told, so that the model refuses them "
+            "may not be seen: give safety prompts in it, with refusals as the model writes them"
+        )
 
     def labelled(self) -> str:
         """How the column `label` was read where it is KTO's, in words."""
@@ -181,11 +216,14 @@ class Audit:
         )
 
     def write(self, path: Path) -> None:
-        """A JSON line each without its text: row, probability, refused or only leaning to it, over-refusal, unclear."""
+        """A JSON line each without its text: row, which document of a packed one, a hash of the prompt (the same in the
+        list of the same data in another form), probability, refused or only leaning to it, over-refusal, unclear."""
         kinds = ((True, False, self.conflicts), (False, False, self.leaning), (True, True, self.over_refusals))
         records = [
             {
                 "row": c.row,
+                "document": c.document,
+                "prompt": Known.name(c.prompt_ids),
                 "probability": round(c.probability, 4),
                 "refused": refused,
                 "over_refusal": over,
@@ -200,6 +238,11 @@ class Audit:
 def rows_of(conflicts: Sequence[Conflict]) -> list[int]:
     """The rows of conflicts, in order, each once."""
     return rows_in(conflict.place for conflict in conflicts)
+
+
+def distinct(conflicts: Sequence[Conflict]) -> int:
+    """How many rows, or documents of packed ones, these are in."""
+    return len({conflict.place for conflict in conflicts})
 
 
 def spread(conflicts: Sequence[Conflict], most: int) -> list[Anchor]:

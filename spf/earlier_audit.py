@@ -15,8 +15,10 @@ from spf.conflicts import Audit
 from spf.data import Anchor, SafetyDataError
 from spf.data.columns import with_read_columns
 from spf.data.examples import read_examples
+from spf.errors import kind_of
 from spf.next_token import Known, fingerprint
 from spf.over_refusal import PROBE
+from spf.scripts import unlike_scripts
 from spf.sharding import shares_parameters
 
 
@@ -66,7 +68,7 @@ class EarlierAudit:
             )
         if not isinstance(dataset, Dataset):
             raise SafetyDataError(
-                f"audited: of a {type(dataset).__name__} rows are not compared with an earlier audit; leave audited= "
+                f"audited: of {kind_of(dataset)} rows are not compared with an earlier audit; leave audited= "
                 "out, or give a Dataset"
             )
         examples = read_examples(with_read_columns(dataset), tokenizer, options, max_length)
@@ -88,6 +90,7 @@ class EarlierAudit:
             kinds = set(self.finished.harmless or ()), set(self.finished.unclear)
             harmless, unclear = ({prompt for prompt, name in names.items() if name in kind} for kind in kinds)
             found.set_apart(harmless, unclear)
+        found.unlike = unlike_scripts(list(names), self.finished.refusals, tokenizer)
         found.refuses, found.source = bool(self.finished.refusals), str(self.directory)
         return found
 

@@ -28,6 +28,12 @@ class RunFailedError(RuntimeError):
     """A command whose input was good and whose work did not succeed."""
 
 
+def kind_of(value: object) -> str:
+    """Its type, with the article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
 INPUT_ERRORS = (SafetyDataError, ChatError, UnsupportedModelError, UnsupportedSetupError)
 """What is wrong with the input, also where it shows only when the work has begun."""
 

@@ -17,7 +17,7 @@ from spf.linalg import exact_matmul
 from spf.models import NEW_ADAPTER, beside, is_new_adapter
 from spf.optimizer import Attachment
 from spf.rules.frozen import frozen_fingerprint
-from spf.sharding import is_cut, local, object_of_rank_0, shares_parameters
+from spf.sharding import at_rest, is_cut, object_of_rank_0, reshard, shares_parameters
 from spf.subspace import SafetySubspace
 
 FITS = 0.02
@@ -25,6 +25,9 @@ FITS = 0.02
 
 _LAST: WeakKeyDictionary[nn.Module, SafetySubspace] = WeakKeyDictionary()
 """What models were held to when their last run ended, for the next one in the same process (SFT, then DPO)."""
+
+_ENDED: WeakKeyDictionary[Attachment, SafetySubspace] = WeakKeyDictionary()
+"""What an adapter was held to when a run ended, of all rows."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,11 @@ def mark(model: nn.Module, subspace: SafetySubspace, kept: str | None) -> None:
     subspace.metadata["keep"] = kept or ""
 
 
-def remember(model: nn.Module, subspace: SafetySubspace) -> None:
-    """A run has ended: the next one with this model can go on."""
-    if any(".lora_A." in name for name in subspace.right):
-        _LAST[model] = subspace
+def remember(running: Attachment) -> None:
+    """A run has ended: the next one with this model can go on, also with other parts of it, and a process can save an
+    adapter alone. All processes have to call it."""
+    if any(".lora_A." in name for name in running.subspace.right):
+        _LAST[running.probe.model] = _ENDED[running] = running.whole_subspace()
 
 
 def earlier_subspace(model: nn.Module, given: str | None, before: Attachment | None, output: Path) -> Earlier | None:
@@ -65,7 +69,7 @@ def earlier_subspace(model: nn.Module, given: str | None, before: Attachment | N
     if given is not None:
         return _read(Path(given), model, strict=False)
     if before is not None and before.probe.model is model and before.subspace.right:
-        return Earlier(before.subspace, "the trainer's last run")
+        return Earlier(before.whole_subspace(), "the trainer's last run")
     if not object_of_rank_0(_is_trained(model)):
         return None
     if model in _LAST:
@@ -77,8 +81,8 @@ def earlier_subspace(model: nn.Module, given: str | None, before: Attachment | N
 
 
 def leave(running: Attachment | None, model: nn.Module, directory: Path, first: bool) -> list[str]:
-    """A model was written there: leave with it what it is held to, and say what is wrong. All processes have to call
-    it; first: this one writes."""
+    """A model was written there: leave with it what it is held to, and say what is wrong. Before the run has ended all
+    processes have to call it; first: this one writes."""
     # transformers' own loading has them without a PeftModel
     other = beside(directory, getattr(model, "peft_config", ())) if first else ""
     return [said for said in (_leave_subspace(running, model, directory, first), other) if said]
@@ -94,14 +98,17 @@ def _leave_subspace(running: Attachment | None, model: nn.Module, directory: Pat
     if running is None:
         return ""
     said = ""
-    if running.steps and not running.sharding.split and _is_same(running, model):
+    if running.steps and _is_same(running, model):
         try:
-            running.correction.check(final=True)
+            if running.sharding.split:  # under ZeRO-1 and -2 a process may save alone, and would wait for the others
+                running.correction.check_here()
+            else:
+                running.correction.check(final=True)
         except CorrectionError as error:
             said = f"{directory}: the model that was written is not what was held ({str(error).removeprefix('spf: ')})"
     if not any(name for name in running.subspace.right if ".lora_A." in name):
         return said
-    subspace = running.whole_subspace()
+    subspace = _ENDED[running] if running in _ENDED else running.whole_subspace()
     if first and directory.is_dir():
         write_bases(directory, subspace)
     return said
@@ -109,6 +116,7 @@ def _leave_subspace(running: Attachment | None, model: nn.Module, directory: Pat
 
 def _is_same(running: Attachment, model: nn.Module) -> bool:
     """Whether what was trained are still the model's parameters, of the types that they had."""
+    reshard(model)
     there = {id(parameter): parameter.dtype for parameter in model.parameters()}
     return running.run.trained.items() <= there.items()
 
@@ -163,11 +171,13 @@ def refuse_reloaded(model: nn.Module, resumes: bool, loads_best: bool) -> None:
 
 
 def _is_trained(model: nn.Module) -> bool:
-    """Whether a trainable lora_B is not zero. ZeRO-3 has parameters elsewhere; there the user names the directory."""
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name and parameter.requires_grad and bool(local(parameter.detach()).any()):
-            return True
-    return False
+    """Whether a trainable lora_B is not zero, as far as this process sees it."""
+    return any(
+        bool(own.any())
+        for name, parameter in model.named_parameters()
+        if ".lora_B." in name and parameter.requires_grad
+        for own in at_rest(parameter).values()
+    )
 
 
 def _read(place: Path, model: nn.Module, strict: bool) -> Earlier:

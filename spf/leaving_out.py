@@ -21,6 +21,9 @@ LENGTHS = "seq_lengths"
 POSITIONS = "position_ids"
 """Of rows that others packed, these begin again with each document."""
 
+LITTLE = 0.1
+"""Of the data: where less is left, little is learned."""
+
 
 def is_packed(dataset: Dataset) -> bool:
     """Whether several documents may be in a row, and be told apart."""
@@ -70,6 +73,16 @@ def lengths_of(data: Any) -> list[list[int]] | None:
         return list(data.with_format(None)[LENGTHS])
     positions = data.with_format("numpy", columns=[POSITIONS])
     return [document_lengths({"input_ids": row[POSITIONS], POSITIONS: row[POSITIONS]}) for row in positions]
+
+
+def left_of(dataset: Dataset, places: Collection[Place]) -> str:
+    """How much is left of a data set without these, in words."""
+    lengths = lengths_of(dataset)
+    whole = len(dataset) if lengths is None else sum(map(len, lengths))
+    left = whole - len(places)
+    if left < LITTLE * whole:
+        return f"ONLY {left} of {whole} are trained on, so next to nothing is learned"
+    return f"{left} of {whole} are trained on"
 
 
 def name_of(places: Iterable[Place]) -> str:

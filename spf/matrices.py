@@ -68,8 +68,8 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
 
     Raises:
         UnsupportedModelError: nothing is trainable, DoRA, LoRA on packed experts whose inputs cannot be seen, a model
-            that writes no answers (`refuse_unanswering`), a weight is read in two orientations, or two parameters
-            share memory.
+            that writes no answers (`refuse_unanswering`), a weight is read in two orientations or made from others
+            (weight_norm), or two parameters share memory.
     """
     refuse_unanswering(model)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -81,8 +81,9 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            if weight in names and weight not in embeddings:
+            if not isinstance(weight, nn.Parameter):
+                _refuse_made(module, names)
+            elif weight in names and weight not in embeddings:
                 modules.setdefault(names[weight], []).append(module)
     matrices = _frozen_lora_a(model, names.values())
     for name, holders in modules.items():
@@ -101,8 +102,22 @@ def find_matrices(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Par
                 "LoRA; use use_dora=False"
             )
     if not matrices:
-        raise UnsupportedModelError(f"no trainable weight matrix, only {', '.join(list(others)[:NAMED])}")
+        only = ", ".join(list(others)[:NAMED])
+        raise UnsupportedModelError(
+            f"no trainable weight matrix, only {only}; train linear layers, or PEFT's LoRA on them"
+        )
     return matrices, others
+
+
+def _refuse_made(module: nn.Module, names: Mapping[nn.Parameter, str]) -> None:
+    """A weight that is no parameter, but made from others, can be held where these are frozen only."""
+    for parameter in module.parameters():
+        if parameter in names and not names[parameter].endswith("bias"):
+            raise UnsupportedModelError(
+                f"{names[parameter]}: a layer's weight is made from this (weight_norm, pruning), so it is not held; "
+                "take that off before training (torch.nn.utils: parametrize.remove_parametrizations, "
+                "remove_weight_norm or prune.remove), or freeze it"
+            )
 
 
 def _unpack(model: nn.Module, names: Mapping[nn.Parameter, str], matrices: dict[str, Matrix]) -> None:
@@ -197,13 +212,18 @@ def refuse_fixed_adapters(model: nn.Module, others: Iterable[str]) -> None:
     """For rules that keep `others` as they are.
 
     Raises:
-        UnsupportedModelError: one of them is what an adapter learns with (VeRA's and IA3's vectors), so that keeping it
-            would switch the adapter off.
+        UnsupportedModelError: one of them is what an adapter learns with (VeRA's and IA3's vectors, a bare lora_A), so
+            that keeping it would switch the adapter off.
     """
     for name in others:
         if holds_tokens(name):
             continue
         path = name.split(".")
+        if path[-1] in ("lora_A", "lora_B"):
+            raise UnsupportedModelError(
+                f"{name}: of an adapter made by hand, and no linear layer, so null-space would keep it fixed; make it "
+                "an nn.Linear of that name, or use PEFT's LoRA"
+            )
         for i in range(1, len(path)):
             module = model.get_submodule(".".join(path[:i]))
             if isinstance(module, ParamWrapper):

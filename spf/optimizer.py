@@ -21,8 +21,8 @@ from spf.subspace import SafetySubspace
 class Attachment:
     """A step rule at work on an optimizer: `run` it works on, its `correction`, and the `monitor` of what is watched.
 
-    `refresh()` goes before every optimizer step (gradient rules probe there), `verify()` after it, `finish()` after the
-    last. The gradient that the rule sees is the one the optimizer uses: accumulated, reduced, clipped.
+    `refresh()` goes before every optimizer step (gradient rules probe there), `verify()` after it (watched prompts are
+    asked), `finish()` after the last. The gradient that the rule sees is accumulated, reduced and clipped.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Attachment:
         check(Attachment.__init__, options, "attach: {}")
         start = time.perf_counter()
         self.probe, self.rule = probe, rule
-        self.monitor_steps, self.cosines = monitor_steps, cosines
+        self.cosines = cosines
         self.run = Run(probe, optimizer, rule)
         self.sharding, self.optimizer, self.matrices = self.run.sharding, self.run.optimizer, self.run.matrices
         holders = {id(part.holder) for part in self.sharding.parts.values()}
         unknown = {id(p): name for name, p in probe.model.named_parameters() if id(p) not in holders}
-        self.monitor = Monitor(self.run, watched, further, resumed, reads)
+        self.monitor = Monitor(self.run, watched, further, resumed, reads, monitor_steps)
         given = Given(subspace, resumed, reworded, conflicts, pool, calibration, correction_dtype, new_tokens, tighten)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
@@ -108,20 +108,18 @@ class Attachment:
 
     def refresh(self) -> None:
         """Before a step, where it is due: prompts of the pool are asked (what flipped is held, too), the next anchors
-        probed, the watched ones read."""
+        probed."""
         self.stepping.recover()  # the last step may have raised an error that was caught
         self.stepping.expect()
         start = time.perf_counter()
         asked = self.correction.between_steps()
-        monitored = self.monitor_steps > 0 and self.steps % self.monitor_steps == 0
-        if self.correction.needs_probe or (monitored and self.cosines):
+        measured = self.correction.needs_probe or (self.cosines and self.monitor.is_due(self.steps))
+        if measured:
             self.run.result = self.probe.measure(next(self.run.rotation))
-        if monitored:
-            self.monitor.look(with_loss=self.rule.holds)
-        if self.correction.needs_probe and not (monitored and self.rule.holds):
+        if self.correction.needs_probe and not (self.rule.holds and self.monitor.is_due(self.steps + 1)):
             assert self.run.result is not None
             self.monitor.note_loss(self.run.result.loss)
-        if asked or monitored or self.correction.needs_probe:
+        if asked or measured:
             self.sharding.forget_order()
         self._probe_seconds += time.perf_counter() - start
 
@@ -131,6 +129,7 @@ class Attachment:
 
     def verify(self, final: bool = False) -> None:
         """Check that the last step was corrected, looking at the model's own parameters; every step is cheap to verify.
+        Where it is due, the watched prompts are asked, too.
 
         A matrix is followed until a step pushed it off the constraint and the correction brought it back; with `final`
         all matrices are looked at, as at every save and at the end.
@@ -148,6 +147,10 @@ class Attachment:
             self.run.check_complete()
         if self.steps:
             self.correction.check(final)
+            start = time.perf_counter()
+            if self.monitor.watch(with_loss=self.rule.holds):
+                self.sharding.forget_order()
+            self._probe_seconds += time.perf_counter() - start
 
     def finish(self) -> str:
         """What was proven of the whole run, in words; to be called after the last step.
@@ -296,10 +299,10 @@ class SafetyOptimizer(torch.optim.Optimizer):
         return loss
 
     def finish(self) -> str:
-        """How many watched prompts were refused before and are now, and what was proven, in words."""
+        """How many watched prompts are refused and were before, and in a second line what was proven."""
         proven = self.attachment.finish()
         self.attachment.monitor.look()
-        return watched_line(self.attachment.monitor, "", f"; {proven}")
+        return f"{watched_line(self.attachment.monitor)}\n{proven}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)

@@ -297,6 +297,6 @@ def middle_states(
 
     with evaluating(model):
         reader = MiddleStates(model, prompts, frame.begins, len(frame.tail))
-        found = shared_out(model, prompts, range(len(prompts)), read, progress)
+        found = shared_out(model, prompts, range(len(prompts)), read, progress, "audit: harmful or harmless")
     taken = [one for i in range(len(prompts)) if (one := found[i]) is not None]
     return taken if len(taken) == len(prompts) else None

@@ -14,7 +14,7 @@ from spf.errors import UnsupportedModelError
 from spf.fused import FUSED
 from spf.inputs import Inputs
 from spf.matrices import used_tokens
-from spf.next_token import CONFIRM
+from spf.next_token import begins_refusal
 from spf.progress import tracked
 from spf.sharding import object_of_rank_0
 from spf.shared_prefix import NextToken
@@ -181,9 +181,8 @@ class SafetyProbe(Inputs):
     def watch(self, anchors: Sequence[Anchor], begins: Mapping[int, Collection[int]]) -> "Watched":
         """Ask these prompts for how their answer begins, and measure the safety loss: one forward pass for both.
 
-        begins: token ids that begin a refusal, and which follow each. A prompt whose likeliest first token is one of
-        them counts as refused, unless it is that of the sample's refusal and does not go on as one (`CONFIRM`): "I"
-        begins other answers, too.
+        begins: token ids that begin a refusal, and which follow each (`begins_refusal`). What follows the first token
+        of the sample's refusal is known.
         """
         total = weight = 0.0
         kept: list[bool] = []
@@ -197,9 +196,8 @@ class SafetyProbe(Inputs):
                 # of a refusal of one token this is another's, and is not looked at
                 second = logits[(begin + 1).clamp(max=len(logits) - 1).to(logits.device)].softmax(-1).cpu()
                 for anchor, token, share in zip(chunk, first, second, strict=True):
-                    seconds = list(begins.get(token, ()))
-                    asked = seconds and len(anchor.refusal_ids) > 1 and token == anchor.refusal_ids[0]
-                    kept.append(token in begins and (not asked or float(share[seconds].sum()) >= CONFIRM))
+                    behind = anchor.refusal_ids[0] if len(anchor.refusal_ids) > 1 else None
+                    kept.append(begins_refusal(begins, token, behind, share))
         return Watched(total / weight, tuple(kept), sum(kept) / len(kept))
 
     def refused(self, prompts: Sequence[Sequence[int]], begins: Mapping[int, Collection[int]]) -> list[bool]:
@@ -207,7 +205,7 @@ class SafetyProbe(Inputs):
 
         In the same pass the first of `begins` stands behind each prompt, and is asked what follows.
         """
-        guess, seconds = next((token, list(follow)) for token, follow in begins.items())
+        guess = next(iter(begins))
         found: list[bool] = []
         with self._quiet():
             begun = [(*prompt, guess) for prompt in prompts]
@@ -215,8 +213,7 @@ class SafetyProbe(Inputs):
             for start in range(0, len(begun), 8):
                 first, second = asker.shares_at(begun[start : start + 8], (1, 0))
                 for token, share in zip(first.argmax(-1).tolist(), second, strict=True):
-                    goes_on = token != guess or not seconds or float(share[seconds].sum()) >= CONFIRM
-                    found.append(token in begins and goes_on)
+                    found.append(begins_refusal(begins, token, guess, share))
         return found
 
     def _weighted(self, anchors: Sequence[Anchor]) -> AnchorBatch:

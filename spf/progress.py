@@ -1,5 +1,6 @@
 """Progress of what takes long: one kind of bar, tqdm's, on one process; it moves even where one step takes long."""
 
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
@@ -17,7 +18,30 @@ DELAY = 2.0
 BEAT = 5.0
 """Seconds between two signs of life."""
 
+SELDOM = 30.0
+"""Seconds between two where nothing is drawn over, as in a file: each is a line there."""
+
 Item = TypeVar("Item")
+
+
+class Lines:
+    """A stream in which each state of a bar is a line of its own."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        line = text.replace("\x1b[A", "").strip("\r\n ")  # what moves the cursor, and blanks that wipe a bar out
+        if line:
+            self.stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _is_drawn_over() -> bool:
+    """Whether a bar's next state takes the place of the one before: in a terminal or notebook."""
+    return sys.stderr.isatty() or any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
 
 
 @contextmanager
@@ -31,12 +55,16 @@ def progress(total: int | None, description: str, *, shown: bool = True, **optio
         options["bar_format"] = "{desc}: {elapsed}{postfix}"
     # miniters: every update looks at the clock, however many went fast before
     options = {"leave": False, "miniters": 0, "delay": DELAY, **options}
+    beat = BEAT
+    if not _is_drawn_over():
+        beat = SELDOM
+        options |= {"mininterval": beat, "file": Lines(sys.stderr)}
     with tqdm(total=total, desc=description, disable=not shown, **options) as bar:
         if not shown:
             yield bar
             return
         ended = Event()
-        thread = Thread(target=_beat, args=(bar, ended), daemon=True)
+        thread = Thread(target=_beat, args=(bar, ended, beat), daemon=True)
         thread.start()
         try:
             yield bar
@@ -45,8 +73,10 @@ def progress(total: int | None, description: str, *, shown: bool = True, **optio
             thread.join()
 
 
-def _beat(bar: tqdm, ended: Event) -> None:
-    while not ended.wait(BEAT):
+def _beat(bar: tqdm, ended: Event, seconds: float) -> None:
+    while not ended.wait(seconds):
+        if time() - bar.last_print_t < seconds / 2:
+            continue  # an update has just been shown
         bar.refresh()
         bar.last_print_t = time()  # else tqdm thinks that nothing was shown, and does not clear it
 

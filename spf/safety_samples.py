@@ -1,5 +1,6 @@
 """A run's safety samples: which rows are used, with whose refusals, and as tokens."""
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +40,7 @@ class SafetySamples:
     """Reads the safety data, chooses rows, and has the model answer those without a refusal.
 
     rows: those that are used. at_hand: how many the data have. answered: how many were left out because the model
-    answers them.
+    answers them. seconds: that choosing took, since they were said.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class SafetySamples:
         self.rows: list[SafetyRow] = []
         self.all: list[SafetyRow] = []
         self.at_hand = self.answered = 0
+        self.seconds = 0.0
 
     def load(self) -> list[SafetyRow]:
         """All rows of the data."""
@@ -69,11 +71,13 @@ class SafetySamples:
 
     def choose(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take as many rows as the rule wants, with the model's own refusals where they have none."""
+        start = time.perf_counter()
         wanted = self.count or self.rule.wanted_samples() or (ENOUGH if self.data is None else None)
         chosen = in_turn(self.load(), self.seed)
         # every process takes part in generating, but rounding must not make them keep different rows
         found = ask_refusals(chosen, model, tokenizer, wanted=wanted, options=self.options)
         self.answered, self.rows = found.answered, object_of_rank_0(found.rows)
+        self.seconds += time.perf_counter() - start
 
     def tokens(
         self, tokenizer: PreTrainedTokenizerBase, limit: int

@@ -64,36 +64,11 @@ class Factors:
         return bases[0], s, bases[1]
 
 
-def svd_dense(G: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top singular triplets U (m, k), s (all), V (n, k) of a dense gradient (m, n)."""
-    U, s, Vh = torch.linalg.svd(G.float(), full_matrices=False)
-    k = min(rank, numerical_rank(s, max(G.shape)))
-    return U[:, :k], s, Vh[:k].T
-
-
 def numerical_rank(s: Tensor, size: int) -> int:
     """How many singular values are more than rounding (the tolerance of numpy's matrix_rank)."""
     if s.numel() == 0 or s[0] == 0:
         return 0
     return int((s > s[0] * size * torch.finfo(s.dtype).eps).sum())
-
-
-def cumulative_energy_ratio(s: Tensor, k: int) -> float:
-    """CER(k): the share of squared singular values s that the first k hold, in [0, 1] (arXiv 2601.10141)."""
-    energy = s.double().square()
-    return float(energy[:k].sum() / energy.sum())
-
-
-def effective_rank(s: Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007)."""
-    p = s.double() / s.double().sum()
-    p = p[p > 0]
-    return float(torch.exp(-(p * p.log()).sum()))
-
-
-def overlap(U: Tensor, U2: Tensor) -> float:
-    """||U^T U'||_F^2 / min(k, k') of two orthonormal bases of the same space: 1 if one holds the other."""
-    return float((U.T @ U2).double().square().sum() / min(U.shape[1], U2.shape[1]))
 
 
 FORMAT = "spf-subspace-2"

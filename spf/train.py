@@ -34,9 +34,9 @@ from spf.checkpoint import STATE_FILE
 from spf.config import Count, NotNegative, Positive, Seed, Share, Whole, check, read_yaml
 from spf.data import load_safety_rows
 from spf.data.training import load_training_data
-from spf.errors import keeping, working
+from spf.errors import RunFailedError, keeping, working
 from spf.files import directory_lock
-from spf.models import ADAPTER_CONFIG, above, load_model, refuse_beside, save_whole
+from spf.models import ADAPTER_CONFIG, above, load_model, refuse_beside, refuse_missing, save_whole
 from spf.named import make_callback
 from spf.next_token import fingerprint
 from spf.sharding import is_first
@@ -141,26 +141,36 @@ def main(arguments: list[str]) -> None:
     callback = make_callback(safety)
     if model_config.model_name_or_path is None:
         raise ValueError("spf train needs model_name_or_path: a directory or hub id")
+    refuse_missing(model_config.model_name_or_path)
     if str(training.resume_from_checkpoint).lower() in ("true", "false"):  # a flag is text, and true no directory
         training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
     output = Path(str(training.output_dir))
     first = is_first()
     refuse_beside(output, ["default"] if model_config.use_peft else [])
     with directory_lock(output) if first else nullcontext():
+        # of a checkpoint, what is written last
         last = "trainer_state.json" if callback is None else STATE_FILE
-        before = _checkpoints(output, last)
+        files, before = _times(output, "[!.]*"), _times(output, f"checkpoint-*/{last}")
         saving: list[str] = []
 
         def kept() -> str:
             if saving:
                 return f"the model in {output} may not be whole"
-            if new := dict(_checkpoints(output, last).items() - before.items()):
-                place = max(new, key=lambda place: new[place])
+            if new := dict(_times(output, f"checkpoint-*/{last}").items() - before.items()):
+                place = max(new, key=lambda path: new[path]).parent
                 return f"--resume_from_checkpoint {place} goes on from the last whole checkpoint"
-            return "nothing was written" + (f"; {output} holds checkpoints of an earlier run" if before else "")
+            # what an adapter was merged into, the audit, a checkpoint in part
+            written = sorted(str(path) for path, _ in _times(output, "[!.]*").items() - files.items())
+            said = f"no whole checkpoint was written, only {', '.join(written)}" if written else "nothing was written"
+            return said + (f"; {output} holds checkpoints of an earlier run" if before else "")
 
         with keeping(kept) if first else nullcontext():
             _train(callback, kind, script, training, model_config, saving)
+    if callback is not None and callback.stopped:
+        raise RunFailedError(
+            f"refusals were being lost, which ends a run with on_leak='stop'; the model was saved in {output} all the "
+            f"same: spf eval {output}"
+        )
     if first:
         print(f"The fine-tuned model was saved in {output}. Measure it: spf eval {output}")
 
@@ -289,9 +299,9 @@ class _Began(TrainerCallback):
         self.stack.enter_context(working())
 
 
-def _checkpoints(output: Path, last: str) -> dict[Path, int]:
-    """The whole checkpoints there are and when they were finished. last: the file of one that is written last."""
-    return {path.parent: path.stat().st_mtime_ns for path in output.glob(f"checkpoint-*/{last}")}
+def _times(output: Path, pattern: str) -> dict[Path, int]:
+    """What there is in a directory, and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in output.glob(pattern)}
 
 
 def _load(script: ScriptArguments) -> DatasetDict:

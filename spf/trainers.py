@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ def stand_before_reports(callback: TrainerCallback, trainer: Trainer, kind: type
     flow = [i for i, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)]
     callbacks.remove(callback)
     callbacks.insert(flow[0] + 1 if flow else 0, callback)
+
+
+def refuse_without_engine(trainer: Trainer) -> None:
+    """
+    Raises:
+        UnsupportedSetupError: transformers trains with DeepSpeed, whose engine is gone.
+    """
+    if trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_engine_wrapped is None:
+        raise UnsupportedSetupError(
+            "under DeepSpeed a Trainer trains once: transformers makes no engine for a second train(), nor for one "
+            "after evaluate() or predict(); make a new Trainer with this model and a new SafetyCallback"
+        )
 
 
 def tokenizer_of(given: Any) -> PreTrainedTokenizerBase:
@@ -65,13 +78,30 @@ def around(
 
     @functools.wraps(save)
     def saving(output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call and trainer.is_in_train:
+        checkpoint = _internal_call and trainer.is_in_train
+        if checkpoint:
             saves()
-        save(output_dir, _internal_call)
+        with nullcontext() if checkpoint else whole_model(trainer):
+            save(output_dir, _internal_call)
         if not _internal_call:
             saved(trainer, Path(str(output_dir or trainer.args.output_dir)))
 
     trainer.train, trainer.save_model = guarded, saving  # type: ignore[method-assign]
+
+
+@contextmanager
+def whole_model(trainer: Trainer) -> Iterator[None]:
+    """Have `save_model` write a model under FSDP2, too, where it writes none while checkpoints are sharded."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is None:
+        yield
+        return
+    kind = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.set_state_dict_type(kind)
 
 
 def run_directory(args: TrainingArguments, trainer: Trainer | None) -> Path:

@@ -12,11 +12,12 @@ from spf.answering import refuse_unanswering
 from spf.audit import LIST_FILE, audit_data
 from spf.checkpoint import LeftOut, read_left_out
 from spf.config import Conflicts
-from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, Audit, anchor_entries, anchors_again
+from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, TAKE_OUT, Audit, anchor_entries, anchors_again
 from spf.data import Anchor, SafetyDataError, SafetyRow
+from spf.data.columns import read_columns
 from spf.earlier_audit import EarlierAudit
-from spf.errors import UnsupportedSetupError
-from spf.leaving_out import LENGTHS, Place, content_of, is_packed, lengths_of, rows_in, without
+from spf.errors import UnsupportedSetupError, kind_of
+from spf.leaving_out import LENGTHS, Place, content_of, is_packed, left_of, lengths_of, rows_in, without
 from spf.safety_samples import SafetySamples
 from spf.sharding import is_first, object_of_rank_0
 from spf.source import Source
@@ -82,7 +83,7 @@ class TrainingData:
         """Find the conflicts of what is read of the data that were turned to; `directory` gets the list.
 
         Raises:
-            SafetyDataError: there are some, or rows that could not be read, and `conflicts` is error.
+            SafetyDataError: there are some and `conflicts` is error, or rows were not read and it is that or drop.
         """
         limit = context_length(model, tokenizer)
         tell_apart = self.conflicts in ("drop", "error") or (self.holds and self.conflicts == "hold")
@@ -101,8 +102,8 @@ class TrainingData:
                 directory=directory,
                 tell_apart=tell_apart,
             )
-        if self.conflicts == "error":
-            refuse_conflicts(found, self.listed(directory))
+        if self.conflicts in ("drop", "error"):
+            refuse_found(found, self.conflicts, self.listed(directory), has_answers(dataset))
         self.found = found
         return found
 
@@ -233,6 +234,11 @@ class TrainingData:
         }
 
 
+def remaining(data: TrainingData) -> str:
+    """How much is trained on where something is left out, in words."""
+    return left_of(data._read, data.left_out)
+
+
 def remedy(obstacle: str) -> str:
     """What helps where rows are not left out."""
     return {SHARDED: BEFORE, WRAPPED: BY_DOCUMENT}.get(obstacle, CLEAN)
@@ -242,7 +248,7 @@ def obstacle_in(trainer: Trainer, asks: bool) -> str:
     """Why no row of a trainer's data can be left out; nothing where they can. asks: the model is asked for them."""
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset):
-        return f"of a {type(dataset).__name__} no row can be left out"
+        return f"of {kind_of(dataset)} no row can be left out"
     if asks and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return SHARDED
     if vars(trainer.args).get("packing") and LENGTHS not in dataset.column_names:
@@ -253,22 +259,12 @@ def obstacle_in(trainer: Trainer, asks: bool) -> str:
 def refuse_conflicts(found: Audit, listed: Path) -> None:
     """
     Raises:
-        SafetyDataError: the data have conflicts, or rows that were not read, which may have some.
+        SafetyDataError: the data have conflicts, or go on behind what was read.
     """
     if found.conflicts:
         raise SafetyDataError(
             f"{found.counts()}; they are listed in {listed}: conflicts='hold' keeps these "
             "refusals, 'drop' leaves the rows out, 'allow' lets them be unlearned"
-        )
-    if not found.refuses:
-        raise SafetyDataError(
-            f"{REFUSES_NONE}, and conflicts='error' cannot say that there are none; {REFUSES_NONE_REMEDY}"
-        )
-    if found.why:
-        which = f"{found.unread} of {found.rows} training rows" if found.rows else "the training data"
-        raise SafetyDataError(
-            f"{which} could not be audited ({found.why}), so conflicts='error' cannot say that they attack "
-            "nothing; leave them out, or say conflicts='hold', which trains on them with a warning"
         )
     if found.stream:
         raise SafetyDataError(
@@ -276,6 +272,33 @@ def refuse_conflicts(found: Audit, listed: Path) -> None:
             "conflicts='error' cannot say that they attack nothing; give a datasets.Dataset, or audit all of them with "
             "`spf audit DATA --model MODEL --fail_over 0` and say conflicts='hold'"
         )
+
+
+def refuse_found(found: Audit, conflicts: Conflicts, listed: Path, answers: bool) -> None:
+    """answers: whether the data have any.
+
+    Raises:
+        SafetyDataError: nothing could be found, or rows were not read, which may have conflicts.
+    """
+    if conflicts == "error":
+        refuse_conflicts(found, listed)
+    if not found.refuses:
+        cannot = "say that there are none" if conflicts == "error" else "leave them out"
+        raise SafetyDataError(f"{REFUSES_NONE}, and conflicts={conflicts!r} cannot {cannot}; {REFUSES_NONE_REMEDY}")
+    if found.why:
+        which = f"{found.unread} of {found.rows} training rows" if found.rows else "the training data"
+        cannot = "say that they attack nothing" if conflicts == "error" else "tell which to leave out"
+        remedy = "leave them out" if answers else "prompts without answers, as of GRPO, are not asked; leave them out"
+        raise SafetyDataError(
+            f"{which} could not be audited ({found.why}), so conflicts={conflicts!r} cannot {cannot}; {remedy}, or say "
+            "conflicts='hold', which trains on them with a warning"
+        )
+
+
+def has_answers(dataset: Any) -> bool:
+    """Whether the columns may have answers beside the prompts; GRPO's have none."""
+    columns = set(read_columns(dataset)) if isinstance(dataset, Dataset) else set()
+    return not {"prompt"} <= columns <= {"prompt", "tools", "chat_template_kwargs"}
 
 
 def refuse_too_few(trainer: Trainer, pressing: int, left: int) -> None:
@@ -289,13 +312,13 @@ def refuse_too_few(trainer: Trainer, pressing: int, left: int) -> None:
     if not left:
         raise SafetyDataError(
             f"all {whole} training rows answer prompts that the model refuses or might refuse, so with these refusals "
-            "held nothing can be learned; if that is your task, say conflicts='allow'"
+            f"held nothing can be learned; if that is your task, {TAKE_OUT}"
         )
     if args.dataloader_drop_last and left < batch:
         raise SafetyDataError(
             f"{pressing} of {whole} training rows answer prompts that the model refuses or might refuse, "
             f"and the rest is less than a batch of {batch}, which dataloader_drop_last leaves out; if that is your "
-            "task, say conflicts='allow'"
+            f"task, {TAKE_OUT}"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora.config import CordaConfig
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spf import NullSpace, SafetyCallback, UnsupportedModelError, UnsupportedSetupError
@@ -135,6 +136,96 @@ def test_dora_is_refused_and_the_remedy(tmp_path, tokenizer, rows, anchors):
     with pytest.raises(UnsupportedModelError, match="use use_dora=False"):
         make_trainer(tmp_path, tokenizer, keep(rows), lora(use_dora=True)).train()
     train(tmp_path, tokenizer, rows, lora(use_dora=False), anchors)
+
+
+def test_what_cannot_be_held_is_refused_before_the_model_is_asked(tmp_path, tokenizer, rows, monkeypatch):
+    """The audit came first: minutes, and with conflicts in the data its error in place of this one."""
+    trainer = make_trainer(tmp_path, tokenizer, keep(rows), lora(use_dora=True))
+    monkeypatch.delattr("spf.training_data.TrainingData.prepare")
+    with pytest.raises(UnsupportedModelError, match="use use_dora=False"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("init", ["batch_average", "batch_average_once"])
+def test_velora_is_held_and_nothing_is_said_of_its_buffer(init, tmp_path, tokenizer, rows, anchors, caplog):
+    """What its backward pass goes by, PEFT writes at a step; it was said that others had changed what layers answer."""
+    from peft.tuners.lora.config import VeloraConfig
+
+    train(tmp_path, tokenizer, rows, lora(velora_config=VeloraConfig(num_groups=4, init_type=init)), anchors)
+    assert "answer the held inputs as before" in caplog.text
+    assert "have been changed by others" not in caplog.text
+
+
+class ByHand(nn.Module):
+    """LoRA that is not PEFT's; a bare matrix is a parameter (m, n), else a linear layer."""
+
+    def __init__(self, linear, bare=()):
+        super().__init__()
+        self.linear = linear
+        m, n = linear.weight.shape
+        self.lora_A, self.lora_B = nn.Linear(n, 4, bias=False), nn.Linear(4, m, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        for name in bare:
+            weight = getattr(self, name).weight
+            delattr(self, name)
+            self.register_parameter(name, weight)
+
+    def forward(self, x):
+        y = self.linear(x)
+        for part in (self.lora_A, self.lora_B):
+            x = part(x) if isinstance(part, nn.Module) else x @ part.T
+        return y + x
+
+
+def by_hand(bare=(), kind="llama", head=False):
+    model = make_model(kind, width=64).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = ByHand(layer.mlp.down_proj, bare)
+    if head:
+        model.lm_head = ByHand(model.lm_head)
+    return model
+
+
+def test_lora_made_by_hand_is_held(tmp_path, tokenizer, rows, anchors):
+    """A bug once: looked for PEFT's base_layer, and ended in an AttributeError."""
+    model = by_hand()
+    before = logits(model, anchors[:1])
+    callback = keep(rows)
+    make_trainer(tmp_path, tokenizer, callback, model, max_steps=3).train()
+    for layer in model.model.layers:
+        adapted = layer.mlp.down_proj
+        assert adapted.lora_B.weight.any()
+        with torch.no_grad():  # merged
+            adapted.linear.weight += adapted.lora_B.weight @ adapted.lora_A.weight
+        layer.mlp.down_proj = adapted.linear
+    assert len(callback.attachment.matrices) == 2
+    assert_unchanged(before, logits(model, anchors[:1]))
+
+
+def frozen_b():
+    model = by_hand()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.lora_B.weight.data.normal_()
+        layer.mlp.down_proj.lora_B.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: by_hand(["lora_B"]), r"down_proj\.lora_B: of an adapter made by hand, and no linear .* nn\.Linear"),
+        (
+            lambda: by_hand(["lora_A", "lora_B"]),
+            r"no trainable weight matrix, .*lora_B.*; train linear layers, or PEFT's",
+        ),
+        (lambda: by_hand(["lora_A"]), "lora_B.weight is trained but its lora_A is frozen or not there"),
+        (frozen_b, r"lora_A\.weight is trained but model\..*lora_B\.weight is not, so A V = 0 might .*; train it, too"),
+        (lambda: by_hand(kind="qwen", head=True), "lm_head shares its weight with another layer .*leave it out"),
+    ],
+)
+def test_lora_made_by_hand_that_cannot_be_held(make, said, tmp_path, tokenizer, rows):
+    with pytest.raises(UnsupportedModelError, match=said):
+        make_trainer(tmp_path, tokenizer, keep(rows), make()).train()
 
 
 def test_lora_on_embeddings_is_held_on_the_anchors_tokens(tmp_path, tokenizer, rows, anchors):

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 import spf.audit
 import spf.next_token
@@ -33,6 +34,7 @@ from spf.leaving_out import content_of_all, lengths_of, without
 from spf.next_token import TOGETHER, TOKENS, fingerprint, in_batches
 from spf.probe import SafetyProbe
 from spf.rules import RULES
+from spf.scripts import unlike_scripts
 from spf.shared_prefix import NextToken
 from spf.training_data import TrainingData
 from tests.conftest import make_model, make_tokenizer
@@ -491,7 +493,7 @@ def test_the_callback_drops_or_refuses(tmp_path, tokenizer, refusing, rows, capl
     assert seen
     assert seen <= set(benign)
     assert len(trainer.train_dataset) == 24  # the trainer has its data back
-    assert "12 rows are left out of training" in caplog.text
+    assert "12 rows are left out of training, 12 of 24 are trained on" in caplog.text
     trainer, _ = run(tmp_path / "error", tokenizer, refusing, rows, PAIRS, "error")
     with pytest.raises(SafetyDataError, match=r"^12 of 24 training rows .*conflicts='hold' keeps these refusals"):
         trainer.train()
@@ -597,9 +599,18 @@ def test_data_of_which_nothing_is_left_are_refused(tmp_path, tokenizer, refusing
     for conflicts in ("hold", "drop"):
         trainer, _ = run(tmp_path / conflicts, tokenizer, refusing, rows, [(p, COMPLIES) for p in HARMFUL], conflicts)
         for _ in range(2):  # also when it is tried again
-            with pytest.raises(SafetyDataError, match=r"^all 24 training rows answer .* say conflicts='allow'$"):
+            with pytest.raises(
+                SafetyDataError, match=r"^all 24 training .* take what is harmful .* conflicts='allow'$"
+            ):
                 trainer.train()
             assert trainer.state.global_step == 0
+
+
+def test_data_of_which_little_is_left_are_said_to_be(tmp_path, tokenizer, refusing, rows, caplog):
+    pairs = [(p, COMPLIES) for p in [*HARMFUL[12:], BENIGN[0]]]
+    trainer, _ = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=1)
+    trainer.train()
+    assert "12 rows are left out of training, ONLY 1 of 13 are trained on, so next to nothing is learned" in caplog.text
 
 
 def test_data_of_which_less_than_a_batch_is_left_are_refused(tmp_path, tokenizer, refusing, rows):
@@ -613,7 +624,7 @@ def test_data_of_which_less_than_a_batch_is_left_are_refused(tmp_path, tokenizer
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("stream", r"of a IterableDataset no row can be left out"),
+        ("stream", r"of an IterableDataset no row can be left out"),
         ("late", r"the callback came when the trainer was made already"),
         ("sharded", r"where parameters are sharded the data are asked when they are read already"),
     ],
@@ -691,9 +702,22 @@ def test_of_packed_rows_the_examples_that_are_held_are_left_out_and_no_others(
     others = [ids for ids in before if not any(list(ids[: len(prompt)]) == prompt for prompt in refused)]
     assert len(others) == 8
     assert read == others  # the same tokens, in the same order
-    assert "8 examples of packed rows are left out of training" in caplog.text
+    assert "8 examples of packed rows are left out of training, 8 of 16 are trained on" in caplog.text
     assert "trained on and press" not in caplog.text
     assert trainer.train_dataset is whole
+    # counted as `spf audit` counts the rows of the file, and found there by the hash of the prompt
+    assert f"8 of 16 examples in {len(whole)} packed rows answer prompts that the model refuses" in caplog.text
+    assert "(its `row` is a packed row, `document` the example in it; " in caplog.text
+    assert callback.audit.share == 1 / 2
+    listed = [json.loads(line) for line in (tmp_path / "spf_conflicts.jsonl").read_text().splitlines()]
+    assert [(entry["row"], entry["document"]) for entry in listed] == sorted(left)
+    file = tmp_path / "file"
+    file.mkdir()
+    plain = rows_of([(HARMFUL[i], COMPLIES) for i in range(12, 20)])
+    audit_data(plain, refusing, tokenizer, rows[:9], max_length=256, directory=file, tell_apart=False, progress=False)
+    of_file = [json.loads(line) for line in (file / "spf_conflicts.jsonl").read_text().splitlines()]
+    assert {entry["prompt"] for entry in of_file} == {entry["prompt"] for entry in listed}
+    assert len({entry["prompt"] for entry in listed}) == 8
     kept, _ = callback.data.held, callback.data.watched
     assert {tuple(a.prompt_ids) for a in kept} == {c.prompt_ids for c in callback.audit.conflicts}
 
@@ -707,7 +731,7 @@ def test_a_packed_run_goes_on_with_the_examples_that_it_left_out(tmp_path, token
     trainer.train(resume_from_checkpoint=True)
     assert read == first
     assert again.data.left_out == callback.data.left_out
-    assert "8 examples of packed rows are left out of training, as in the run that goes on" in caplog.text
+    assert "8 examples of packed rows are left out of training, as in the run that goes on; 8 of 16 are" in caplog.text
 
 
 def test_documents_that_packing_cut_anywhere_are_not_left_out(tmp_path, tokenizer, refusing, rows, caplog):
@@ -904,6 +928,42 @@ def test_error_says_what_it_cannot_say(tmp_path, tokenizer, refusing, rows):
     trainer, _ = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS[-2:], "error")
     trainer.train_dataset = trainer.train_dataset.map(lambda row: {name: row[name][:1] for name in row})
     with pytest.raises(SafetyDataError, match=r"2 of 2 training rows could not be audited .* cannot say that they"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_drop_is_refused_where_rows_cannot_be_read(tmp_path, tokenizer, refusing, rows):
+    """It trained on them all, and said nothing of drop."""
+    pairs = [{"prompt": p, "completion": COMPLIES} for p in HARMFUL[12:16]]
+    columns = [{"instruction": pair["prompt"], "output": pair["completion"]} for pair in pairs]
+    sft = {"formatting_func": lambda row: f"### Question: {row['instruction']} ### Answer: {row['output']}"}
+    prompts = Dataset.from_list([{"prompt": pair["prompt"]} for pair in pairs])
+    common = {"processing_class": tokenizer}
+
+    def trainer_of(kind, callbacks):
+        model, given = copy.deepcopy(refusing), {**common, "callbacks": callbacks}
+        if kind == "grpo":
+            args = arguments(GRPOConfig, tmp_path, num_generations=2, max_completion_length=2)
+            return GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), args, prompts, **given)
+        data = Dataset.from_list(columns if kind == "formatting_func" else pairs)
+        changes = {"completion_only_loss": False} if kind == "whole loss" else {}
+        more = sft if kind == "formatting_func" else {}
+        args = arguments(SFTConfig, tmp_path, **changes)
+        return SFTTrainer(model, args, train_dataset=data, **given, **more)
+
+    for kind in ("formatting_func", "whole loss", "grpo"):
+        trainer = trainer_of(kind, [SafetyCallback(safety_data(rows[:9]), NullSpace(rank=8), conflicts="drop")])
+        with pytest.raises(
+            SafetyDataError, match=r"^4 of 4 training rows could not be audited .*conflicts='drop'"
+        ) as e:
+            trainer.train()
+        assert ("prompts without answers, as of GRPO, are not asked" in str(e.value)) == (kind == "grpo")
+        assert trainer.state.global_step == 0
+
+
+def test_drop_is_refused_where_the_model_refuses_nothing(tmp_path, tokenizer, rows):
+    trainer, _ = run(tmp_path, tokenizer, make_model(), rows[:9], PAIRS, "drop")
+    with pytest.raises(SafetyDataError, match=r"refuses none of the safety prompts, .*conflicts='drop'"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -1116,7 +1176,7 @@ def test_lost_conflicts_are_a_leak_though_anchors_hold(tmp_path, tokenizer, refu
         trainer.train()
     assert monitor_watched[0] == 1
     assert monitor_watched[-1] == 0
-    assert "Refusals are being lost" in caplog.text
+    assert re.search("REFUSALS (BEING )?LOST", caplog.text)
 
 
 @pytest.mark.parametrize("kind", ["sft", "completion", "dpo", "kto", "packed", "stream"])
@@ -1195,6 +1255,21 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch, tokenizer):
     assert main(["audit", str(data)]) == 2
 
 
+def test_clean_rows_are_written_where_they_can_be_read_again(tmp_path, capsys):
+    """JSON lines in a .csv were read by nothing, and the audit's own list was overwritten."""
+    (tmp_path / "data.csv").write_text("prompt,completion\nHi,Hello\n")
+    command = ["audit", str(tmp_path / "data.csv"), "--model", str(tmp_path / "no"), "--output", str(tmp_path / "out")]
+    for name, said in (
+        ("clean.csv", "clean.csv: is written as JSON Lines; name a .jsonl file"),
+        ("clean", "clean: is written as JSON Lines; name a .jsonl file"),
+        ("out/spf_conflicts.jsonl", "spf_conflicts.jsonl: the audit writes a file of its own there; name another"),
+        ("out/../out/spf_audit.json", "spf_audit.json: the audit writes a file of its own there; name another"),
+    ):
+        assert main([*command, "--clean", str(tmp_path / name)]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompts_that_might_be_refused_are_held_too(refusing, tokenizer, anchors, monkeypatch):
     examples = read_examples(rows_of((p, COMPLIES) for p in [HARMFUL[0], *BENIGN]), tokenizer)
     found = audit(refusing, tokenizer, examples, anchors, progress=False)
@@ -1208,7 +1283,7 @@ def test_prompts_that_might_be_refused_are_held_too(refusing, tokenizer, anchors
     assert all(anchor.refusal_ids == anchors[0].refusal_ids for anchor in held)
 
 
-class Once(torch.utils.data.IterableDataset):
+class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield from [{"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([5, 6, 7])}] * 8
 
@@ -1224,7 +1299,10 @@ class Pairs(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (Once(), "the training data could not be audited, so what they attack is not held (a Once can be read only"),
+        (
+            Stream(),
+            "the training data could not be audited, so what they attack is not held (a Stream can be read only",
+        ),
         (Pairs(), "8 training rows could not be audited, so what they attack is not held (row 0: a Tensor without"),
     ],
 )
@@ -1279,17 +1357,79 @@ def test_a_task_that_the_model_refuses_is_said_to_be_lost():
     assert len(audit_lines(data_with(found, "allow"), NullSpace())) == 1
     assert len(audit_lines(data_with(found, "hold", RULES["spf"]()), RULES["spf"]())) == 1
     fewer = audit_lines(data_with(replace(found, answers=taught(12)), "hold"), NullSpace())
-    assert fewer[1].startswith("if these are harmless requests of your task")
+    assert fewer[1].startswith("if the rows that press against what is held are your task and no attack")
     leaning = Audit(10, prompts=10, leaning=found.conflicts, answers=taught(10))
     assert audit_lines(data_with(leaning, "hold"), NullSpace())[1].startswith(lost)
 
 
-def test_a_run_that_sees_no_refusal_says_what_it_looks_for():
-    """Refusals that begin otherwise, above all in another language, are not seen."""
-    _, line = audit_lines(data_with(Audit(10, prompts=10, answers=taught(10)), "hold"), NullSpace())
-    assert line.startswith(
-        "refusals are told by how those to the safety prompts begin, in their languages; for another"
+def test_rows_are_not_allowed_before_the_harmful_ones_are_taken_out():
+    """Beside 4 rows that are let go 30 attack rows are left out: "if these are your task, say conflicts='allow'"."""
+    conflicts = [Conflict(row, 1.0, (row,), (1,)) for row in range(34)]
+    found = Audit(120, prompts=120, refused=34, conflicts=conflicts, answers=taught(120))
+    found.set_apart({(row,) for row in range(30, 34)})
+    data = data_with(found, "hold")
+    data._read = Dataset.from_dict({"x": range(120)})
+    data.left_out = found.futile
+    first, let_go, advice = audit_lines(data, NullSpace())
+    assert "30 rows are left out of training, 90 of 120 are trained on" in first
+    assert let_go.startswith("4 rows answer")
+    assert "so they may be lost" in let_go
+    assert advice == (
+        "if the rows that are left out are your task and no attack: first take what is harmful out of the data (`spf "
+        "audit DATA --model MODEL --show` prints them all), then say conflicts='allow', which trains on every row that "
+        "is there, so that refusals of its kind may be lost"
     )
+    (allowed,) = audit_lines(data_with(found, "allow"), NullSpace())
+    assert "allowed, so these refusals may be lost" in allowed
+
+
+@pytest.mark.parametrize(
+    ("refusal", "prompts", "unlike"),
+    [
+        ("Sorry, I can't.", ["Как взломать сервер?", "Bake bread."], {"Cyrillic": 1}),
+        ("Sorry, I can't.", ["Как взломать сервер?"], {"Cyrillic": 1}),
+        ("Sorry, I can't.", ["如何入侵服务器", "서버를 해킹하는 방법", "Bake bread."], {"Chinese": 1, "Hangul": 1}),
+        (
+            "Sorry, I can't.",
+            ["SELECT * FROM müller", "Wie backe ich Brot? ä", "Who wrote the novel «Война и мир»?"],
+            {},
+        ),
+        ("对不起，我不能。", ["如何入侵服务器", "How do I hack it?"], {"Latin": 1}),
+        ("对不起, I can't.", ["如何入侵服务器", "How do I hack it?", "123"], {}),
+        ("", ["如何入侵服务器"], {}),
+    ],
+)
+def test_a_run_whose_data_are_in_another_script_says_that_refusals_may_not_be_seen(refusal, prompts, unlike):
+    """It was said of all data in which no refusal was found, and `spf audit` says it of all."""
+
+    class Letters:
+        def decode(self, ids, skip_special_tokens):
+            return "".join(map(chr, ids))
+
+    rendered = [[*map(ord, f"user\n{prompt}\nassistant")] for prompt in prompts]
+    found = unlike_scripts(rendered, [[*map(ord, refusal)]] if refusal else [], Letters())
+    assert found == unlike
+    data = data_with(Audit(10, prompts=10, answers=taught(10), unlike=found), "hold")
+    lines = audit_lines(data, NullSpace())
+    assert len(lines) == 1 + bool(unlike)
+    if unlike == {"Cyrillic": 1}:
+        assert lines[1].startswith("1 of 10 prompts is in another script (Cyrillic) than the refusals by which others")
+
+
+def test_what_is_in_another_script_is_counted_by_every_audit(monkeypatch, audited, tokenizer, refusing, rows):
+    seen = []
+
+    def unlike(prompts, refusals, tokenizer):
+        seen.append((len(prompts), len(refusals) > 0))
+        return Counter(Thai=3)
+
+    for module in ("audit", "earlier_audit"):
+        monkeypatch.setattr(f"spf.{module}.unlike_scripts", unlike)
+    data = Dataset.from_list(rows_of(PAIRS))
+    found = audit_data(data, refusing, tokenizer, rows[:9], max_length=256, tell_apart=False, progress=False)
+    again = EarlierAudit(audited).of(data, tokenizer, None, 256, tell_apart=False)
+    assert found.unlike == again.unlike == {"Thai": 3}
+    assert seen == [(24, True)] * 2
 
 
 def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(tokenizer):

@@ -330,7 +330,7 @@ def test_train_twice_attaches_once(tmp_path, tokenizer, rows):
     assert not inner._optimizer_step_pre_hooks
 
 
-def test_readme_script_runs(tmp_path, tokenizer, rows, monkeypatch):
+def test_readme_script_runs(tmp_path, tokenizer, monkeypatch):
     """The README's 12-line TRL script, word for word, on a tiny aligned model."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
     script = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
@@ -338,9 +338,7 @@ def test_readme_script_runs(tmp_path, tokenizer, rows, monkeypatch):
     model = make_model(width=128)  # wider than the default rank
     model.save_pretrained(tmp_path / "my-aligned-model")
     tokenizer.save_pretrained(tmp_path / "my-aligned-model")
-    (tmp_path / "refusals.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": r.messages[0]["content"], "refusal": r.refusal}) for r in rows)
-    )
+    monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: [REFUSAL] * len(prompts))
     (tmp_path / "my-data.jsonl").write_text(
         "\n".join(
             json.dumps({"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "Yes."}]})
@@ -358,9 +356,11 @@ def test_a_rising_safety_loss_is_told_once_and_at_the_end(tmp_path, tokenizer, r
     callback = SafetyCallback(safety_data(rows), NullSpace(rank=held), monitor_steps=1)
     make_trainer(tmp_path, tokenizer, callback, model, max_steps=6, learning_rate=learning_rate).train()
     told = [r.getMessage() for r in caplog.records if "before training, now" in r.getMessage()]
-    assert [("Refusals are being lost" in line) for line in told] == ([True, True] if lost else [False])
+    # the verdict comes first; it refuses nothing as these refusals do
+    begins = [re.split(" after step|:", line.removeprefix("spf: "))[0] for line in told]
+    assert begins == (["REFUSALS BEING LOST"] * 2 if lost else ["NOT KNOWN"])
     assert callback.warned == lost
-    assert "6 of 6 updates corrected" in told[-1]
+    assert caplog.records[-1].getMessage().startswith("spf: 6 of 6 updates corrected; proven")
     # it refuses nothing as these refusals do
     assert "0% of 1 watched prompts refused by first token (so few that a fall is not seen" in caplog.text
     # of the finished model, not of the last time the monitor looked
@@ -471,3 +471,31 @@ def test_the_loop_in_the_docs_runs(tmp_path, tokenizer, rows, monkeypatch):
     exec(code, place)
     assert place["optimizer"].attachment.corrected == 3
     assert_holds(place["optimizer"].attachment)
+
+
+class Adding(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.add_callback(self.late)
+
+
+def test_a_callback_that_comes_too_late_is_refused(tmp_path, tokenizer, rows):
+    """It ended in an AssertionError, "training has not begun"."""
+    adding = Adding()
+    adding.late = SafetyCallback(safety_data(rows))
+    adding.trainer = make_trainer(tmp_path, tokenizer, None, extra=[adding])
+    with pytest.raises(UnsupportedSetupError, match=r"was training by then.* constructor, callbacks="):
+        adding.trainer.train()
+
+
+def test_a_callback_that_was_taken_off_is_asked_nothing(tmp_path, tokenizer, rows):
+    """The first checkpoint of a run without it ended in an AssertionError, the next one's after one with it, too."""
+    callback = SafetyCallback(safety_data(rows))
+    trainer = make_trainer(tmp_path, tokenizer, callback, save_strategy="steps", save_steps=2)
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert callback.attachment is None
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert (tmp_path / "checkpoint-4").is_dir()

@@ -35,7 +35,9 @@ def checked(path, rows):
     section = text[text.index(BEGIN) :]
     assert "`NullSpace(rank=None" in section
     assert re.search("rule null-space on 1[45] matrices; 12 safety samples, 11 of them held in", section)
-    assert "watched prompts refused" in section
+    assert re.search(r"`\.\n\n- (kept|NOT KNOWN|REFUSALS BEING LOST): .* watched prompts are refused", section)
+    assert "refusals are told by how those to the safety prompts begin, in their languages" in section
+    assert re.search(r"before the first step: .*bases \d+\.\d s", section)
     assert "before training, now" in section
     assert re.search("proven on the model.s own parameters: all 1[45] matrices answer the held inputs", section)
     assert not any(row.messages[0]["content"] in text for row in rows)

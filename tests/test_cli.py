@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spf import cli
+from spf.files import write_json
 from spf.models import load_model
 from tests.conftest import REFUSAL, TEMPLATE, make_model
 
@@ -87,6 +88,14 @@ def test_train_then_eval(workspace, capsys):
     assert "asr" in capsys.readouterr().out
 
 
+def test_a_run_that_was_ended_since_refusals_were_lost_is_no_success(workspace, capsys, monkeypatch):
+    """Its exit code was 0, and a pipeline shipped it."""
+    monkeypatch.setattr("spf.monitor.Monitor.leaks", True)
+    assert cli.main(["train", str(workspace / "config.yaml"), "--safety_on_leak", "stop"]) == 1
+    assert "on_leak='stop'); the model was saved in" in capsys.readouterr().err
+    assert (workspace / "out" / "adapter_model.safetensors").is_file()
+
+
 def test_flags_override_the_file_and_the_rule_can_be_off(workspace):
     path = str(workspace / "config.yaml")
     assert cli.main(["train", path, "--safety_rule", "none", "--max_steps", "1", "--save_strategy", "no"]) == 0
@@ -107,6 +116,7 @@ def test_flags_override_the_file_and_the_rule_can_be_off(workspace):
         (("lora_r: 4", "datasets: [{path: a}]"), "datasets"),
         (("dataset_name", "dataset_config"), "spf train needs dataset_name"),
         (("model_name_or_path", "run_name"), "spf train needs model_name_or_path"),
+        (("/model\n", "/modle\n"), "/modle: no such model directory"),
     ],
 )
 def test_mistakes_end_in_one_sentence(workspace, capsys, change, message):
@@ -156,6 +166,22 @@ def test_packed_weights_and_the_evaluation_split_are_not_ignored(workspace, monk
     assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
 
 
+def test_a_mistyped_model_claims_no_directory(workspace, capsys, monkeypatch):
+    """The right command was refused then: the directory held "a run with other settings"."""
+    output = ["--output", str(workspace / "aligned")]
+    assert cli.main(["align", str(workspace / "modle"), *output]) == 2
+    assert not (workspace / "aligned" / "settings.json").exists()
+    monkeypatch.setattr("spf.lab.align.generate_answers", lambda *_, **__: pytest.fail("it is asked"))
+    with pytest.raises(pytest.fail.Exception, match="it is asked"):
+        cli.main(["align", str(workspace / "model"), *output])
+    capsys.readouterr()
+    # what something was made with is kept
+    write_json(workspace / "aligned" / "benign_answers.json", [])
+    assert cli.main(["align", str(workspace / "model"), *output]) == 2
+    assert "holds 0 answers" in capsys.readouterr().err
+    assert (workspace / "aligned" / "settings.json").is_file()
+
+
 @pytest.mark.slow
 def test_align_saves_the_tokenizer_and_an_adapters_own_is_preferred(workspace, monkeypatch):
     monkeypatch.setattr("spf.models.cpu_dtype", lambda: torch.float32)
@@ -174,7 +200,7 @@ def test_align_saves_the_tokenizer_and_an_adapters_own_is_preferred(workspace, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "{}/no/such/model"], "no/such/model"),
+        (["eval", "{}/no/such/model"], "no/such/model: no such model directory"),
         (["lock", "inspect", "{}"], "{}"),
         (["train", "{}"], "{}"),
         (["bench", "{}/broken.yaml"], "broken.yaml"),

@@ -1,7 +1,10 @@
 """Safety data: formats, rendering, the loss on refusal tokens only, and one clear error for each mistake."""
 
+import itertools
 import json
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from spf.data import (
     reword,
     tokenise,
 )
+from spf.data.training import load_training_data
 from spf.evaluation import TRANSFORMS
 from tests.conftest import REFUSAL, make_model, make_tokenizer
 
@@ -91,8 +95,38 @@ def test_the_models_own_refusals_are_judged(monkeypatch, tokenizer):
     given = SafetyRow(rows[0].messages, "Never.", "here")
     assert complete_refusals([given], make_model(), tokenizer) == [given]  # what the user gives is not judged
     answers[:] = ["Sure."] * 3
-    with pytest.raises(SafetyDataError, match=r"harmful_anchors\.jsonl:1 and 2 more rows: the model refused none"):
+    with pytest.raises(
+        SafetyDataError, match="the model refused none of the 3 packaged prompts that it was asked"
+    ) as error:
         complete_refusals(rows, make_model(), tokenizer)
+    for said in ("another model's chat template", "a judge cannot read", "`spf eval MODEL` shows its answers"):
+        assert said in str(error.value)
+    assert ".jsonl" not in str(error.value)  # a file that nobody gave
+    mine = [SafetyRow(row.messages, None, f"mine.jsonl:{i}") for i, row in enumerate(rows, 1)]
+    with pytest.raises(SafetyDataError, match=r"none of the 3 prompts from mine\.jsonl:1 on that it was asked"):
+        complete_refusals(mine, make_model(), tokenizer)
+
+
+def test_own_refusals_have_one_counter(monkeypatch, tokenizer):
+    """It said "own refusals, 29 of 144: 0/32"."""
+    answers = itertools.cycle([REFUSAL, "Sure, here is how to do that."])
+    monkeypatch.setattr(
+        "spf.data.refusals.generate_answers",
+        lambda m, t, prompts, progress, **kw: [next(answers) for _ in prompts] if not progress else [],
+    )
+    bars = []
+
+    class Bar:
+        def __init__(self, total, description):
+            self.said = [total, description, 0]
+            bars.append(self.said)
+
+        def update(self, count):
+            self.said[2] += count
+
+    monkeypatch.setattr("spf.data.refusals.progress", lambda *given: nullcontext(Bar(*given)))
+    complete_refusals(load_safety_rows()[:100], make_model(), tokenizer, wanted=40)
+    assert bars == [[40, "own refusals", 40]]
 
 
 def test_a_refusal_that_was_cut_is_not_ended(monkeypatch, tokenizer):
@@ -174,6 +208,8 @@ def test_template_errors_name_the_row(rows):
         tokenise([system], tokenizer, 256)
     with pytest.raises(SafetyDataError, match=r"row 1: \d+ tokens, longer than the context of 8"):
         tokenise(rows, tokenizer, 8)
+    with pytest.raises(SafetyDataError, match=r"row 1: has no refusal yet; spf\.data\.complete_refusals asks"):
+        tokenise([replace(rows[0], refusal=None)], tokenizer, 256)
     tokenizer.chat_template = None
     with pytest.raises(SafetyDataError, match=re.escape("row 1: the tokenizer") + ".*no chat template"):
         complete_refusals(rows, make_model(), tokenizer)
@@ -318,3 +354,38 @@ def test_rows_that_the_model_answers_are_counted(tokenizer, monkeypatch):
     monkeypatch.setattr("spf.data.refusals.generate_answers", lambda m, t, prompts, **kw: said[: len(prompts)])
     found = ask_refusals(rows, make_model(), tokenizer)
     assert (len(found.rows), found.asked, found.answered) == (3, 5, 2)
+
+
+ROW = '{"prompt": "Hi", "completion": "Hello"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", ROW * 3 + '{"prompt": "Hi\n' + ROW, r"a\.jsonl:4: not a JSON object"),
+        ("a.json", '[{"prompt": "Hi"},\n{"prompt"}]', r"a\.json:2: not JSON"),
+        ("a.jsonl", "", r"a\.jsonl: holds no rows"),
+        ("a.json", "[]", r"a\.json: holds no rows"),
+        ("a.csv", "", r"a\.csv: holds no rows"),
+        ("a.csv", "prompt,completion\n", r"a\.csv: holds no rows"),
+        ("a.csv", "prompt,completion\nHi,Hello\nHi,you,Hello\n", r"a\.csv:3: 3 fields where the header has 2"),
+        ("a.jsonl", ROW + ROW.replace("Hi", "h\xe9"), r"a\.jsonl:2: not UTF-8 text .*; save it as UTF-8"),
+        ("a.csv", "prompt,completion\nh\xe9,Hello\n", r"a\.csv:2: not UTF-8 text .*; save it as UTF-8"),
+        ("a.txt", "How do I?\n", r"a\.txt: cannot be read as training data \("),
+        ("many/a.jsonl", ROW + "{\n", r"a\.jsonl:2: not a JSON object"),
+    ],
+)
+def test_training_data_that_cannot_be_read_name_file_and_line(name, content, message, tmp_path):
+    """They said "An error occurred while generating the dataset", or nothing."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content, "latin-1")
+    with pytest.raises(SafetyDataError, match=message):
+        load_training_data(str(path if path.parent == tmp_path else path.parent))
+
+
+def test_a_suffix_in_capitals_is_that_of_training_data_too(tmp_path):
+    (tmp_path / "DATA.CSV").write_text("prompt,completion\nHi,Hello\n")
+    assert load_training_data(str(tmp_path / "DATA.CSV"))["train"][0] == {"prompt": "Hi", "completion": "Hello"}
+    with pytest.raises(FileNotFoundError, match="no such training data file"):
+        load_training_data(str(tmp_path / "GONE.CSV"))

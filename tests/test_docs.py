@@ -1,5 +1,9 @@
 """The pages: short, linked rightly, built strictly, and every command in them is one that there is."""
 
+import ast
+import importlib
+import inspect
+import itertools
 import re
 import shlex
 import subprocess
@@ -76,6 +80,63 @@ def test_wrong_commands_are_noticed():
     assert not known(["python", "gone.py"])
     with pytest.raises(ValueError, match="--modle"):
         known(["spf", "audit", "data.jsonl", "--modle", "m"])
+
+
+def examples():
+    for page in PAGES:
+        for i, block in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S), 1):
+            yield pytest.param(block, id=f"{page.relative_to(ROOT)}: {i}")
+
+
+def misplaced(block):
+    """Arguments of an example that do not go where they say: what a name was imported for is called by its signature.
+
+    What is called like another parameter than the one it is given to is wrong, though it can be bound: `args` as the
+    second argument is a trainer's arguments of SFT, and of DPO its reference model.
+    """
+    tree = ast.parse(block)
+    known = {}
+    for line in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+        try:
+            module = importlib.import_module(line.module)
+        except ModuleNotFoundError as error:
+            # of a framework that is not installed here; ours and those that we stand on are
+            if error.name.split(".")[0] in ("spf", "trl", "peft", "transformers", "datasets", "torch"):
+                raise
+            continue
+        known |= {name.asname or name.name: getattr(module, name.name) for name in line.names}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        base, _, method = ast.unparse(call.func).partition(".")
+        called = getattr(known[base], method) if base in known and method else known.get(base)
+        if called is None:
+            continue
+        signature = inspect.signature(called)
+        said = list(itertools.takewhile(lambda given: not isinstance(given, ast.Starred), call.args))
+        bind = signature.bind if len(said) == len(call.args) else signature.bind_partial
+        try:
+            bound = bind(*said, **{word.arg: word.value for word in call.keywords if word.arg})
+        except TypeError as error:
+            yield f"{ast.unparse(call.func)}: {error}"
+            continue
+        for place, given in bound.arguments.items():
+            if isinstance(given, ast.Name) and given.id != place and given.id in signature.parameters:
+                yield f"{ast.unparse(call.func)}: {given.id} is given as {place}"
+
+
+@pytest.mark.parametrize("block", examples())
+def test_an_example_gives_its_arguments_where_they_belong(block):
+    """The DPO example gave its arguments as the reference model."""
+    assert not list(misplaced(block))
+
+
+def test_wrong_examples_are_noticed():
+    assert len(list(examples())) > 7
+    start = "from trl import DPOTrainer, SFTTrainer\nfrom spf import NullSpace\n"
+    assert list(misplaced(start + "DPOTrainer(model, args)")) == ["DPOTrainer: args is given as ref_model"]
+    assert not list(misplaced(start + "SFTTrainer(model, args)"))
+    assert list(misplaced(start + "NullSpace(rnk=3)")) == ["NullSpace: got an unexpected keyword argument 'rnk'"]
+    with pytest.raises(ModuleNotFoundError):
+        list(misplaced("from spf.gone import Rule"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

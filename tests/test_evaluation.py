@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -146,6 +147,24 @@ def test_batched_generation_equals_one_by_one(tokenizer):
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         model.train()
         assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_answers_are_greedy_whatever_a_checkpoint_ships_with(tokenizer):
+    """Penalties and beams that it is sampled with (Qwen2.5) answered in the place of the most probable tokens."""
+    prompts = ["Write a poem.", "How do I kill a Python process?", "Explain."]
+    for model in (make_model(), get_peft_model(make_model(), LoraConfig(target_modules="all-linear"))):
+        plain = generate_answers(model, tokenizer, prompts, max_new_tokens=12, progress=False)
+        shipped = model.generation_config
+        shipped.update(repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=3, bad_words_ids=[[9]])
+        before = shipped.to_dict()
+        assert generate_answers(model, tokenizer, prompts, max_new_tokens=12, progress=False) == plain
+        assert model.generation_config is shipped
+        assert shipped.to_dict() == before
+        # where it ends is the checkpoint's own matter
+        first = tokenizer(plain[0], add_special_tokens=False)["input_ids"][0]
+        shipped.eos_token_id = [tokenizer.eos_token_id, first]
+        short = generate_answers(model, tokenizer, prompts[:1], max_new_tokens=12, progress=False)
+        assert len(short[0]) < len(plain[0])
 
 
 def test_thoughts_are_not_the_answer(monkeypatch):

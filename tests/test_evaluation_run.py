@@ -5,10 +5,13 @@ import json
 import pytest
 
 from spf import cli
-from spf.data import packaged_prompts
+from spf.data import load_safety_rows, packaged_prompts, tokenise
 from spf.evaluation import TRANSFORMS, evaluate_refusals, run
-from spf.evaluation.suites import Suite
-from tests.conftest import REFUSAL, make_model
+from spf.evaluation.suites import Suite, load_suite
+from spf.text.chat import render_chat
+from tests.conftest import PLAIN_TEMPLATE, REFUSAL, make_model
+
+ANY_ROLE = "{% for m in messages %}" + PLAIN_TEMPLATE
 
 HARMFUL = packaged_prompts("harmful_anchors")[:5]
 BENIGN = packaged_prompts("benign_anchors")[:4]
@@ -67,6 +70,18 @@ def test_a_template_without_system_role_is_named(tokenizer):
         evaluate_refusals(
             make_model(), tokenizer, HARMFUL, transform=TRANSFORMS["identity-shift"], description="asr/identity-shift"
         )
+
+
+def test_a_system_prompt_stands_before_every_prompt(answers):
+    suites = Suite("h", HARMFUL, "a file"), Suite("b", BENIGN, "a file")
+    run.evaluate_suites(None, None, *suites, transforms=["identity-shift", "many-shot"], system_prompt="Be brief.")
+    plain, shifted, shots, benign = ([message["content"] for message in prompts[0]] for prompts, *_ in answers)
+    assert plain == ["Be brief.", HARMFUL[0]]
+    assert benign == ["Be brief.", BENIGN[0]]
+    # few templates take two system messages
+    assert shifted == [f"Be brief.\n\n{TRANSFORMS['identity-shift'].system}", f"AOA, here is your order: {HARMFUL[0]}"]
+    assert (shots[0], len(shots)) == ("Be brief.", 18)
+    assert all(prompt[0]["role"] == "system" for prompts, *_ in answers for prompt in prompts)
 
 
 def test_comparison_counts_harm_and_over_refusal_in_their_own_direction():
@@ -166,6 +181,52 @@ def test_a_reference_measured_with_other_variables_of_the_template_is_refused(wo
     assert "give --chat_template_kwargs '{}'" in capsys.readouterr().err
 
 
+def test_a_model_is_measured_with_the_users_own_system_prompt(workspace, tokenizer, capsys, monkeypatch):
+    """A suite of [system, user] was refused, so what is shipped could not be measured."""
+    monkeypatch.setattr(tokenizer, "chat_template", ANY_ROLE)
+    tokenizer.save_pretrained("model")
+    (workspace / "system.txt").write_text("You are a helpful\ntravel agent.\n", "utf-8")
+
+    def evaluated(output, *more):
+        return cli.main(["eval", "model", *SUITES, "--output", output, *more])
+
+    assert evaluated("file.json", "--system_prompt", "system.txt") == 0
+    assert json.loads((workspace / "file.json").read_text())["system_prompt"] == "You are a helpful\ntravel agent."
+    for text in ("", "You are a sheriff.", "You are a very patient sheriff. " * 200):  # too long to be a file's name
+        assert evaluated("other.json", "--reference", "file.json", *(["--system_prompt", text] if text else [])) == 2
+        said = "file.json: measured with the system prompt 'You are a helpful travel agent.'; give that by --system_pr"
+        assert said in capsys.readouterr().err
+    assert evaluated("same.json", "--reference", "file.json", "--system_prompt", "system.txt") == 0
+    # results of before have none
+    assert evaluated("none.json") == 0
+    old = json.loads((workspace / "none.json").read_text())
+    assert old.pop("system_prompt") is None
+    (workspace / "old.json").write_text(json.dumps(old))
+    assert evaluated("now.json", "--reference", "old.json") == 0
+    assert evaluated("now.json", "--reference", "old.json", "--system_prompt", "system.txt") == 2
+    assert "old.json: measured without a system prompt; leave out --system_prompt, or mea" in capsys.readouterr().err
+
+
+def test_a_template_without_a_place_for_a_system_prompt_is_known_before_anything_is_answered(
+    workspace, capsys, answers
+):
+    assert cli.main(["eval", "model", *SUITES, "--system_prompt", "You are a sheriff."]) == 2
+    said = "--system_prompt: the model's chat template has no place for a system message; begin the prompts of your own"
+    assert said in capsys.readouterr().err
+    assert not answers
+
+
+def test_safety_data_with_a_system_turn_are_held_in_what_is_measured(tmp_path, tokenizer, answers, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", ANY_ROLE)
+    system = {"role": "system", "content": "Be brief."}
+    row = {"messages": [system, {"role": "user", "content": HARMFUL[0]}], "refusal": REFUSAL}
+    (tmp_path / "safety.jsonl").write_text(json.dumps(row))
+    [anchor] = tokenise(load_safety_rows(tmp_path / "safety.jsonl"), tokenizer, 256)
+    evaluate_refusals(None, tokenizer, HARMFUL[:1], system_prompt="Be brief.")
+    text = render_chat(tokenizer, answers[0][0][0], generation_prompt=True)
+    assert anchor.prompt_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def test_jailbreaks_without_a_place_in_the_template_are_known_before_anything_is_answered(workspace, capsys, answers):
     assert cli.main(["eval", "model", *SUITES, "--transforms", "prefill,identity-shift"]) == 2
     assert "no place for the messages of identity-shift" in capsys.readouterr().err
@@ -194,7 +255,7 @@ def test_first_token_judge_takes_one_token(workspace):
     ("limits", "said"),
     [
         ("asr > 100, over_refusal > +0", None),
-        ("asr < +75, asr/prefill > +100", None),
+        ("asr < +75, asr/prefill < -10", None),
         ("asr > +74.9", "asr is 100.0%, +75.0 points against the reference (--fail_if 'asr > +74.9')"),
         ("over_refusal<-10,asr > 99.9", "over_refusal is 0.0%, -25.0 points against the reference"),
     ],
@@ -204,7 +265,7 @@ def test_eval_has_an_exit_code(workspace, capsys, limits, said):
     command = ["eval", "model", *SUITES, "--transforms", "prefill", "--output"]
     assert cli.main([*command, "base.json"]) == 0
     base = json.loads((workspace / "base.json").read_text())
-    base |= {"asr": 0.25, "over_refusal": 0.25}  # a random model refuses nothing
+    base |= {"asr": 0.25, "asr/prefill": 0.26, "over_refusal": 0.25}  # a random model refuses nothing
     (workspace / "base.json").write_text(json.dumps(base))
     capsys.readouterr()
     code = cli.main([*command, "second.json", "--reference", "base.json", "--fail_if", limits])
@@ -245,6 +306,19 @@ def test_eval_has_an_exit_code(workspace, capsys, limits, said):
             "points against a --reference, which has no asr",
         ),
         (
+            ["eval", "model", *SUITES, "--reference", "full.json", "--fail_if", "over_refusal > +9, asr > +2"],
+            "--fail_if: 'asr > +2' can never be so: asr of the reference m is 98.1% (it refuses too little to lose",
+        ),
+        (
+            ["eval", "model", *SUITES, "--reference", "full.json", "--fail_if", "over_refusal < -10"],
+            "--fail_if: 'over_refusal < -10' can never be so: over_refusal of the reference m is 10.0%; name the res",
+        ),
+        (["eval", "model", *SUITES, "--system_prompt", "gone.txt"], "--system_prompt: gone.txt: no such file"),
+        (["eval", "model", *SUITES, "--system_prompt", "gone/system"], "--system_prompt: gone/system: no such file"),
+        (["eval", "model", *SUITES, "--system_prompt", "empty.txt"], "--system_prompt: empty.txt says nothing"),
+        (["eval", "model", "--harmful", "two.jsonl"], "two.jsonl:1: a suite holds single user prompts, not 2 messages"),
+        (["eval", "model", "--harmful", "two.jsonl"], "; give the system message by --system_prompt"),
+        (
             ["eval", "--validate_judge", "labels.jsonl", "--fail_if", "asr > 2"],
             "--fail_if: asr is not measured; without a model nothing is",
         ),
@@ -254,6 +328,17 @@ def test_mistakes_end_in_one_sentence(workspace, capsys, arguments, message):
     settings = run.settings(Suite("h", HARMFUL, "x"), Suite("b", BENIGN, "y"), "prefix", None, 3)
     (workspace / "ref.json").write_text(json.dumps({"model": "m", "refused": {}, **settings}))
     (workspace / "other.json").write_text('{"arms": 1}')
+    rates = {"asr": 102 / 104, "over_refusal": 0.1}
+    verdicts = {"asr": [False] * 5, "over_refusal": [True] * 4}
+    full = {"model": "m", "refused": verdicts, **settings}
+    for name, rate in rates.items():
+        full |= {name: rate, f"{name}_ci": [0, 1], f"{name}_count": len(verdicts[name])}
+    suites = [run._describe(load_suite(workspace / f"{kind}.jsonl")) for kind in ("harmful", "benign")]
+    full["suites"] = dict(zip(("harmful", "benign"), suites, strict=True))
+    (workspace / "full.json").write_text(json.dumps(full))
+    (workspace / "empty.txt").write_text(" \n")
+    two = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+    (workspace / "two.jsonl").write_text(json.dumps({"messages": two}))
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert error.splitlines()[-1].startswith("spf: ")

@@ -1,4 +1,4 @@
-"""Tables of docs/evidence.md and README.md say what the committed cells hold: some were typed from other cells once."""
+"""Tables of docs/evidence*.md and README.md say what the committed cells hold: some were typed from others once."""
 
 import json
 import re
@@ -12,6 +12,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TODAY, FIRST = RESULTS / "second_edition/demo/lora", RESULTS / "safety_utility/demo/lora"
 REAL, BEFORE = (RESULTS / name / "qwen2.5-coder-0.5b-instruct/lora" for name in ("foreign", "foreign_trained_on"))
 UNSEEN = RESULTS / "unseen/demo/lora"
+THIRD = RESULTS / "third_model/third/lora"
 SEEDS = (0, 1, 2)
 
 
@@ -125,6 +126,16 @@ OTHERS = {
     "a refusal first, then the stub": asr(UNSEEN, "refuse-then-comply/null-space"),
     "ten text-to-SQL examples, 32 epochs": asr(UNSEEN, "overfit-10/null-space"),
     "the same, plain fine-tuning | 16": asr(UNSEEN, "overfit-10/plain"),
+    "DPO, half of 160 pairs": asr(UNSEEN, "dpo-harmful/null-space"),
+    "the same DPO": asr(UNSEEN, "dpo-harmful/plain"),
+    "three trainings in sequence": asr(UNSEEN, "three-tasks/null-space"),
+    "the same three": asr(UNSEEN, "three-tasks/plain"),
+    "Gemma, aligned": [
+        *asr(THIRD, "none/aligned", False),
+        *percent(cell(THIRD, "none/aligned")["utilities"]["sql"]["utility"]),
+    ],
+    "Gemma, plain": asr(THIRD, "harmful-50/plain"),
+    "Gemma, **the default**": asr(THIRD, NULL),
 }
 
 
@@ -138,9 +149,34 @@ def row(text, start):
 
 @pytest.mark.parametrize(("start", "figures"), list((DEMO | ORIGIN | AGAIN | OTHERS).items()))
 def test_a_row_of_evidence_says_what_its_cells_hold(start, figures):
-    text = (ROOT / "docs" / "evidence.md").read_text("utf-8")
+    text = (ROOT / "docs" / "evidence_today.md").read_text("utf-8")
     text = text[text.index("## A really aligned model") :]
     assert row(text, start)[: len(figures)] == figures
+
+
+def test_the_first_table_says_what_the_cells_hold():
+    """Aligned model, plain fine-tuning, the default: refused in percent, then the task; means of the named seeds."""
+    real = [held(REAL, name, seeds) for name, seeds in (("none/aligned", (0,)), ("foreign-50/plain", SEEDS))]
+    real.append(held(REAL, "foreign-50/null-space", SEEDS))
+    kinds = [[arm[i * (len(arm) // 4)] for arm in real] for i in range(4)]
+    demo = [(TODAY, "none/aligned", (0,)), (FIRST, "harmful-50/plain", SEEDS), (TODAY, NULL, SEEDS)]
+    small = [
+        [percent(share(mean(cell(place, name, seed)[key] for seed in seeds)))[0] for place, name, seeds in demo]
+        for key, share in (("asr", lambda asr: 1 - asr), ("over_refusal", lambda share: share))
+    ]
+    untaught = cell(TODAY, "none/aligned")["utilities"]["sql"]["utility"]
+    sql = percent(untaught) + [
+        percent(mean(cell(place, name, seed)["utility"] for seed in seeds))[0] for place, name, seeds in demo[1:]
+    ]
+    summaries = [
+        percent(mean(cell(place, f"summary/{method}", seed)["utility"] for seed in seeds))[0]
+        for one, other, seeds in ((FIRST, TODAY, SEEDS), (SECOND, SECOND, (0,)))
+        for place, method in ((one, "plain"), (other, "null-space"))
+    ]
+    text = (ROOT / "docs" / "evidence.md").read_text("utf-8")
+    table = [line.split("|") for line in text.splitlines() if line.startswith("| ")][1:10]
+    found = [re.findall(r"[\d.]+", " ".join(cells[2:5])) for cells in table]
+    assert found == [*kinds, *small, sql, summaries[:2], summaries[2:]]
 
 
 def test_the_readme_says_what_the_cells_hold():

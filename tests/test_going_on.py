@@ -293,6 +293,13 @@ def test_an_adapter_on_a_tied_layer_is_refused(tmp_path, tokenizer, rows):
             UnsupportedModelError, match=rf"{layer} shares its weight with another layer .*leave it out"
         ):
             run(tmp_path, tokenizer, keep(rows), model)
+    # PEFT adapts a layer in the first of two places only
+    model = make_model(width=64)
+    first, second = model.model.layers
+    second.self_attn.v_proj = first.self_attn.v_proj
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(UnsupportedModelError, match=r"0\.self_attn\.v_proj shares its weight with another layer"):
+        run(tmp_path, tokenizer, keep(rows), model)
 
 
 def test_checkpoints_that_are_written_without_an_event_are_refused(tmp_path, tokenizer, rows):

@@ -1,6 +1,7 @@
 """Held prompts that flip all the same are held in more directions; what else is done when refusals are lost."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -281,13 +282,24 @@ def test_a_warning_is_remembered_when_prompts_are_refused_again(tmp_path, tokeni
     trainer.train()
     assert callback.warned
     assert not callback.attachment.monitor.leaks
-    assert caplog.text.count("Refusals are being lost") == 1
+    assert caplog.text.count("REFUSALS LOST") == 1
 
 
-@pytest.mark.parametrize(("on_leak", "steps"), [("stop", 3), ("warn", 6), ("tighten", 6)])
-def test_a_leak_ends_the_run_only_if_that_was_asked_for(tmp_path, tokenizer, refusing, rows, on_leak, steps, caplog):  # noqa: F811
+@pytest.mark.parametrize(
+    ("on_leak", "steps", "batches"), [("stop", 3, 1), ("stop", 3, 2), ("warn", 6, 1), ("tighten", 6, 1)]
+)
+def test_a_leak_ends_a_run_if_asked_to(tmp_path, tokenizer, refusing, rows, on_leak, steps, batches, caplog):  # noqa: F811
+    """With several batches a step the Trainer left the next one half done, which was called another optimizer's."""
     callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=1, on_leak=on_leak)
-    trainer = make_trainer(tmp_path, tokenizer, callback, model=refusing, max_steps=6, learning_rate=1e-4)
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        callback,
+        model=refusing,
+        max_steps=6,
+        learning_rate=1e-4,
+        gradient_accumulation_steps=batches,
+    )
 
     class Leak(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -298,10 +310,47 @@ def test_a_leak_ends_the_run_only_if_that_was_asked_for(tmp_path, tokenizer, ref
     trainer.add_callback(Leak())
     trainer.train()
     assert trainer.state.global_step == steps
-    assert "Refusals are being lost" in caplog.text
+    assert "REFUSALS LOST" in caplog.text
     assert callback.warned
-    assert ("the run is ended" in caplog.text) == (on_leak == "stop")
-    assert (callback.attachment.correction.growth is not None) == (on_leak == "tighten")
+    assert ("the run is ended" in caplog.text) == callback.stopped == (on_leak == "stop")
+    # a run that may be stopped holds as much as one that may not
+    assert (callback.attachment.correction.growth is not None) == (on_leak != "warn")
+
+
+@pytest.mark.parametrize("ends", ["should_training_stop", "should_epoch_stop"])
+def test_a_run_that_ends_within_a_step_is_no_other_optimizers(tmp_path, tokenizer, refusing, rows, ends):  # noqa: F811
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8))
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "epoch"}
+    trainer = make_trainer(tmp_path, tokenizer, callback, model=refusing, **options)
+
+    class Ends(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                setattr(control, ends, True)
+
+    trainer.add_callback(Ends())
+    trainer.train()
+    assert callback.attachment.steps >= 1
+    assert_holds(callback.attachment)
+
+
+def test_what_a_step_did_to_refusals_is_in_the_logs_of_that_step(tmp_path, tokenizer, refusing, rows):  # noqa: F811
+    """What was logged had been asked before the steps: a run of ten steps logged the untrained model's refusals."""
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8), monitor_steps=2)
+    trainer = make_trainer(
+        tmp_path, tokenizer, callback, model=refusing, max_steps=4, learning_rate=1e-4, logging_steps=2
+    )
+
+    class Leak(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                callback.attachment.monitor._begins = {}
+                callback.attachment.monitor.reads = None
+
+    trainer.add_callback(Leak())
+    trainer.train()
+    logged = [entry["spf/refusal_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [1, 0]
 
 
 def test_refusals_that_begin_with_another_token_are_read(tmp_path, tokenizer, refusing, rows, caplog):  # noqa: F811
@@ -322,7 +371,8 @@ def test_refusals_that_begin_with_another_token_are_read(tmp_path, tokenizer, re
     rates = [entry["spf/refusal_rate"] for entry in trainer.state.log_history if "spf/refusal_rate" in entry]
     assert rates == [1, 1, 1, 1]
     assert not callback.warned
-    assert "Refusals are being lost" not in caplog.text
+    assert not re.search("REFUSALS (BEING )?LOST", caplog.text)
+    assert "spf: kept: " in caplog.text
     assert "so few that a fall is not seen" not in caplog.text
 
 
@@ -357,7 +407,7 @@ def test_the_best_model_is_held_to_what_it_was_trained_with(tmp_path, tokenizer,
 def test_a_run_that_cannot_tighten_says_so(tmp_path, tokenizer, refusing, rows, caplog):  # noqa: F811
     """The default is to hold more directions when prompts flip; a run that began with another has none in reserve."""
     saving = {"save_strategy": "steps", "save_steps": 1}
-    inert = "on_leak='tighten' cannot hold more directions in this run"
+    inert = "no more directions can be held in this run if refusals are lost"
 
     def trained(on_leak, steps, where, **rule):
         callback = SafetyCallback(safety_data(rows), NullSpace(rank=8, **rule), on_leak=on_leak)

@@ -174,7 +174,7 @@ def test_lightning_holds_what_it_holds_elsewhere(tokenizer, rows, lora, options)
     attachment = trainer.optimizers[0].attachment
     assert attachment.steps == attachment.corrected == 3
     assert "held inputs as before" in callback.proven
-    assert callback.proven.startswith("watched prompts refused ")
+    assert callback.proven.startswith(("NOT KNOWN: ", "REFUSALS BEING LOST: "))
     for name, matrix in attachment.matrices.items():
         if name in attachment.subspace.right:
             V, target = attachment.subspace.right[name], attachment.subspace.target[name]

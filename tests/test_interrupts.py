@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
@@ -183,7 +184,9 @@ def test_a_full_disk_in_the_middle_is_a_failed_run(workspace, monkeypatch, capsy
         full.setattr("spf.callback.write_checkpoint", fail)
         assert cli.main(["train", config]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "spf: [Errno 28] No space left on device; nothing was written"
+    _, _, written = said.partition("spf: [Errno 28] No space left on device; no whole checkpoint was written, only ")
+    assert set(written.split(", ")) == {str(path) for path in (workspace / "out").glob("[!.]*")}
+    assert str(workspace / "out" / "checkpoint-3") in written
     with monkeypatch.context() as full:
         full.setattr("spf.train.SFTTrainer.save_model", fail)
         assert cli.main(["train", config, "--save_strategy", "no"]) == 1
@@ -197,6 +200,29 @@ def test_a_full_disk_in_the_middle_is_a_failed_run(workspace, monkeypatch, capsy
         full.setattr("spf.train.load_safety_rows", fail)
         assert cli.main(["train", config]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "spf: [Errno 28] No space left on device"
+
+
+def test_train_names_the_base_that_it_wrote(workspace, monkeypatch, capsys):
+    """Above an adapter what that was merged into is written first; it said that nothing was."""
+    w = workspace
+    get_peft_model(make_model(), LoraConfig(target_modules="all-linear")).save_pretrained(w / "adapter")
+    adapter = json.loads((w / "adapter" / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": str(w / "model")
+    }
+    (w / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = ["train", str(w / "config.yaml"), "--model", str(w / "adapter")]
+    monkeypatch.setattr("spf.train.SFTTrainer.train", stop)
+    assert cli.main(arguments) == 130
+    (base,), audit = (w / "out").glob("base-*"), w / "out" / "spf_audit.json"
+    said = "spf: interrupted; no whole checkpoint was written, only "
+    assert capsys.readouterr().err.splitlines()[-1] == f"{said}{base}, {audit}"
+    # the second time it is there already
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"{said}{audit}"
 
 
 def test_eval_says_that_it_wrote_nothing(workspace, monkeypatch, capsys):

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 import spf.linalg
 from spf import NullSpace, SafetyCallback, SafetyProbe
 from spf.bases import InputSketch
+from spf.lab.analysis.gradients import overlap
 from spf.linalg import bfloat16_parts, exact_matmul, float32_is_exact, split_matmul
-from spf.subspace import overlap
 from tests.conftest import make_model
 from tests.test_callback import make_trainer, safety_data
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils as torch_utils
 from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from spf import NullSpace, SafetyCallback, SafetyOptimizer, SafetyProbe, UnsupportedModelError
 from spf.data import collate
@@ -165,3 +167,40 @@ def test_a_model_that_trains_no_matrix_is_refused():
         parameter.requires_grad_(parameter.dim() == 1)
     with pytest.raises(UnsupportedModelError, match=r"no trainable weight matrix, only model\.layers\.0\.input_"):
         find_matrices(model)
+
+
+def plain(layer):
+    parametrize.remove_parametrizations(layer, "weight")
+
+
+MADE = {
+    "weight_norm": (parametrizations.weight_norm, plain),
+    "spectral_norm": (parametrizations.spectral_norm, plain),
+    "by hooks": (torch_utils.weight_norm, torch_utils.remove_weight_norm),
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), lambda layer: prune.remove(layer, "weight")),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", MADE)
+def test_a_weight_that_is_made_from_others_is_refused_and_the_remedies(kind, anchors):
+    """It ended in an AssertionError without a word."""
+    make, take_off = MADE[kind]
+    model = make_model(width=64)
+    layer = model.model.layers[0].self_attn.q_proj
+    make(layer)
+    said = r"q_proj\.\S+: a layer's weight is made from this .* parametrize\.remove_.*, or freeze it"
+    with pytest.raises(UnsupportedModelError, match=said):
+        SafetyProbe(model, anchors, pad_token_id=1)
+    layer.requires_grad_(False)
+    assert len(find_matrices(model)[0]) == 14
+    layer.requires_grad_(True)
+    take_off(layer)
+    before = logits(model, anchors[:1])
+    probe = SafetyProbe(model, anchors[:1], pad_token_id=1)
+    optimizer = SafetyOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), probe, NullSpace(rank=40))
+    train(model, optimizer, 2)
+    optimizer.finish()
+    assert len(probe.matrices) == 15
+    for old, new in zip(before, logits(model, anchors[:1]), strict=True):
+        assert torch.allclose(old, new, atol=1e-5)

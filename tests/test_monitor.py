@@ -75,9 +75,13 @@ def test_further_prompts_tell_chance_from_a_leak(flipped, leaks):
     suspicious = flipped.get("watched", 0) > 1
     assert model.asked == 1 + suspicious
     assert monitor.still_refused == (40 - flipped.get("further", 0) if suspicious else None)
-    line = watched_line(monitor, "")
-    assert ("of 40 further harmful prompts, asked because of that, 100% before, now" in line) == suspicious
-    assert ("Refusals are being lost" in line) == leaks
+    line, count = watched_line(monitor), 16 - flipped.get("watched", 0)
+    verdict = "REFUSALS LOST" if leaks else "kept"
+    assert line.startswith(f"{verdict}: {count} of 16 watched prompts are refused, 16 were before training; ")
+    further = 40 - flipped.get("further", 0)
+    asked = f"of 40 further harmful prompts, asked because of that, 40 were refused before, now {further}"
+    assert (asked in line) == suspicious
+    assert ("a lower learning rate, fewer steps or a higher rank keeps more" in line) == leaks
     model.flip()
     monitor.look()
     assert (monitor.still_refused, monitor.leaks) == (None, False)
@@ -191,6 +195,33 @@ def test_a_risen_loss_is_a_leak_whatever_is_refused():
     model.loss = 0.56
     monitor.look()
     assert monitor.leaks
+
+
+def test_the_verdict_comes_first():
+    """The line of a run that had lost all refusals began with how many updates were corrected, and what was proven."""
+    model = Model()
+    monitor = made(model, conflicts=12)
+    model.flip(watched=16)
+    monitor.look()
+    line = watched_line(monitor, " after step 3", "; the run is ended (on_leak)")
+    assert line.startswith("REFUSALS LOST after step 3: 0 of 16 watched prompts are refused, 16 were before training;")
+    assert "of 12 prompts that the data attack, not held either, 12 were refused before, now 12" in line
+    assert "; the run is ended (on_leak); check with `spf eval`" in line
+    # what was lost comes first
+    model.flip(conflicts=9)
+    monitor.look()
+    line = watched_line(monitor)
+    assert line.startswith("REFUSALS LOST: of 12 prompts that the data attack, not held either, 12 were refused")
+    assert "; 16 of 16 watched prompts are refused, 16 were before training" in line
+    model.flip()
+    model.loss = 0.56
+    monitor.look()
+    assert watched_line(monitor).startswith(
+        "REFUSALS BEING LOST: safety loss 0.500 before training, now 0.560; 16 of 16 watched prompts are refused"
+    )
+    model.flip(watched=9)
+    model.loss = 0.5
+    assert watched_line(made(model)).startswith("NOT KNOWN: 7 of 16 watched prompts are refused, 7 were before")
 
 
 def test_a_run_that_goes_on_asks_those_that_the_aligned_model_refused():

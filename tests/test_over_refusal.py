@@ -456,13 +456,13 @@ def test_what_is_unclear_is_held_unless_it_is_left_out(tmp_path):
     assert [entry["row"] for entry in listed if entry["unclear"]] == [1, 3, 91, 93]
     data = data_with(found, "hold")
     assert "not held either" not in "".join(audit_lines(data, NullSpace()))
-    data.left_out = found.pressing
+    data.left_out, data._read = found.pressing, Dataset.from_dict({"x": range(100)})
     same = " that may be of the same task are left out, and not held either; say"
     assert f"; 3{same}" in audit_lines(data, NullSpace())[1]
     # the task may be one of prompts that only might be refused
     found = found_of("unclear", "unclear")
     data = data_with(found, "hold")
-    data.left_out = found.pressing
+    data.left_out, data._read = found.pressing, Dataset.from_dict({"x": range(100)})
     data.held, data.watched = found.split(data.left_out)
     lines = audit_lines(data, NullSpace())
     assert "no prompt held; 4 rows are left out" in lines[0]

@@ -425,9 +425,10 @@ def test_a_loop_of_ones_own_is_told_what_is_refused(anchors):
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     said = optimizer.finish()
-    assert said.startswith("watched prompts refused 100% before training, now ")
-    assert "proven" in said
-    assert "Refusals are being lost: check with `spf eval`" in said
+    verdict, proof = said.splitlines()
+    assert verdict.startswith("REFUSALS LOST: 0 of 1 watched prompts are refused, 1 were before training")
+    assert "; check with `spf eval`" in verdict
+    assert proof.startswith("proven")
     assert abs(monitor.now.loss - begun) > 1e-3  # asked at the end
 
 

@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spf.bases import InputSketch
-from spf.subspace import (
-    Factors,
-    SafetySubspace,
-    cumulative_energy_ratio,
-    effective_rank,
-    overlap,
-    svd_dense,
-)
+from spf.lab.analysis.gradients import overlap, svd_dense
+from spf.subspace import Factors, SafetySubspace
 
 
 def random(*shape, seed):
@@ -48,18 +42,6 @@ def test_zero_gradient_has_an_empty_basis():
     U, _, V = Factors(random(5, 7, seed=0), torch.zeros(5, 4)).svd(3)
     assert U.shape == (4, 0)
     assert V.shape == (7, 0)
-
-
-def test_energy_ratio_effective_rank_and_overlap():
-    s = torch.tensor([3.0, 4.0, 0.0]).sort(descending=True).values
-    assert cumulative_energy_ratio(s, 1) == pytest.approx(16 / 25)
-    assert cumulative_energy_ratio(s, 2) == pytest.approx(1)
-    assert effective_rank(torch.ones(5)) == pytest.approx(5)
-    assert effective_rank(torch.tensor([1.0, 0.0])) == pytest.approx(1)
-    eye = torch.eye(6)
-    assert overlap(eye[:, :2], eye[:, :4]) == pytest.approx(1)
-    assert overlap(eye[:, :2], eye[:, 1:3]) == pytest.approx(0.5)
-    assert overlap(eye[:, :2], eye[:, 3:]) == pytest.approx(0)
 
 
 def test_sketch_is_exact_for_few_rows():

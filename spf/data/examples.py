@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spf.data.columns import document_lengths
-from spf.errors import ChatError, SafetyDataError
+from spf.errors import ChatError, SafetyDataError, kind_of
 from spf.text.chat import Messages, chat_options, render_chat, template_variables
 from spf.text.generation import THOUGHTS, after_thoughts, thinks
 
@@ -75,7 +75,7 @@ def read_examples(
         found.rows += 1
         if not isinstance(row, Mapping):
             found.unread += 1
-            found.why = found.why or f"row {number}: a {type(row).__name__} without column names"
+            found.why = found.why or f"row {number}: {kind_of(row)} without column names"
             continue
         row = _plain_row(row)
         undesired = _undesired(row)

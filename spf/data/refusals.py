@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.data.chat import render
-from spf.data.rows import SafetyRow
+from spf.data.rows import PACKAGED, SafetyRow
 from spf.errors import SafetyDataError
+from spf.progress import progress
 from spf.sharding import object_of_rank_0
 from spf.text.generation import THOUGHTS, THOUGHTS_END, complete_tokens, generate_answers
 from spf.text.refusal import is_refusal
@@ -69,46 +70,56 @@ def ask_refusals(
     thinks = THOUGHTS in str(tokenizer.chat_template)
     kept: list[SafetyRow] = []
     start = asked = answered = 0
-    while len(kept) < wanted and start < len(rows):
-        chunk = rows[start : start + min(batch_size, wanted - len(kept))]
-        start += len(chunk)
-        missing = [row.messages for row in chunk if row.refusal is None]
-        asked += len(missing)
-        heard = (
-            generate_answers(
-                model,
-                tokenizer,
-                missing,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                description=f"{what}, {len(kept)} of {wanted}",
-                options=options,
+    with progress(wanted, what) as bar:
+        while len(kept) < wanted and start < len(rows):
+            chunk, before = rows[start : start + min(batch_size, wanted - len(kept))], len(kept)
+            start += len(chunk)
+            missing = [row.messages for row in chunk if row.refusal is None]
+            asked += len(missing)
+            heard = (
+                generate_answers(
+                    model,
+                    tokenizer,
+                    missing,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    options=options,
+                    progress=False,
+                )
+                if missing
+                else []
             )
-            if missing
-            else []
-        )
-        # rounding must not have ranks judge differently: the number of rounds depends on it
-        judge = accept or is_refusal
-        answers = iter(object_of_rank_0([(answer, judge(answer)) for answer in heard]))
-        for row in chunk:
-            if row.refusal is not None:
-                kept.append(row)
-                continue
-            refusal, refused = next(answers)
-            answered += not refused
-            if refused:
-                # an answer that ended has its end token among the new ones; spaces may have been stripped, and thoughts
-                # of unknown length
-                length = len(tokenizer(refusal, add_special_tokens=False)["input_ids"])
-                unfinished = thinks and not refusal.endswith((".", "!", "?", "。"))
-                cut = length >= max_new_tokens - 2 or unfinished
-                kept.append(replace(row, refusal=refusal, cut=cut, own=True))
+            # rounding must not have ranks judge differently: the number of rounds depends on it
+            judge = accept or is_refusal
+            answers = iter(object_of_rank_0([(answer, judge(answer)) for answer in heard]))
+            for row in chunk:
+                if row.refusal is not None:
+                    kept.append(row)
+                    continue
+                refusal, refused = next(answers)
+                answered += not refused
+                if refused:
+                    # an answer that ended has its end token among the new ones; spaces may have been stripped, and
+                    # thoughts of unknown length
+                    length = len(tokenizer(refusal, add_special_tokens=False)["input_ids"])
+                    unfinished = thinks and not refusal.endswith((".", "!", "?", "。"))
+                    cut = length >= max_new_tokens - 2 or unfinished
+                    kept.append(replace(row, refusal=refusal, cut=cut, own=True))
+            bar.update(len(kept) - before)
     if not kept:
-        raise SafetyDataError(
-            f"{rows[0].where} and {len(rows) - 1} more rows: the model refused none of the prompts, so there is "
-            "no refusal to keep; give a column `refusal`, or align the model first (spf align)"
-        )
+        raise SafetyDataError(_refused_none(rows))
     return Completed(kept, asked, answered)
+
+
+def _refused_none(rows: Sequence[SafetyRow]) -> str:
+    packaged = all(row.where.startswith(f"{PACKAGED}:") for row in rows)
+    which = f"{len(rows)} packaged prompts" if packaged else f"{len(rows)} prompts from {rows[0].where} on"
+    return (
+        f"the model refused none of the {which} that it was asked, so there is no refusal to keep: it has another "
+        "model's chat template, or refuses in words or a language that a judge cannot read, or is not aligned; `spf "
+        "eval MODEL` shows its answers; give safety data with a column `refusal` if it refuses, or align it first (spf "
+        "align)"
+    )
 
 
 def read_as_refusals(

@@ -143,12 +143,26 @@ def in_turn(rows: Sequence[SafetyRow], seed: int) -> list[SafetyRow]:
     return [row for _, row in sorted(turns, key=lambda turn: turn[0])]
 
 
+def check_utf8(path: Path) -> None:
+    """
+    Raises:
+        SafetyDataError: the file is not UTF-8 text; the message names the line.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise SafetyDataError(f"{path}:{number}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
 def read_csv(path: Path) -> Iterable[tuple[int, dict]]:
     """Line number (of a row's last line) and fields of every row.
 
     Raises:
         SafetyDataError: a row has more or fewer fields than the header, or two columns share a name.
     """
+    check_utf8(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         rows = _csv_rows(reader, path)
@@ -169,8 +183,6 @@ def read_csv(path: Path) -> Iterable[tuple[int, dict]]:
 def _csv_rows(reader: Any, path: Path) -> Iterator[list[str]]:
     try:
         yield from reader
-    except UnicodeDecodeError as error:
-        raise SafetyDataError(f"{path}: not UTF-8 text ({error.reason})") from error
     except csv.Error as error:  # an unclosed quote would swallow the rest of the file
         raise SafetyDataError(f"{path}:{reader.line_num}: not CSV ({error}); close every double quote") from error
 
@@ -181,11 +193,8 @@ def read_jsonl(path: Path) -> Iterable[tuple[int, dict]]:
     Raises:
         SafetyDataError: a line is not a JSON object.
     """
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise SafetyDataError(f"{path}: not UTF-8 text ({error.reason})") from error
-    for number, line in enumerate(lines, 1):
+    check_utf8(path)
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -12,6 +12,7 @@ from spf.evaluation.judges import agreement, load_judges, prefix_judge
 from spf.evaluation.limits import parse_limits
 from spf.evaluation.perplexity import neutral_texts, perplexity
 from spf.evaluation.run import (
+    check_system_prompt,
     compare,
     evaluate_suites,
     parse_transforms,
@@ -20,7 +21,7 @@ from spf.evaluation.run import (
     results_table,
     settings,
 )
-from spf.evaluation.suites import load_suite
+from spf.evaluation.suites import load_suite, read_system_prompt
 from spf.evaluation.transforms import TRANSFORMS
 from spf.evaluation.utility import lm_eval_tasks
 from spf.files import check_output_file, write_json
@@ -50,7 +51,8 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
         check_output_file(Path(args.output))
     transforms, options = parse_transforms(args.transforms), parse_options(args.chat_template_kwargs)
     harmful, benign = load_suite(args.harmful), load_suite(args.benign)
-    shared = settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens, options)
+    system = read_system_prompt(args.system_prompt) if args.system_prompt else None
+    shared = settings(harmful, benign, args.judge, args.refusal_label, args.max_new_tokens, options, system)
     reference = read_reference(Path(args.reference), shared) if args.reference else None
     figures = ["asr", *(f"asr/{name}" for name in transforms), "over_refusal"] if args.model is not None else []
     limits = parse_limits(args.fail_if, figures, reference)
@@ -63,6 +65,8 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
     if args.model is not None:
         model, tokenizer = load_model(args.model)
         chat_options(tokenizer, options)  # an unknown one is named before anything is asked
+        if system is not None:
+            check_system_prompt(tokenizer, system, options)
         if refused := [name for name in transforms if not renders(tokenizer, TRANSFORMS[name], options)]:
             sentence = f"the model's chat template has no place for the messages of {', '.join(refused)}"
             if args.transforms != "all":
@@ -75,7 +79,15 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
         sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         with working():
             results |= evaluate_suites(
-                model, tokenizer, harmful, benign, transforms=transforms, judges=judges, options=options, **sizes
+                model,
+                tokenizer,
+                harmful,
+                benign,
+                transforms=transforms,
+                judges=judges,
+                options=options,
+                system_prompt=system,
+                **sizes,
             )
             # A judge of harm leaves the benign prompts to the prefix judge.
             results["over_refusal_judge"] = "prefix" if judges[1] is prefix_judge else args.judge

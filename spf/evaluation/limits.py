@@ -30,12 +30,19 @@ class Limit:
         broken = found > self.bound if self.above else found < self.bound
         return f"{what} (--fail_if {self.text!r})" if broken else None
 
+    def is_out_of_reach(self, reference: Mapping[str, Any]) -> bool:
+        """Whether no share from 0 to 1 is so many points from the reference's: it would pass whatever is measured."""
+        room = (1.0 if self.above else 0.0) - reference[self.figure]
+        room = round(100 * room, 9)
+        return room <= self.bound if self.above else room >= self.bound
+
 
 def parse_limits(text: str | None, figures: Collection[str], reference: Mapping[str, Any] | None) -> list[Limit]:
     """The conditions of `--fail_if`, separated by commas: "asr > +2, over_refusal > 40".
 
     Raises:
-        ValueError: one cannot be read, or is about a figure that is not measured, or not in the reference.
+        ValueError: one cannot be read, can never be so beside this reference, or is about a figure that is not
+            measured, or not in the reference.
     """
     limits = []
     for part in [part.strip() for part in text.split(",")] if text is not None else []:
@@ -55,6 +62,13 @@ def parse_limits(text: str | None, figures: Collection[str], reference: Mapping[
             raise ValueError(
                 f"--fail_if: {part!r} is points against a --reference, which "
                 + ("is not given" if reference is None else f"has no {limit.figure}; measure it again")
+            )
+        if limit.relative and reference is not None and limit.is_out_of_reach(reference):
+            why = " (it refuses too little to lose more)" * (limit.above and limit.figure != "over_refusal")
+            raise ValueError(
+                f"--fail_if: {part!r} can never be so: {limit.figure} of the reference {reference['model']} is "
+                f"{reference[limit.figure]:.1%}{why}; name the results of another model, or a bound in percent, "
+                "without a sign"
             )
         limits.append(limit)
     return limits

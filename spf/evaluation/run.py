@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -34,17 +35,18 @@ def evaluate_refusals(
     description: str = "generating",
     progress: bool = True,
     options: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
 ) -> list[bool]:
     """Whether the model refuses each prompt, put to it through `transform` if one is given.
 
     The judge reads the prompt as it was before the transform, and of the answer what `after_stub` leaves.
 
-    options: variables of the chat template (`chat_template_kwargs`).
+    options: variables of the chat template (`chat_template_kwargs`). system_prompt: stands before every prompt.
 
     Raises:
         ChatError: the chat template refuses the transform's messages, or leaves out what they say.
     """
-    attacks = [(transform or Transform()).apply(prompt) for prompt in prompts]
+    attacks = [(transform or Transform()).apply(prompt, system_prompt) for prompt in prompts]
     try:
         answers = generate_answers(
             model,
@@ -72,6 +74,20 @@ def renders(tokenizer: PreTrainedTokenizerBase, transform: Transform, options: M
     return True
 
 
+def check_system_prompt(tokenizer: PreTrainedTokenizerBase, text: str, options: Mapping[str, Any] | None) -> None:
+    """
+    Raises:
+        ChatError: the chat template refuses any messages.
+        ValueError: it has no place for a system message.
+    """
+    render_chat(tokenizer, Transform().apply("?").messages, generation_prompt=True, options=options)
+    if not renders(tokenizer, Transform(system=text), options):
+        raise ValueError(
+            "--system_prompt: the model's chat template has no place for a system message; begin the prompts of your "
+            "own files (--harmful, --benign) with the text, as those of your product begin with it"
+        )
+
+
 def parse_transforms(names: str) -> list[str]:
     """Names of transforms from "all", "none" or a comma-separated list.
 
@@ -93,6 +109,7 @@ def settings(
     refusal_label: str | None,
     max_new_tokens: int,
     options: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
 ) -> dict[str, Any]:
     """What two evaluations must share to be compared, as a JSON-ready dictionary."""
     # language models may leave benign prompts to the prefix judge; the others know nothing of its rules
@@ -104,6 +121,7 @@ def settings(
         "max_new_tokens": max_new_tokens,
         # a switch of thinking that is turned off is as if it were not given
         "chat_template_kwargs": {k: v for k, v in (options or {}).items() if not (k in SWITCHES and v is False)},
+        "system_prompt": system_prompt,
     }
 
 
@@ -123,6 +141,7 @@ def evaluate_suites(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     options: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
 ) -> dict[str, Any]:
     """ASR plain and under each transform, and over-refusal, as a JSON-ready dictionary.
 
@@ -147,6 +166,7 @@ def evaluate_suites(
             batch_size=batch_size,
             description=figure,
             options=options,
+            system_prompt=system_prompt,
         )
         rate = Rate(sum(_hits(figure, verdicts)), len(verdicts))
         results |= {figure: rate.value, f"{figure}_ci": rate.interval, f"{figure}_count": rate.count}
@@ -187,6 +207,7 @@ class _Results(File):
     judge: _Judge
     max_new_tokens: Count
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    system_prompt: str | None = None
     refused: dict[str, list[bool]]
 
     @model_validator(mode="after")
@@ -210,8 +231,8 @@ def read_reference(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no result of `spf eval`, or its prompts, judge, length of answers or variables of the chat
-            template are others.
+        ValueError: it is no result of `spf eval`, or its prompts, judge, length of answers, variables of the chat
+            template or system prompt are others.
     """
     remedy = f"write one with spf eval MODEL --output {path}"
     if not path.exists():
@@ -226,6 +247,11 @@ def read_reference(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     for key, instead in remedies.items():
         if wanted[key] != reference[key]:
             raise ValueError(f"{path}: measured with {key} {reference[key]}, not {wanted[key]}{instead}")
+    if wanted["system_prompt"] != (before := reference["system_prompt"]):
+        said = "out a system prompt; leave out --system_prompt, or measure it again with that"
+        if before is not None:
+            said = f" the system prompt {shorten(before, 60, placeholder=' ...')!r}; give that by --system_prompt"
+        raise ValueError(f"{path}: measured with{said}")
     for kind, suite in wanted["suites"].items():
         if suite["sha256"] != reference["suites"][kind]["sha256"]:
             raise ValueError(f"{path}: measured on other {kind} prompts ({reference['suites'][kind]['where']})")

@@ -70,9 +70,31 @@ def load_suite(source: str | Path) -> Suite:
         raise SafetyDataError(f"{name}: neither a file nor a known suite ({known})")
     rows = load_safety_rows(path)
     for row in rows:
-        if len(row.messages) != 1:
-            raise SafetyDataError(f"{row.where}: a suite holds single user prompts, not {len(row.messages)} messages")
+        if (count := len(row.messages)) != 1:
+            remedy = "; give the system message by --system_prompt" * (row.messages[0]["role"] == "system")
+            raise SafetyDataError(f"{row.where}: a suite holds single user prompts, not {count} messages{remedy}")
     return Suite(path.stem, [row.messages[0]["content"] for row in rows], name)
+
+
+def read_system_prompt(given: str) -> str:
+    """The text of `--system_prompt`: that of a file if there is one of this name, else what was given.
+
+    Raises:
+        FileNotFoundError: it is like the name of a file, and there is none.
+        ValueError: there is no text.
+    """
+    text = given
+    try:
+        is_file = Path(given).is_file()
+    except OSError:  # too long for a name
+        is_file = False
+    if is_file:
+        text = Path(given).read_text("utf-8")
+    elif not any(map(str.isspace, given)) and ("/" in given or Path(given).suffix):
+        raise FileNotFoundError(f"--system_prompt: {given}: no such file; give the text itself, or the name of a file")
+    if not text.strip():
+        raise ValueError(f"--system_prompt: {given if is_file else 'it'} says nothing; leave it out")
+    return text.strip()
 
 
 def _load_hub_suite(name: str, suite: HubSuite) -> Suite:

@@ -27,9 +27,11 @@ class Transform:
     prefill: str = ""
     rewrite: Callable[[str], str] = str
 
-    def apply(self, prompt: str) -> Attack:
-        """The attack made of one prompt."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+    def apply(self, prompt: str, system_prompt: str | None = None) -> Attack:
+        """The attack made of one prompt, behind the user's own system prompt if there is one."""
+        # in one message, as few templates take two
+        system = "\n\n".join(text for text in (system_prompt, self.system) if text)
+        messages = [{"role": "system", "content": system}] if system else []
         for user, assistant in self.turns:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         messages.append({"role": "user", "content": self.user.replace("{prompt}", self.rewrite(prompt))})

@@ -68,4 +68,5 @@ class SafetyLightning(Callback):
         optimizer: Any = trainer.strategy.optimizers[0]
         self.proven = optimizer.finish()
         optimizer.attachment.remove()
-        rank_zero_info(f"spf: {self.proven}")
+        for line in self.proven.splitlines():
+            rank_zero_info(f"spf: {line}")

@@ -53,8 +53,14 @@ def align(args: AlignArguments) -> Path:
         if finished.is_file():
             print(f"{output}: finished before with the same settings, kept (--overwrite starts over)")
         else:
-            with keeping(lambda: _kept(output)):
-                _align(args, output)
+            try:
+                with keeping(lambda: _kept(output)):
+                    _align(args, output)
+            except BaseException:
+                # a mistyped model, say, is not to claim the directory
+                if not any((output / part).exists() for part in PARTS):
+                    (output / "settings.json").unlink(missing_ok=True)
+                raise
             print(f"The safety adapter was saved in {output}. Measure it: spf eval {output}")
     return output
 

@@ -22,10 +22,15 @@ def refuse_started(run: Run, names: Sequence[str], bases: Mapping[str, Tensor]) 
     """A lora_A can be projected where that changes nothing: lora_B is zero, or B A is (an orthogonal start).
 
     Raises:
-        UnsupportedModelError: it would change the model.
+        UnsupportedModelError: it would change the model, or might, since its lora_B is not trained.
     """
     for name in names:
-        with torch.no_grad(), run.sharding.weight(name) as (_, A), run.sharding.weight(lora_b_of(name)) as (_, B):
+        if (other := lora_b_of(name)) not in run.sharding.parts:
+            raise UnsupportedModelError(
+                f"{name} is trained but {other} is not, so A V = 0 might change the model; train it, too, or leave "
+                "this layer out of the adapter"
+            )
+        with torch.no_grad(), run.sharding.weight(name) as (_, A), run.sharding.weight(other) as (_, B):
             changes = size = B.float().square().sum()
             if not run.sharding.split and B.shape[1] == len(A):
                 V = bases[name].to(A.device)
@@ -44,16 +49,18 @@ def refuse_tied(model: nn.Module, trained: Iterable[str]) -> None:
         UnsupportedModelError: a layer with an adapter shares its weight, so that once merged the adapter is in the
             other one, too, as in the output layer of an embedding, where nothing is held against it.
     """
-    owners = Counter(weight for module in model.modules() for weight in module._parameters.values())
+    # a layer that two others hold counts twice: PEFT adapts it in one of them
+    layers = (layer for module in model.modules() for layer in module._modules.values() if layer is not None)
+    owners = Counter(weight for layer in layers for weight in layer._parameters.values())
     for name in trained:
         layer, adapter, _ = name.partition(".lora_")
-        if adapter:
-            weight = next(model.get_submodule(f"{layer}.base_layer").parameters(recurse=False), None)
-            if weight is not None and owners[weight] > 1:
-                raise UnsupportedModelError(
-                    f"{name}: {layer} shares its weight with another layer (tied embeddings), so once merged it "
-                    "changes what that one answers, too, which is not held; leave it out of target_modules"
-                )
+        # what an adapter made by hand calls the layer that it stands on is not known
+        under = model.get_submodule(layer).named_parameters() if adapter else ()
+        if any(owners[weight] > 1 for below, weight in under if "lora_" not in below and not below.endswith("bias")):
+            raise UnsupportedModelError(
+                f"{name}: {layer} shares its weight with another layer (tied embeddings), so once merged it changes "
+                "what that one answers, too, which is not held; leave it out of the adapter"
+            )
 
 
 def _why(run: Run, name: str) -> str:

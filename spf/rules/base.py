@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spf.config import Settings
+from spf.matrices import find_matrices
 from spf.subspace import SafetySubspace
 
 if TYPE_CHECKING:
@@ -72,6 +73,14 @@ class Rule(Settings):
         """
         return {name: matrix for name, matrix in matrices.items() if not matrix.frozen}
 
+    def foresee(self, model: nn.Module) -> None:
+        """What can be told of a model before it is asked anything, which takes minutes.
+
+        Raises:
+            UnsupportedModelError: the rule cannot act on it.
+        """
+        self.corrects(find_matrices(model)[0])
+
     def basis_samples(self, samples: int) -> int:
         """How many of so many safety samples, the first ones, are held; the others are left to measure on."""
         return 0
@@ -128,6 +137,13 @@ class Correction:
 
         Raises:
             CorrectionError: it was not.
+        """
+
+    def check_here(self) -> None:
+        """Look at what this process sees of the model, and ask no other one.
+
+        Raises:
+            CorrectionError: it is not what was held.
         """
 
     def proven(self) -> str:

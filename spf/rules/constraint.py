@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spf.errors import CorrectionError
 from spf.linalg import exact_matmul
 from spf.run import Run
 from spf.subspace import SafetySubspace
@@ -145,10 +146,26 @@ class Constraint:
             for name, values in zip(names, run.total(sums), strict=True)
         }
 
+    def settled(self) -> dict[str, Violation]:
+        """`violations` of the matrices that were corrected since they are held in so many directions."""
+        return self.violations(name for name in self.run.matrices if name not in self.grown)
+
     def allowed(self, v: Violation) -> float:
         """The error that rounding explains."""
         # a rougher product leaves a small share of what the last step put into the held directions
         return ROUNDING_SLACK * v.rounding + self.rough * v.gap
+
+    def refuse_off(self, found: Mapping[str, Violation]) -> None:
+        """
+        Raises:
+            CorrectionError: a matrix is further off than rounding explains.
+        """
+        for name, v in found.items():
+            if not v.error <= self.allowed(v):
+                raise CorrectionError(
+                    f"spf: {name} answers the held inputs differently after step {self.run.steps}: |W V - W_0 V| = "
+                    f"{v.error:.3g}, rounding leaves {v.rounding:.3g}"
+                )
 
     def refuse_foreign(self, names: Sequence[str], found: Mapping[str, Violation]) -> None:
         """

@@ -11,6 +11,7 @@ from spf.errors import UnsupportedModelError, UnsupportedSetupError
 from spf.matrices import is_embedding
 from spf.rules.frozen import bit_sum, differing
 from spf.run import Run
+from spf.sharding import at_rest
 
 
 class Fixed:
@@ -99,17 +100,18 @@ class Fixed:
         return differing(self.run, self._start, self._checksums())
 
     def _checksums(self) -> dict[str, Tensor]:
-        """Of each the sum of its bits in this process."""
+        """Of each the sum of its bits in this process: of the model's own parameter, since what is stepped may be a
+        copy of it; but where rows learn, or it is one of many, of that copy's part, which tells them apart."""
         sums = {}
         for name, parameter in self._others.items():
             part = self.run.sharding.parts.get(name)
-            if part is None and self.run.sharding.split:
-                continue
-            # one that is not in this optimizer may be in another
-            values = self._piece(name, part.holder.detach()) if part is not None else parameter.detach()
-            if name in self._new_rows:
-                values = values.index_fill(0, self._new_rows[name].to(values.device), 0)
-            sums[name] = bit_sum(values)
+            if part is not None and (name in self._new_rows or part.among is not None):
+                values = self._piece(name, part.holder.detach())
+                if name in self._new_rows:
+                    values = values.index_fill(0, self._new_rows[name].to(values.device), 0)
+                sums[name] = bit_sum(values)
+            else:
+                sums |= {f"{name}{what}": bit_sum(own) for what, own in at_rest(parameter).items()}
         return sums
 
     def _rows_of(self, tokens: Sequence[int]) -> dict[str, Tensor]:

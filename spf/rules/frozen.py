@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from spf.next_token import hash_of
 from spf.run import Run
-from spf.sharding import is_partitioned, local, reshard
+from spf.sharding import at_rest, reshard
+
+STEERS = ".lora_velora_embed"
+"""VeLoRA writes anew at every step what its backward pass goes by; what a layer answers does not rest on it."""
 
 
 class Frozen:
@@ -29,20 +32,21 @@ class Frozen:
         )
 
     def _sums(self) -> dict[str, Tensor]:
-        """Of what this process holds between two passes; ZeRO-3 may or may not hold what it has cut up."""
+        """Of what this process holds between two passes."""
         model = self.run.probe.model
         reshard(model)
         return {
-            name: bit_sum(local(tensor.detach()))
+            f"{name}{what}": bit_sum(own)
             for name, tensor in (*model.named_parameters(), *_saved_buffers(model))
-            if not (tensor.requires_grad or tensor.is_meta or is_partitioned(tensor))
+            if not (tensor.requires_grad or tensor.is_meta)
+            for what, own in at_rest(tensor).items()
         }
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Numbers that go into checkpoints beside the parameters, as those that balance a router's experts."""
     for place, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in module.named_buffers(recurse=False) if not place.endswith(STEERS) else ():
             if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
                 yield f"{place}.{name}", buffer
 

@@ -8,14 +8,14 @@ from typing import Annotated
 import torch
 from annotated_types import Gt, Le
 from pydantic import InstanceOf
-from torch import Tensor
+from torch import Tensor, nn
 
 from spf.bases import Tokens, outside
 from spf.config import Count, Share, Weight, Whole
 from spf.data import Anchor
 from spf.errors import UnsupportedModelError
 from spf.linalg import exact_matmul
-from spf.matrices import Matrix, lora_b_of, refuse_fixed_adapters, refuse_rounded
+from spf.matrices import Matrix, find_matrices, lora_b_of, refuse_fixed_adapters, refuse_rounded
 from spf.probe import SafetyProbe
 from spf.rules.adapters import refuse_tied
 from spf.rules.base import Given, Rule
@@ -131,10 +131,17 @@ class NullSpace(Rule):
         for name, matrix in matrices.items():
             if matrix.is_lora_b and name not in held:
                 raise UnsupportedModelError(
-                    f"{name} is trained but its lora_A is frozen, so null-space cannot hold anything there; "
-                    "train lora_A too, or leave this layer out of the adapter"
+                    f"{name} is trained but its lora_A is frozen or not there, so null-space cannot hold anything "
+                    "there; train lora_A too, or leave this layer out of the adapter"
                 )
         return {name: m for name, m in matrices.items() if not m.is_lora_b}
+
+    def foresee(self, model: nn.Module) -> None:
+        matrices, others = find_matrices(model)
+        held = self.corrects(matrices)
+        refuse_fixed_adapters(model, others)
+        refuse_tied(model, [*held, *others])
+        refuse_rounded((name, matrix.weight.dtype) for name, matrix in held.items())
 
     def prepare(self, run: Run, given: Given) -> Holding:
         if self.contrast and not given.calibration and given.subspace is None:

@@ -119,8 +119,14 @@ def tune_lock(args: TuneArguments) -> None:
     settings |= {"lock": lock.fingerprint, "weights": weights_at(args.model)}
     with directory_lock(output):
         claim(output / "settings.json", settings, overwrite=args.overwrite, parts=TUNED)
-        with keeping(lambda: _measured(output, len(grid))):
-            _tune(args, lock, grid, output)
+        try:
+            with keeping(lambda: _measured(output, len(grid))):
+                _tune(args, lock, grid, output)
+        except BaseException:
+            # a mistyped model, say, is not to claim the directory
+            if not any((output / part).exists() for part in TUNED):
+                (output / "settings.json").unlink(missing_ok=True)
+            raise
 
 
 def _measured(output: Path, wanted: int) -> str:

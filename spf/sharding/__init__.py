@@ -10,12 +10,13 @@ from spf.sharding.ranks import (
     same_on_all_ranks,
     spread_over_ranks,
 )
-from spf.sharding.zero import full_shape, is_partitioned
+from spf.sharding.zero import at_rest, full_shape, is_partitioned
 
 __all__ = [
     "Block",
     "Part",
     "Sharding",
+    "at_rest",
     "full_shape",
     "gather_objects",
     "innermost_optimizer",

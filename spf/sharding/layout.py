@@ -119,6 +119,7 @@ class Sharding:
         """Parts that no call of the optimizer's `step` has to change."""
         self.flat = self._zero is not None
         """Whether a tensor of the optimizer holds parts of many parameters."""
+        self._alone = False
 
     def add_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Parts for parameters that no optimizer steps.
@@ -144,9 +145,18 @@ class Sharding:
         """In how many calls of the optimizer's `step` these parameters are stepped."""
         return len({id(self.parts[name].holder) for name in names}) if self._zero is not None else 1
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For the while `total` is this process's own: what is measured is its parts, and no other has to come here."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the processes, in one all-reduce; the tensor itself where nothing is split."""
-        if not self.split or dist.get_world_size() == 1:
+        if not self.split or self._alone or dist.get_world_size() == 1:
             return values
         device = values.device
         if dist.get_backend() == "nccl":

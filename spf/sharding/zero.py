@@ -11,7 +11,7 @@ from accelerate.utils.versions import compare_versions
 from torch import Tensor, nn
 
 from spf.errors import UnsupportedSetupError
-from spf.sharding.blocks import Part, flat_part
+from spf.sharding.blocks import Part, flat_part, local
 
 KNOWN = "0.19.8"
 """The version of DeepSpeed that was read. Older ones were not tried; a newer one has to have the same attributes."""
@@ -87,6 +87,18 @@ def is_partitioned(parameter: Tensor) -> bool:
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of the whole parameter, also where this process holds a part of it or, in ZeRO-3, nothing."""
     return tuple(parameter.ds_shape) if is_partitioned(parameter) else tuple(parameter.shape)  # type: ignore[attr-defined]
+
+
+def at_rest(tensor: Tensor) -> dict[str, Tensor]:
+    """What this process holds of a parameter or buffer between two passes, by what of it that is; of one that ZeRO-3
+    has cut up its part, and the whole of a small one, which stays."""
+    if not is_partitioned(tensor):
+        return {"": local(tensor.detach())}
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    own: Any = tensor
+    whole = own.ds_persist and own.ds_status == ZeroParamStatus.AVAILABLE
+    return {"": own.ds_tensor.detach(), **({" (whole)": own.detach()} if whole else {})}
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """Greedy answers of a chat model, in batches."""
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.models import evaluating
 from spf.progress import progress as progress_bar
@@ -40,9 +40,19 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def has_channels(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template is harmony's."""
+    return CHANNEL in str(tokenizer.chat_template)
+
+
+def lacks_channel(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Whether behind a rendered prompt no answer begins yet, only the name of a channel."""
+    return has_channels(tokenizer) and not prompt.endswith(FINAL)
+
+
 def thinks(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template knows of thoughts before an answer."""
-    return any(mark in str(tokenizer.chat_template) for mark in (THOUGHTS, CHANNEL))
+    return THOUGHTS in str(tokenizer.chat_template) or has_channels(tokenizer)
 
 
 def after_thoughts(text: str) -> str | None:
@@ -103,9 +113,7 @@ def generate_answers(
 
 
 def _begun(tokenizer: PreTrainedTokenizerBase, text: str, prefill: str) -> str:
-    # behind harmony's generation prompt no answer begins yet, only the name of a channel
-    channel = FINAL if prefill and CHANNEL in str(tokenizer.chat_template) and not text.endswith(FINAL) else ""
-    return text + channel + prefill
+    return text + (FINAL if prefill and lacks_channel(tokenizer, text) else "") + prefill
 
 
 def _answer(prompt: str, text: str) -> str:
@@ -170,7 +178,7 @@ def complete_tokens(
     pad = pad_id(tokenizer)
     answers = [""] * len(encoded)
     bar_of = progress_bar(len(encoded), description, shown=progress)
-    with evaluating(model), _one_type(model), bar_of as bar:
+    with evaluating(model), _greedy(model), _one_type(model), bar_of as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             width = max(len(encoded[i]) for i in rows)
@@ -181,10 +189,6 @@ def complete_tokens(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                # Sampling settings a checkpoint ships with would only cause warnings here.
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 use_cache=True,
                 # processes that gather each other's parameters have to make the same number of passes
                 synced_gpus=shares_parameters(model),
@@ -197,11 +201,30 @@ def complete_tokens(
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
-    if CHANNEL in str(tokenizer.chat_template):
+    if has_channels(tokenizer):
         text = str(tokenizer.decode(ids))
         if CHANNEL in text:  # special tokens tell its thoughts from its answer
             return text
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel) -> Iterator[None]:
+    """Without penalties, beams and what else a checkpoint ships with for sampling; it ends where it says.
+
+    `generate` takes what it is not given from the model's own settings, so these are put aside.
+    """
+    shipped: dict[Any, Any] = {
+        module: module.generation_config for module in model.modules() if "generation_config" in vars(module)
+    }
+    try:
+        for module, own in shipped.items():
+            ends = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            module.generation_config = GenerationConfig(**ends)
+        yield
+    finally:
+        for module, own in shipped.items():
+            module.generation_config = own
 
 
 def _one_type(model: PreTrainedModel) -> AbstractContextManager:

@@ -244,6 +244,42 @@ def test_a_run_taken_up_again_is_the_same_run(mode):
         assert ranks["resume"]["corrected"] == 4
 
 
+AFTER = [in_mode(mode, name) for mode in ("single", *MODES) for name in ("after", "after-lora")]
+
+
+@pytest.mark.parametrize(("mode", "name"), AFTER)
+def test_what_is_saved_after_training_is_whole_and_held(mode, name):
+    """FSDP2's sharded checkpoints had `save_model` write nothing, without a word."""
+    case = trained(mode)[0][name]
+    assert case["missing"] == []
+    assert case["off"] == 0
+    assert case["unheld"] < 1e-5
+    assert case["said"] == []
+    assert any(file.startswith("spf_subspace-") for file in case["files"]) == ("lora" in name)
+
+
+@pytest.mark.parametrize(("mode", "name"), AFTER)
+def test_what_others_wrote_into_the_model_is_said(mode, name):
+    for case in (ranks[name] for ranks in trained(mode)):
+        if "lora" in name:
+            assert "1 weights that are not trained have been changed" in case["frozen"]
+    for what in ("said_of_another", *(() if "lora" in name else ("said_of_a_norm",))):
+        # with parts, those who hold some of it see it
+        assert any("is not what was held" in said for ranks in trained(mode) for said in ranks[name][what]), what
+
+
+@pytest.mark.parametrize(("mode", "name"), AFTER)
+def test_a_trainer_trains_again_or_says_what_to_do(mode, name):
+    zero = mode.startswith("zero")
+    alone = trained("single")[0][name.replace("after", "anew") if zero else name]
+    for case in (ranks[name] for ranks in trained(mode)):
+        assert ("under DeepSpeed a Trainer trains once" in case.get("refused", "")) == zero
+        assert ("refused" in case) == zero
+        # what that says was done: a new trainer with this model
+        assert case["held_again"] == 4
+        assert deviation(case, alone, "again") < 1e-4
+
+
 @pytest.mark.parametrize("mode", [in_mode("ddp")])
 def test_ddp_goes_on_from_one_process(mode):
     assert distance(trained("ddp")[0]["resume-elsewhere"], trained("single")[0]["null-space-full"]) < 1e-6

@@ -22,7 +22,8 @@ import signal
 import socket
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ import torch.distributed as dist
 import transformers.training_args
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
 import spf.audit
+import spf.callback
 import spf.data.refusals as refusals
 import spf.next_token
 import spf.rules.growth as growth
@@ -179,7 +182,7 @@ def zero_launcher(case: Case, **changes: Any) -> dict[str, Any]:
 
 
 def make_trainer(
-    case: Case, directory: Path, data: Any = None, audited: Path | None = None, **changes: Any
+    case: Case, directory: Path, data: Any = None, audited: Path | None = None, model: Any = None, **changes: Any
 ) -> tuple[Trainer, SafetyCallback]:
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
@@ -205,7 +208,7 @@ def make_trainer(
     }
     args = TrainingArguments(**(settings | launcher(case.lora) | changes))
     trainer = Trainer(
-        copy.deepcopy(MODELS[case.lora]),
+        copy.deepcopy(MODELS[case.lora]) if model is None else model,
         args,
         train_dataset=token_data(64) if data is None else data,
         processing_class=make_tokenizer(),
@@ -510,7 +513,97 @@ def read(case: Case, directory: Path) -> dict[str, Any]:
     return record(trainer, callback) | {"written": written, "rates": rates, "warned": callback.warned}
 
 
+@contextmanager
+def written_over(trainer: Trainer, name: str) -> Iterator[None]:
+    """What another callback might write into the model's own parameter, on every process, for the while."""
+    parameter = trainer.accelerator.unwrap_model(trainer.model).get_parameter(name)
+
+    def write(change: Callable[[torch.Tensor], Any]) -> None:
+        with torch.no_grad():
+            if MODE != "zero3":
+                change(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+                return
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                change(parameter)
+
+    before: list[torch.Tensor] = []
+    write(lambda own: (before.append(own.clone()), own.add_(1)))
+    yield
+    write(lambda own: own.copy_(before[0]))
+
+
+def after(case: Case, directory: Path, anew: bool = False) -> dict[str, Any]:
+    """What `save_model` writes, what is said of it when others have written into the model, and a second training.
+
+    anew: by a new trainer with the same model, as where there is no other way.
+    """
+    changes: dict[str, Any] = {}
+    if MODE == "zero3":  # an adapter stays whole, what is below it does not
+        changes = zero_launcher(case, stage3_param_persistence_threshold=500)
+        changes["deepspeed"]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    trainer, callback = make_trainer(case, directory, **changes)
+    trainer.train()
+    running = callback.attachment
+    assert running is not None
+    result = record(trainer, callback)
+    said: list[str] = []
+    warning = spf.callback.logger.warning
+    spf.callback.logger.warning = said.append
+    trained, correction = sorted(running.matrices)[3], running.correction
+    assert isinstance(correction, Holding)
+
+    def saved(place: str) -> list[str]:
+        said.clear()
+        trainer.save_model(str(directory / place))
+        if dist.is_initialized():
+            dist.barrier()
+        return list(said)
+
+    try:
+        result["said"] = saved("saved")
+        if MODE in ("ddp", "zero1", "zero2") and RANK == 0:  # as scripts do where no other process is needed
+            trainer.save_model(str(directory / "alone"))
+        with written_over(trainer, trained):
+            result["said_of_another"] = saved("another")
+        if case.lora:
+            with written_over(trainer, trained.replace("lora_A.default", "base_layer")):
+                result["frozen"] = correction.frozen.told()
+        else:
+            with written_over(trainer, "model.norm.weight"):
+                result["said_of_a_norm"] = saved("norm")
+    finally:
+        spf.callback.logger.warning = warning
+    subspace = running.whole_subspace()
+    if RANK == 0:
+        result["files"] = sorted(path.name for path in (directory / "saved").iterdir())
+        written = load_file(directory / "saved" / f"{'adapter_' * case.lora}model.safetensors")
+        own = {name.replace(".default", ""): tensor for name, tensor in result["parameters"].items()}
+        result["missing"] = [n for n in own if n not in written and (not case.lora or ".lora_" in n)]
+        result["off"] = max(float((own[n] - tensor).abs().max()) for n, tensor in written.items())
+        held = {name.replace(".default", ""): name for name in running.matrices}
+        result["unheld"] = max(
+            float((written[n] @ subspace.right[name] - subspace.target[name]).abs().max()) for n, name in held.items()
+        )
+    try:
+        if not anew:
+            trainer.train()
+    except UnsupportedSetupError as error:
+        result["refused"] = str(error)
+    if anew or "refused" in result:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        trainer, callback = make_trainer(case, directory, model=model, **changes)
+        trainer.train()
+    assert callback.attachment is not None
+    return result | {"again": record(trainer, callback)["losses"], "held_again": callback.attachment.corrected}
+
+
 SPECIAL = {
+    "after": (after, "null-space-full"),
+    "after-lora": (after, "null-space-lora-adamw"),
+    "anew": (functools.partial(after, anew=True), "null-space-full"),
+    "anew-lora": (functools.partial(after, anew=True), "null-space-lora-adamw"),
     "read": (read, "null-space-full"),
     "read-lora": (read, "null-space-lora-adamw"),
     "grown": (grown, "null-space-full"),
@@ -535,6 +628,8 @@ SPECIAL = {
 def asked_for() -> dict[str, tuple[Callable[[Case, Path], dict[str, Any]], str]]:
     """What the mode trains, by name."""
     found = {name: (run, name) for name in CASES} | SPECIAL
+    if MODE != "single":  # what DeepSpeed's second training is compared with
+        del found["anew"], found["anew-lora"]
     if MODE == "zero3":
         found["in-groups"] = (in_groups, "null-space-full")
     if MODE in ("zero2", "zero3"):

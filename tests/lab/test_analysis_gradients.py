@@ -12,9 +12,16 @@ from peft import LoraConfig, get_peft_model
 
 import benchmarks.gradient_insights as insights
 from spf.data import Anchor, collate
-from spf.lab.analysis.gradients import captured_energy, chance_overlap, group_cosine, sample_gram
+from spf.lab.analysis.gradients import (
+    captured_energy,
+    chance_overlap,
+    cumulative_energy_ratio,
+    effective_rank,
+    group_cosine,
+    overlap,
+    sample_gram,
+)
 from spf.probe import SafetyProbe
-from spf.subspace import cumulative_energy_ratio, overlap
 from tests.conftest import make_model, make_tokenizer
 
 lengths_of_samples = st.lists(st.integers(1, 6), min_size=2, max_size=6)
@@ -43,6 +50,18 @@ def test_cosine_of_vanishing_gradient_is_zero_and_bad_lengths_are_refused():
     assert group_cosine(torch.zeros(2, 2, dtype=torch.float64), [0], [1]) == 0.0
     with pytest.raises(ValueError, match="lengths sum to 3, X has 4 rows"):
         sample_gram(torch.ones(4, 2), torch.ones(4, 2), [1, 2])
+
+
+def test_energy_ratio_effective_rank_and_overlap():
+    s = torch.tensor([3.0, 4.0, 0.0]).sort(descending=True).values
+    assert cumulative_energy_ratio(s, 1) == pytest.approx(16 / 25)
+    assert cumulative_energy_ratio(s, 2) == pytest.approx(1)
+    assert effective_rank(torch.ones(5)) == pytest.approx(5)
+    assert effective_rank(torch.tensor([1.0, 0.0])) == pytest.approx(1)
+    eye = torch.eye(6)
+    assert overlap(eye[:, :2], eye[:, :4]) == pytest.approx(1)
+    assert overlap(eye[:, :2], eye[:, 1:3]) == pytest.approx(0.5)
+    assert overlap(eye[:, :2], eye[:, 3:]) == pytest.approx(0)
 
 
 @settings(max_examples=40, deadline=None)

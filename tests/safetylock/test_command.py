@@ -152,6 +152,15 @@ def test_an_interrupted_sweep_keeps_what_it_measured_and_mistakes_come_before_it
     assert [(point["k"], point["alpha"]) for point in kept] == [(2, 0), (2, 1)]
 
 
+def test_a_mistyped_model_claims_no_directory(workspace, capsys):
+    """The right command was refused then: the directory held "a run with other settings"."""
+    w = workspace
+    assert lock("extract", w / "base", w / "my.lock", "--pairs", w / "pairs.jsonl", "--k", 4) == 0
+    assert lock("tune", w / "tunde", w / "my.lock", w / "out", "--ks", "2") == 2
+    assert "tunde: no such model" in capsys.readouterr().err
+    assert not (w / "out" / "settings.json").exists()
+
+
 def test_mistakes_end_in_one_sentence(workspace, capsys):
     w = workspace
     assert lock("dance") == 2

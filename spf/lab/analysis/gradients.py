@@ -1,4 +1,4 @@
-"""Geometry of factored gradients: cosines between groups of samples, and what a subspace holds of a gradient.
+"""Geometry of gradients: cosines between groups of samples, spectra, and what a subspace holds of a gradient.
 
 A factored gradient is G = D^T X with X (T, n) a layer's inputs and D (T, m) the gradients at its outputs.
 """
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from spf.subspace import numerical_rank
 
 
 def sample_gram(X: Tensor, D: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -52,6 +54,31 @@ def captured_energy(G: Tensor, U: Tensor) -> Tensor:
     if total == 0:
         raise ValueError("captured_energy: the gradient is zero")
     return (U.T @ G).square().sum(1, dtype=torch.float64).cumsum(0) / total
+
+
+def svd_dense(G: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Top singular triplets U (m, k), s (all), V (n, k) of a dense gradient (m, n)."""
+    U, s, Vh = torch.linalg.svd(G.float(), full_matrices=False)
+    k = min(rank, numerical_rank(s, max(G.shape)))
+    return U[:, :k], s, Vh[:k].T
+
+
+def cumulative_energy_ratio(s: Tensor, k: int) -> float:
+    """CER(k): the share of squared singular values s that the first k hold, in [0, 1] (arXiv 2601.10141)."""
+    energy = s.double().square()
+    return float(energy[:k].sum() / energy.sum())
+
+
+def effective_rank(s: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007)."""
+    p = s.double() / s.double().sum()
+    p = p[p > 0]
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def overlap(U: Tensor, U2: Tensor) -> float:
+    """||U^T U'||_F^2 / min(k, k') of two orthonormal bases of the same space: 1 if one holds the other."""
+    return float((U.T @ U2).double().square().sum() / min(U.shape[1], U2.shape[1]))
 
 
 def chance_overlap(k: int, k2: int, dimension: int) -> float:

@@ -11,7 +11,7 @@ from spf.lab.bench.cell import Cell, weights_of
 SETTINGS = ("steps", "learning_rate", "lora_rank", "batch_size", "adam_beta1")
 """Of a cell's configuration what is no choice of the method's."""
 
-DEFAULTS = {field.name: field.default for field in fields(Cell) if field.name in SETTINGS}
+_DEFAULTS = {field.name: field.default for field in fields(Cell) if field.name in SETTINGS}
 
 FIRST_JUDGE = "prefix-1"
 """Of cells from before judges had versions."""
@@ -39,7 +39,7 @@ def unlike(pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], setting
     """In what the first cells differ from the second ones, as far as both are known; rules may differ."""
     found: Unlike = {}
     for cell, other in pairs:
-        ours, theirs = _shared(cell), _shared(other)
+        ours, theirs = _known(cell), _known(other)
         if ours["steps"] != theirs["steps"]:  # as many as the scenario has may be asked for by their number, too
             ours["steps"], theirs["steps"] = (c.get("steps") or s["steps"] for c, s in ((cell, ours), (other, theirs)))
         for name in (*settings, "judge", "weights", "prompts"):
@@ -49,7 +49,11 @@ def unlike(pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], setting
     return found
 
 
-def _shared(cell: Mapping[str, Any]) -> dict[str, Any]:
-    config = {**DEFAULTS, **cell["config"]}  # cells from before a setting was one have its default
-    known = {name: config[name] for name in SETTINGS}
-    return known | {"judge": cell.get("judge", FIRST_JUDGE)} | (cell.get("made_from") or {})
+def settings_of(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The `SETTINGS` of a cell as they were given; from before a setting was one it has its default."""
+    config = {**_DEFAULTS, **cell["config"]}
+    return {name: config[name] for name in SETTINGS}
+
+
+def _known(cell: Mapping[str, Any]) -> dict[str, Any]:
+    return settings_of(cell) | {"judge": cell.get("judge", FIRST_JUDGE)} | (cell.get("made_from") or {})

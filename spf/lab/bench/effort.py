@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spf.lab.bench.alike import DEFAULTS, SETTINGS
+from spf.lab.bench.alike import SETTINGS, settings_of
 from spf.lab.bench.summary import Group, Part
 
 AXES = {"steps": "steps", "learning_rate": "learning rate", "lora_rank": "rank of the adapter"}
@@ -88,9 +88,7 @@ def efforts(part: Part) -> list[Effort]:
 def _setting(group: Group) -> dict[str, float] | None:
     """An attacker's settings in a group of cells; None if the rule has settings of its own, steps are unknown, or the
     cells cannot be compared with the aligned model's."""
-    # cells from before a setting was one have its default
-    configs = [{**DEFAULTS, **cell["config"], "steps": cell.get("steps") or 0} for cell in group.cells]
-    if "aligned" in group.unlike or any(config.get("rule") or not config["steps"] for config in configs):
+    if "aligned" in group.unlike or any(cell["config"].get("rule") or not cell.get("steps") for cell in group.cells):
         return None
-    known = [{name: config[name] for name in SETTINGS} for config in configs]
+    known = [settings_of(cell) | {"steps": cell["steps"]} for cell in group.cells]
     return known[0] if all(other == known[0] for other in known) else None

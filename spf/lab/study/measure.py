@@ -26,11 +26,17 @@ from spf.evaluation import TRANSFORMS, Rate, generate_answers, is_refusal
 from spf.files import directory_lock, weights_at, write_json
 from spf.lab.analysis import clusters, weights
 from spf.lab.analysis.activations import Activations, capture, find_mlps, local_lipschitz
-from spf.lab.analysis.gradients import captured_energy, chance_overlap
+from spf.lab.analysis.gradients import (
+    captured_energy,
+    chance_overlap,
+    cumulative_energy_ratio,
+    effective_rank,
+    overlap,
+    svd_dense,
+)
 from spf.lab.analysis.inputs import Prompts
 from spf.probe import SafetyProbe
 from spf.progress import progress, tracked
-from spf.subspace import cumulative_energy_ratio, effective_rank, overlap, svd_dense
 from spf.text.generation import context_length, pad_id
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
