@@ -289,7 +289,7 @@ def test_bad_input_stops_before_any_step(tmp_path, tokenizer, rows):
 
     refuses("needs the tokenizer", safety_data(rows), tok=None)
     refuses("all 32 input directions of .* would be held", safety_data(rows), rule=NullSpace(rank=96))
-    refuses("refused none of the prompts", Dataset.from_list([{"prompt": "Write a poem."}]))
+    refuses("refused none of the 1 prompts", Dataset.from_list([{"prompt": "Write a poem."}]))
     with pytest.raises(ValueError, match=r"unknown rule 'sfp'; choose one of .*null-space, spf"):
         SafetyCallback(rule="sfp")
 

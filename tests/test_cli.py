@@ -92,7 +92,7 @@ def test_a_run_that_was_ended_since_refusals_were_lost_is_no_success(workspace, 
     """Its exit code was 0, and a pipeline shipped it."""
     monkeypatch.setattr("spf.monitor.Monitor.leaks", True)
     assert cli.main(["train", str(workspace / "config.yaml"), "--safety_on_leak", "stop"]) == 1
-    assert "on_leak='stop'); the model was saved in" in capsys.readouterr().err
+    assert "on_leak='stop'; the model was saved in" in capsys.readouterr().err
     assert (workspace / "out" / "adapter_model.safetensors").is_file()
 
 

@@ -53,9 +53,9 @@ def test_the_models_own_answers_are_held(tmp_path, tokenizer, rows, prompts):
 
 
 def test_answers_that_the_data_have_are_held_and_the_model_is_not_asked(tmp_path, tokenizer, rows, monkeypatch):
-    def answer(*args, description, **kwargs):
-        assert "keep" not in description
-        return generate_answers(*args, description=description, **kwargs)
+    def answer(*args, **kwargs):
+        assert "keep" not in kwargs.get("description", "")
+        return generate_answers(*args, **kwargs)
 
     monkeypatch.setattr("spf.data.refusals.generate_answers", answer)  # the audit asks how the model refuses
     seen = []

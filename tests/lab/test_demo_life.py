@@ -16,7 +16,10 @@ from spf.words import parse
 
 
 class Watched(io.StringIO):
-    """A stream that tells when something is written to it."""
+    """A terminal that tells when something is written to it."""
+
+    def isatty(self):
+        return True
 
     def __init__(self):
         super().__init__()
