@@ -489,7 +489,7 @@ def read(case: Case, directory: Path) -> dict[str, Any]:
         def on_train_begin(self, *arguments: Any, **named: Any) -> None:
             monitor = callback.attachment.monitor
             monitor._begins, monitor._answered = begins, set()
-            monitor.before = monitor._ask(monitor.run.watched)
+            monitor.before = monitor.now = monitor._ask(monitor.run.watched)
 
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
             callback.attachment.monitor._begins = {}
