@@ -28,12 +28,12 @@ from spf.conflicts import Audit
 from spf.data import HARMLESS_STUB, SafetyRow, ask_refusals, in_turn, load_safety_rows
 from spf.evaluation import generate_answers
 from spf.files import write_json
+from spf.lab.bench.alike import made_from
 from spf.lab.bench.cell import sources
 from spf.lab.bench.scenarios import SCENARIOS, training_rows
 from spf.lab.demo.sql import make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
 from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device
-from spf.next_token import fingerprint
 from spf.text.generation import context_length
 from spf.text.refusal import is_refusal
 
@@ -122,7 +122,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     made = {
         "model": Path(args.model).name,
-        "weights": fingerprint(model),
+        "made_from": made_from(args.model, args.prompts),
         "sources": sources(),
         "versions": {name: version(name) for name in ("torch", "transformers", "spf")},
         "threads": torch.get_num_threads(),

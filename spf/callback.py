@@ -133,8 +133,6 @@ class SafetyCallback(TrainerCallback):
         self.attachment: Attachment | None = None
         self.warned = False
         """Whether the run has said, at any of its steps, that refusals are being lost."""
-        self.stopped = False
-        """Whether that ended it, or was to: its last steps are seen when it has ended (`on_leak="stop"`)."""
         self._resume: str | bool | None = None
         self._saved: Saved | None = None
 
@@ -142,6 +140,11 @@ class SafetyCallback(TrainerCallback):
     def audit(self) -> Audit | None:
         """What the training data attack; None before the audit."""
         return self.data.found
+
+    @property
+    def stopped(self) -> bool:
+        """Whether that ended the run, or was to: its last steps are seen when it has ended (`on_leak="stop"`)."""
+        return self.warned and self.settings.on_leak == "stop"
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have the trainer's `train` take the rule off however it ends, and a saved adapter say what it is held to."""
@@ -166,7 +169,7 @@ class SafetyCallback(TrainerCallback):
         refuse_unfit(self.rule, args, goes_on)
         self._saved = read_checkpoint(resumed_from(args, state, self._resume)) if goes_on else None
         begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
-        self.warned = self.stopped = False
+        self.warned = False
         if is_first():
             self.card.begin(begun.lines, Path(str(args.output_dir)))
             for line in [*begun.places, *begun.lines]:
@@ -186,9 +189,7 @@ class SafetyCallback(TrainerCallback):
         self._running.verify(final=control.should_save)
         control.should_training_stop |= _heed(self, state.global_step)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # another callback may have ended it between the batches of one step, which does not come then
         self._running.skip()
 
@@ -238,7 +239,6 @@ class SafetyCallback(TrainerCallback):
     def _tell(self, when: str, end: str, *more: str) -> str:
         line = watched_line(self._running.monitor, when, end)
         self.warned |= self._running.monitor.leaks
-        self.stopped |= self._running.monitor.leaks and self.settings.on_leak == "stop"
         for said in (line, *more) if is_first() else ():
             logger.warning(f"spf: {said}")
         return line
@@ -265,9 +265,8 @@ def _heed(callback: SafetyCallback, step: int) -> bool:
     """Say once that refusals are being lost; whether the run is to end because of that."""
     if not callback._running.monitor.leaks or callback.warned:
         return False
-    stop = callback.settings.on_leak == "stop"
-    callback._tell(f" after step {step}", "; the run is ended (on_leak)" * stop)
-    return stop
+    callback._tell(f" after step {step}", "; the run is ended (on_leak)" * (callback.settings.on_leak == "stop"))
+    return callback.stopped
 
 
 def _left(callback: SafetyCallback, trainer: Any, place: Path) -> None:

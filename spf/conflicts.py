@@ -198,10 +198,8 @@ class Audit:
         return f"{distinct(self.conflicts)} of {whole} rows answer prompts that the model refuses{more} ({asked})"
 
     def other_scripts(self) -> str:
-        """What is in another script than the refusals by which others are told, in words; nothing if all are in it."""
+        """What is in another script than the refusals by which others are told, in words."""
         count = self.unlike.total()
-        if not count:
-            return ""
         return (
             f"{count} of {self.prompts} prompts {'is' if count == 1 else 'are'} in another script "
             f"({', '.join(self.unlike)}) than the refusals by which others are told, so that the model refuses them "

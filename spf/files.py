@@ -159,6 +159,18 @@ def claim(path: Path, settings: Mapping[str, Any], *, overwrite: bool = False, p
         raise ValueError(f"{path.parent}: holds a run with other settings: {difference}; {remedy}")
 
 
+@contextmanager
+def claimed_for(path: Path, parts: Sequence[str]) -> Iterator[None]:
+    """A run whose directory was claimed in `path`: if it breaks off before any of its `parts` was written, by a model
+    that is not there, say, the claim is taken back."""
+    try:
+        yield
+    except BaseException:
+        if not any((path.parent / part).exists() for part in parts):
+            path.unlink(missing_ok=True)
+        raise
+
+
 def _difference(found: Any, wanted: Any, name: str = "") -> str:
     """The first setting that differs, by its dotted name; empty if none does."""
     if isinstance(found, dict) and isinstance(wanted, dict):

@@ -280,10 +280,3 @@ def save_whole(directory: str | Path, model: PreTrainedModel, tokenizer: PreTrai
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(directory)
-    if BASE.fullmatch(directory.name):
-        size, above_it = sum(path.stat().st_size for path in directory.iterdir()) / 1e9, str(directory.parent)
-        print(
-            f"spf: {directory} is a whole model ({size:.2f} GB), which the new adapter stands on: keep it where it is. "
-            "To ship one model, merge both in Python when training is done: from spf.models import load_model, "
-            f"save_whole; save_whole({f'{above_it}-merged'!r}, *load_model({above_it!r}))"
-        )

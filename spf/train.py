@@ -40,6 +40,7 @@ from spf.models import ADAPTER_CONFIG, above, load_model, refuse_beside, refuse_
 from spf.named import make_callback
 from spf.next_token import fingerprint
 from spf.sharding import is_first
+from spf.trainers import whole_model
 from spf.words import expanded, spelled
 
 Beta = Annotated[float, Ge(0), Lt(1)]
@@ -221,11 +222,9 @@ def _train(
     with ExitStack() as stack:
         trainer.add_callback(_Began(stack))
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        if trainer.is_fsdp_enabled:
-            # checkpoints may be sharded, what is handed over is a whole model
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         saving.append("begun")
-        trainer.save_model(training.output_dir)
+        with whole_model(trainer):
+            trainer.save_model(training.output_dir)
 
 
 def _load_model(training: Any, model_config: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -271,6 +270,12 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapte
     if is_first() and not directory.is_dir():
         output.mkdir(parents=True, exist_ok=True)
         save_whole(directory, model, tokenizer)
+        size, adapter_at = sum(path.stat().st_size for path in directory.iterdir()) / 1e9, str(output)
+        print(
+            f"spf: {directory} is a whole model ({size:.2f} GB), which the new adapter stands on: keep it where it is. "
+            "To ship one model, merge both in Python when training is done: from spf.models import load_model, "
+            f"save_whole; save_whole({f'{adapter_at}-merged'!r}, *load_model({adapter_at!r}))"
+        )
     model.name_or_path = model.config.name_or_path = str(directory.resolve())
 
 

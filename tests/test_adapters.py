@@ -138,11 +138,19 @@ def test_dora_is_refused_and_the_remedy(tmp_path, tokenizer, rows, anchors):
     train(tmp_path, tokenizer, rows, lora(use_dora=False), anchors)
 
 
-def test_what_cannot_be_held_is_refused_before_the_model_is_asked(tmp_path, tokenizer, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: lora(use_dora=True), "use use_dora=False"),
+        (lambda: get_peft_model(make_model("qwen"), LoraConfig(target_modules=["lm_head"])), "shares its weight with"),
+        (lambda: make_model().to(torch.bfloat16), "are in bfloat16, which rounds away"),
+    ],
+)
+def test_what_cannot_be_held_is_refused_before_the_model_is_asked(make, why, tmp_path, tokenizer, rows, monkeypatch):
     """The audit came first: minutes, and with conflicts in the data its error in place of this one."""
-    trainer = make_trainer(tmp_path, tokenizer, keep(rows), lora(use_dora=True))
+    trainer = make_trainer(tmp_path, tokenizer, keep(rows), make())
     monkeypatch.delattr("spf.training_data.TrainingData.prepare")
-    with pytest.raises(UnsupportedModelError, match="use use_dora=False"):
+    with pytest.raises(UnsupportedModelError, match=why):
         trainer.train()
 
 

@@ -12,7 +12,8 @@ import torch
 
 from spf import cli
 from spf.files import write_json
-from spf.models import load_model
+from spf.models import ADAPTER_CONFIG, load_model
+from spf.monitor import Monitor
 from tests.conftest import REFUSAL, TEMPLATE, make_model
 
 CONFIG = """
@@ -88,10 +89,14 @@ def test_train_then_eval(workspace, capsys):
     assert "asr" in capsys.readouterr().out
 
 
-def test_a_run_that_was_ended_since_refusals_were_lost_is_no_success(workspace, capsys, monkeypatch):
-    """Its exit code was 0, and a pipeline shipped it."""
-    monkeypatch.setattr("spf.monitor.Monitor.leaks", True)
-    assert cli.main(["train", str(workspace / "config.yaml"), "--safety_on_leak", "stop"]) == 1
+@pytest.mark.parametrize("steps", ["1", "10"])
+def test_a_run_that_was_ended_since_refusals_were_lost_is_no_success(workspace, capsys, monkeypatch, steps):
+    """Its exit code was 0, and a pipeline shipped it; of one of three steps that are not watched, too."""
+    look, looked = Monitor.look, []
+    monkeypatch.setattr(Monitor, "leaks", property(lambda monitor: bool(looked)))
+    monkeypatch.setattr(Monitor, "look", lambda self, *given, **named: looked.append(look(self, *given, **named)))
+    options = ["--safety_on_leak", "stop", "--safety_monitor_steps", steps]
+    assert cli.main(["train", str(workspace / "config.yaml"), *options]) == 1
     assert "on_leak='stop'; the model was saved in" in capsys.readouterr().err
     assert (workspace / "out" / "adapter_model.safetensors").is_file()
 
@@ -179,6 +184,11 @@ def test_a_mistyped_model_claims_no_directory(workspace, capsys, monkeypatch):
     write_json(workspace / "aligned" / "benign_answers.json", [])
     assert cli.main(["align", str(workspace / "model"), *output]) == 2
     assert "holds 0 answers" in capsys.readouterr().err
+    # so is that of an adapter whose other parts are cleared away by then
+    (workspace / "aligned" / "benign_answers.json").unlink()
+    monkeypatch.setattr("spf.lab.align._align", lambda args, output: (output / ADAPTER_CONFIG).write_text("{}") / 0)
+    assert cli.main(["align", str(workspace / "model"), *output]) == 1
+    assert (workspace / "aligned" / "settings.json").exists()
     assert (workspace / "aligned" / "settings.json").is_file()
 
 

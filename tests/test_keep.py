@@ -53,9 +53,9 @@ def test_the_models_own_answers_are_held(tmp_path, tokenizer, rows, prompts):
 
 
 def test_answers_that_the_data_have_are_held_and_the_model_is_not_asked(tmp_path, tokenizer, rows, monkeypatch):
-    def answer(*args, **kwargs):
-        assert "keep" not in kwargs.get("description", "")
-        return generate_answers(*args, **kwargs)
+    def answer(model, tokenizer, prompts, **kwargs):
+        assert not {messages[-1]["content"] for messages in prompts} & set(ASKED)
+        return generate_answers(model, tokenizer, prompts, **kwargs)
 
     monkeypatch.setattr("spf.data.refusals.generate_answers", answer)  # the audit asks how the model refuses
     seen = []

@@ -16,7 +16,7 @@ from spf.config import read_json
 from spf.data import ENOUGH, packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import generate_answers, is_refusal
-from spf.files import claim, directory_lock, weights_at, write_json
+from spf.files import claim, claimed_for, directory_lock, weights_at, write_json
 from spf.models import ADAPTER_CONFIG, load_model
 
 REFUSALS = (
@@ -49,18 +49,13 @@ def align(args: AlignArguments) -> Path:
         unclaimed = finished.is_file() and not (output / "settings.json").is_file()
         if unclaimed and not args.overwrite:
             raise ValueError(f"{output}: holds an adapter already; name another directory, or give --overwrite")
-        claim(output / "settings.json", settings, overwrite=args.overwrite, parts=(*PARTS, ADAPTER_CONFIG))
+        parts = (*PARTS, ADAPTER_CONFIG)
+        claim(output / "settings.json", settings, overwrite=args.overwrite, parts=parts)
         if finished.is_file():
             print(f"{output}: finished before with the same settings, kept (--overwrite starts over)")
         else:
-            try:
-                with keeping(lambda: _kept(output)):
-                    _align(args, output)
-            except BaseException:
-                # a mistyped model, say, is not to claim the directory
-                if not any((output / part).exists() for part in PARTS):
-                    (output / "settings.json").unlink(missing_ok=True)
-                raise
+            with claimed_for(output / "settings.json", parts), keeping(lambda: _kept(output)):
+                _align(args, output)
             print(f"The safety adapter was saved in {output}. Measure it: spf eval {output}")
     return output
 

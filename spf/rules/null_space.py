@@ -1,7 +1,7 @@
 """The default rule: the inputs that refusals send into a layer are answered as before training."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -138,22 +138,28 @@ class NullSpace(Rule):
 
     def foresee(self, model: nn.Module) -> None:
         matrices, others = find_matrices(model)
-        held = self.corrects(matrices)
-        refuse_fixed_adapters(model, others)
-        refuse_tied(model, [*held, *others])
-        refuse_rounded((name, matrix.weight.dtype) for name, matrix in held.items())
+        _refuse(model, {name: m.weight.dtype for name, m in self.corrects(matrices).items()}, others)
 
     def prepare(self, run: Run, given: Given) -> Holding:
         if self.contrast and not given.calibration and given.subspace is None:
             raise ValueError("null-space: contrast needs benign samples; give them as `calibration`")
-        refuse_fixed_adapters(run.probe.model, run.probe.others)
-        refuse_tied(run.probe.model, [*run.matrices, *run.others])
-        refuse_rounded((name, run.holder(name).dtype) for name in run.matrices)
+        _refuse(run.probe.model, {name: run.holder(name).dtype for name in run.matrices}, run.others)
         refuse_otherwise(run, run.basis)
         held = [*run.basis, *given.reworded, *given.conflicts]
         subspace = given.subspace or _estimate(run, self, held, given.calibration, given.tighten)
         run.keep_fixed(json.loads(subspace.metadata.get("kept", "{}")))
         return Holding(run, self, given, subspace)
+
+
+def _refuse(model: nn.Module, held: Mapping[str, torch.dtype], others: Collection[str]) -> None:
+    """held: of each matrix that is to be held, the type of what is stepped. others: what is to be kept fixed.
+
+    Raises:
+        UnsupportedModelError: that would not hold what the model answers.
+    """
+    refuse_fixed_adapters(model, others)
+    refuse_tied(model, [*held, *others])
+    refuse_rounded(held.items())
 
 
 def null_space_bases(

@@ -16,7 +16,7 @@ from spf.config import Count, File, Interval, NotNegative, Share, read_json
 from spf.data import packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import neutral_texts
-from spf.files import check_output_file, claim, directory_lock, weights_at, write_json
+from spf.files import check_output_file, claim, claimed_for, directory_lock, weights_at, write_json
 from spf.models import load_model, machine_device, refuse_beside
 from spf.safetylock.extraction import extract
 from spf.safetylock.lock import SafetyLock
@@ -119,14 +119,8 @@ def tune_lock(args: TuneArguments) -> None:
     settings |= {"lock": lock.fingerprint, "weights": weights_at(args.model)}
     with directory_lock(output):
         claim(output / "settings.json", settings, overwrite=args.overwrite, parts=TUNED)
-        try:
-            with keeping(lambda: _measured(output, len(grid))):
-                _tune(args, lock, grid, output)
-        except BaseException:
-            # a mistyped model, say, is not to claim the directory
-            if not any((output / part).exists() for part in TUNED):
-                (output / "settings.json").unlink(missing_ok=True)
-            raise
+        with claimed_for(output / "settings.json", TUNED), keeping(lambda: _measured(output, len(grid))):
+            _tune(args, lock, grid, output)
 
 
 def _measured(output: Path, wanted: int) -> str:
