@@ -61,6 +61,15 @@ def first_lines(
 EARLIER = "held to the directions of an earlier run: other samples and conflicts as far as these reach"
 """Of a run that goes on with trained weights."""
 
+FEWER = " to begin with (half as many as by default: the model refuses much of the task itself)"
+
+MOVED = (
+    "rows are left out and the trainer chooses its rows by a {} of its own: behind those left out the others have "
+    "other numbers than in your data, so weights or indices by row must be made from trainer.train_dataset as it is "
+    "when it is called; or train on the data without them: `spf audit DATA --model MODEL --clean FILE` writes these"
+)
+"""Of a run whose sampler may have been made for all rows."""
+
 OTHER_BASE = (
     "the weights below the adapter are not those that its directions were taken from (another base model, or another "
     "precision), so what is held are not this model's answers"
@@ -175,4 +184,5 @@ def _samples(running: Attachment, rows: Sequence[SafetyRow], at_hand: int, answe
         ranks = sorted({V.shape[1] for V in running.subspace.right.values()})
         directions = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         line += f", {rule.basis_samples(len(rows))} of them held in {directions} input directions a matrix"
+        line += FEWER * ("fewer" in running.subspace.metadata)
     return line

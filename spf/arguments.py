@@ -5,7 +5,9 @@ Light: nothing here imports torch, so that every `--help` answers at once. The s
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+from annotated_types import Le
 
 from spf.config import Arguments, CallbackSettings, Count, Name, Positive, Seed, Settings, Share, Whole
 
@@ -27,8 +29,8 @@ class DemoArguments(Arguments):
         default=None, metadata={"help": "rank of the null-space rule; its default", "former": ("null_space_rank",)}
     )
     seed: Seed = field(default=0, metadata={"help": "seed of data, adapter and order"})
-    steps: Count = field(default=50, metadata={"help": "optimizer steps an arm"})
-    batch_size: Count = field(default=8, metadata={"help": "examples a step"})
+    steps: Annotated[Count, Le(100_000)] = field(default=50, metadata={"help": "optimizer steps an arm"})
+    batch_size: Annotated[Count, Le(1_000)] = field(default=8, metadata={"help": "examples a step"})
     learning_rate: Positive = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, in every arm"})
     harmful_share: Share = field(default=0.1, metadata={"help": "share of harmful examples in the training data"})
     lora_rank: Count = field(default=8, metadata={"help": "LoRA rank, on all linear layers"})

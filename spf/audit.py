@@ -24,7 +24,7 @@ from spf.files import write_json
 from spf.next_token import CONFIRM, Known, ask, begins_of, fingerprint
 from spf.over_refusal import PROBE, looks
 from spf.scripts import unlike_scripts
-from spf.sharding import is_first, shares_parameters
+from spf.sharding import is_first, sees_all
 from spf.text.refusal import is_refusal
 
 BEGUN = 4
@@ -186,7 +186,7 @@ def finish(found: Audit, model: nn.Module, directory: Path, told_apart: bool) ->
     """Write beside what was asked what came of it, for other runs. told_apart: over-refusals were looked for."""
     cache = directory / CACHE_FILE
     said = found.verdicts
-    if said is None or shares_parameters(model) or not is_first() or not cache.is_file():
+    if said is None or not sees_all(model) or not is_first() or not cache.is_file():
         return
     finished = Finished(
         weights=fingerprint(model),

@@ -10,7 +10,7 @@ from rich.console import Console
 from spf.arguments import AuditArguments
 from spf.audit import CACHE_FILE, LIST_FILE, audit_data
 from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, TOLD_BY, Audit, distinct
-from spf.data import SafetyRow, ask_refusals, in_turn, load_safety_rows
+from spf.data import SafetyDataError, SafetyRow, ask_refusals, in_turn, load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
 from spf.files import atomic_path, check_output_file, directory_lock
@@ -18,6 +18,8 @@ from spf.leaving_out import is_packed, without
 from spf.models import load_model, machine_device
 from spf.text.chat import parse_options
 from spf.text.generation import context_length
+
+FORMS = "see the forms of data that are read in docs/how_it_works.md, or leave these rows out"
 
 OWN_REFUSALS = 64
 """As many refusals of the model's own are asked for, to see how it refuses."""
@@ -27,7 +29,7 @@ def run_audit(args: AuditArguments) -> None:
     """Audit, write the list, print the counts.
 
     Raises:
-        ValueError: a mistake in the arguments or in what they name.
+        ValueError: a mistake in the arguments or in what they name, or no row could be read.
         RunFailedError: more than `fail_over` of the rows have a conflict, or could not be audited.
     """
     if args.clean:
@@ -47,14 +49,15 @@ def run_audit(args: AuditArguments) -> None:
                 found = audit_data(dataset, model, tokenizer, own, max_length=limit, options=options, directory=output)
                 if args.clean:
                     _write_clean(dataset, found, Path(args.clean))
+    if found.unread == found.rows:
+        raise SafetyDataError(f"{args.data}: none of {found.rows} rows could be audited ({found.why}); {FORMS}")
     _tell(found, args, tokenizer)
     if args.fail_over is not None and not found.refuses:
         raise RunFailedError(f"{REFUSES_NONE}, so --fail_over cannot say that there are few; {REFUSES_NONE_REMEDY}")
     if args.fail_over is not None and found.unread > args.fail_over * found.rows:
         raise RunFailedError(
             f"{found.unread} of {found.rows} rows could not be audited ({found.why}), more than --fail_over "
-            f"{args.fail_over:g}, so nothing can be said of them; see the forms of data that are read in "
-            "docs/how_it_works.md, or leave these rows out"
+            f"{args.fail_over:g}, so nothing can be said of them; {FORMS}"
         )
     if args.fail_over is not None and found.share > args.fail_over:
         raise RunFailedError(
@@ -100,9 +103,10 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
     if found.unlike:
         console.print(found.other_scripts())
     kinds = {"conflict": found.conflicts, "might be refused": found.leaning, "over-refusal": found.over_refusals}
-    console.print(
-        f"A run takes it with SafetyCallback(audited={args.output!r}), or spf train --safety_audited {args.output}"
-    )
+    if (Path(args.output) / CACHE_FILE).is_file():
+        console.print(
+            f"A run takes it with SafetyCallback(audited={args.output!r}), or spf train --safety_audited {args.output}"
+        )
     if any(kinds.values()):
         console.print(
             f"List: {Path(args.output) / LIST_FILE} (row, document of a packed one, hash of the prompt, probability of "

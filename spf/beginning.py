@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from spf.announce import EARLIER, INERT, OTHER_BASE, audit_lines, earlier_line, first_lines
+from spf.announce import EARLIER, INERT, MOVED, OTHER_BASE, audit_lines, earlier_line, first_lines
 from spf.checkpoint import LeftOut, Saved
 from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
@@ -19,7 +19,7 @@ from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import Rule
 from spf.text.generation import context_length, pad_id
-from spf.trainers import calling_trainer
+from spf.trainers import calling_trainer, own_choice
 from spf.training_data import data_of, remaining, source_of
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def begin(
         correction_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         new_tokens=unused_tokens(tokenizer, [*anchors, *reworded, *calibration]),
         tighten=tighten,
+        near_task=data.found is not None and data.found.near_task,
     )
     if saved is not None:
         attachment.load_state_dict(saved.state)
@@ -161,6 +162,8 @@ def begin(
     elif data.left_out:
         left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
         lines[-1:-1] = [f"{left_out}, as in the run that goes on; {remaining(data)}"]
+    if data.left_out and trainer is not None and (method := own_choice(trainer)):
+        lines[-1:-1] = [MOVED.format(method)]
     if tighten and rule.holds and not attachment.correction.grows:
         lines[-1:-1] = [INERT]
     if data.source.changed:

@@ -32,7 +32,7 @@ from spf.conflicts import Audit
 from spf.errors import UnsupportedSetupError
 from spf.going_on import leave, refuse_reloaded, remember
 from spf.keep import Keep
-from spf.monitor import watched_line
+from spf.monitor import figures, watched_line
 from spf.optimizer import Attachment
 from spf.rules import Rule, rule_of
 from spf.safety_samples import SafetySamples
@@ -218,7 +218,7 @@ class SafetyCallback(TrainerCallback):
         running.correction.put_back(object_of_rank_0(best_directions(args, state)))
         proof = f"{running.corrected} of {running.steps} updates corrected; {running.finish()}"
         running.monitor.look()
-        self.card.finish(args, self.rule, self._tell("", "", proof), proof)
+        self.card.finish(args, self.rule, self._tell("", "", proof), proof, figures(running.monitor))
         remember(running)
         self._detach()
 

@@ -1,7 +1,7 @@
 """The model card's section on safety: which rule, what was held, what was refused before and after, what was proven."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,11 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from spf.conflicts import TOLD_BY
-from spf.files import replace_file
+from spf.files import replace_file, write_json
 from spf.sharding import is_first
+
+VERDICT_FILE = "spf_verdict.json"
+"""What a run's last line says, for programs; lies where the model card does."""
 
 BEGIN, END = "<!-- spf: begin -->", "<!-- spf: end -->"
 
@@ -41,13 +44,15 @@ class ModelCard:
     def begin(self, lines: Sequence[str], directory: Path) -> None:
         """A run begins, of which nothing can be said yet; what an earlier one said in `directory` is not of this."""
         self.begun, self._section = list(lines), ""
+        (directory / VERDICT_FILE).unlink(missing_ok=True)
         path = directory / "README.md"
         text = path.read_text("utf-8") if path.is_file() else ""
         if BEGIN in text:
             replace_file(path, "\n\n".join(part for part in _around(text) if part).encode("utf-8"))
 
-    def finish(self, args: TrainingArguments, rule: object, verdict: str, proof: str) -> None:
-        """Write the section, on the first process. verdict, proof: what the run says of itself at its end."""
+    def finish(self, args: TrainingArguments, rule: object, verdict: str, proof: str, seen: Mapping[str, Any]) -> None:
+        """Write the section and the verdict's file, on the first process. verdict, proof: what the run says of itself
+        at its end; seen: what the verdict is of, for the file."""
         if not is_first():
             return
         said = "\n".join(f"- {line}" for line in [verdict, *self.begun, proof])
@@ -58,6 +63,7 @@ class ModelCard:
             f"{END}\n"
         )
         self._add(Path(str(args.output_dir)))
+        write_json(Path(str(args.output_dir)) / VERDICT_FILE, {**seen, "proof": proof, "lines": self.begun})
 
     def _add(self, directory: Path) -> None:
         if not self._section:

@@ -19,7 +19,7 @@ from spf.errors import kind_of
 from spf.next_token import Known, fingerprint
 from spf.over_refusal import PROBE
 from spf.scripts import unlike_scripts
-from spf.sharding import shares_parameters
+from spf.sharding import sees_all
 
 
 class EarlierAudit:
@@ -95,5 +95,5 @@ class EarlierAudit:
         return found
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether the weights are those that were asked; where processes hold parts of them, it cannot be told."""
-        return shares_parameters(model) or self.finished.weights == fingerprint(model)
+        """Whether the weights are those that were asked; where they are in parts, it cannot be told."""
+        return not sees_all(model) or self.finished.weights == fingerprint(model)

@@ -17,7 +17,7 @@ from spf.linalg import exact_matmul
 from spf.models import NEW_ADAPTER, beside, is_new_adapter
 from spf.optimizer import Attachment
 from spf.rules.frozen import frozen_fingerprint
-from spf.sharding import at_rest, is_cut, object_of_rank_0, reshard, shares_parameters
+from spf.sharding import at_rest, is_cut, object_of_rank_0, reshard, sees_all
 from spf.subspace import SafetySubspace
 
 FITS = 0.02
@@ -41,12 +41,12 @@ class Earlier:
 def other_base(model: nn.Module, subspace: SafetySubspace) -> bool:
     """Whether the weights below an adapter are known to be others than those that its subspace was made with."""
     known = subspace.metadata.get("base")
-    return known is not None and not shares_parameters(model) and known != frozen_fingerprint(model)
+    return known is not None and sees_all(model) and known != frozen_fingerprint(model)
 
 
 def mark(model: nn.Module, subspace: SafetySubspace, kept: str | None) -> None:
     """Note in a new subspace which weights are below it, and which prompts `keep` named, by hashes."""
-    if not shares_parameters(model):
+    if sees_all(model):
         subspace.metadata["base"] = frozen_fingerprint(model)
     subspace.metadata["keep"] = kept or ""
 
@@ -108,8 +108,12 @@ def _leave_subspace(running: Attachment | None, model: nn.Module, directory: Pat
             said = f"{directory}: the model that was written is not what was held ({str(error).removeprefix('spf: ')})"
     if not any(name for name in running.subspace.right if ".lora_A." in name):
         return said
-    subspace = _ENDED[running] if running in _ENDED else running.whole_subspace()
-    if first and directory.is_dir():
+    subspace: SafetySubspace | None
+    if any(id(parameter) in running.run.trained for parameter in model.parameters()):
+        subspace = _ENDED[running] if running in _ENDED else running.whole_subspace()
+    else:
+        subspace = _LAST.get(model)  # the callback has served another trainer since
+    if first and directory.is_dir() and subspace is not None:
         write_bases(directory, subspace)
     return said
 

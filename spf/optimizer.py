@@ -45,6 +45,7 @@ class Attachment:
         correction_dtype: torch.dtype = torch.float32,
         new_tokens: Sequence[int] = (),
         tighten: bool = True,
+        near_task: bool = False,
     ):
         if isinstance(optimizer, SafetyOptimizer):
             raise UnsupportedSetupError(
@@ -54,14 +55,14 @@ class Attachment:
         options |= {"monitor_steps": monitor_steps, "cosines": cosines, "correction_dtype": correction_dtype}
         check(Attachment.__init__, options, "attach: {}")
         start = time.perf_counter()
-        self.probe, self.rule = probe, rule
-        self.cosines = cosines
+        self.probe, self.rule, self.cosines = probe, rule, cosines
         self.run = Run(probe, optimizer, rule)
         self.sharding, self.optimizer, self.matrices = self.run.sharding, self.run.optimizer, self.run.matrices
         holders = {id(part.holder) for part in self.sharding.parts.values()}
         unknown = {id(p): name for name, p in probe.model.named_parameters() if id(p) not in holders}
         self.monitor = Monitor(self.run, watched, further, resumed, reads, monitor_steps)
-        given = Given(subspace, resumed, reworded, conflicts, pool, calibration, correction_dtype, new_tokens, tighten)
+        samples = (reworded, conflicts, pool, calibration)
+        given = Given(subspace, resumed, *samples, correction_dtype, new_tokens, tighten, near_task)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
         self.stepping = Stepping(self.sharding, unknown, self._before, self.correction.after_step, self._finish_step)
@@ -98,8 +99,9 @@ class Attachment:
         return {"setup": self._setup_seconds, "probe": self._probe_seconds, "projection": self.stepping.seconds}
 
     def remove(self) -> None:
-        """Take the rule off the optimizer."""
+        """Take the rule off the optimizer; what was to be held from the next step on, is not."""
         self.stepping.remove()
+        self.correction.put_back(None)
 
     def leave(self) -> None:
         """Leave the weights as another run can go on from them, if they are still those of the last step."""
@@ -107,8 +109,7 @@ class Attachment:
             self.correction.leave()
 
     def refresh(self) -> None:
-        """Before a step, where it is due: prompts of the pool are asked (what flipped is held, too), the next anchors
-        probed."""
+        """Before a step, where due: prompts of the pool are asked (what flipped is held), the next anchors probed."""
         self.stepping.recover()  # the last step may have raised an error that was caught
         self.stepping.expect()
         start = time.perf_counter()
@@ -137,11 +138,7 @@ class Attachment:
         Raises:
             CorrectionError: the hooks did not fire, a matrix was not met, or the constraint does not hold.
         """
-        if self.stepping.expected:
-            raise CorrectionError(
-                "spf: the optimizer stepped without calling its step hooks after refresh(), so the update was not "
-                f"corrected; the hooks are on {type(self.optimizer).__name__}: is another optimizer in use?"
-            )
+        self.stepping.check()
         self.run.check_met()
         if final:
             self.run.check_complete()
@@ -192,9 +189,8 @@ class Attachment:
         try:
             self.correction.load_state(state["correction"])
         except KeyError as error:
-            raise ValueError(
-                f"the checkpoint holds no {error} of the rule; go on from an earlier checkpoint"
-            ) from error
+            said = f"the checkpoint holds no {error} of the rule; go on from an earlier checkpoint"
+            raise ValueError(said) from error
         self.stepping.lr_scale = self.correction.lr_scale
 
     def whole_subspace(self) -> SafetySubspace:

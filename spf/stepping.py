@@ -44,7 +44,7 @@ class Stepping:
         self.seconds = 0.0
         self._unknown = unknown
         self._calls = (before, after, finish)
-        self._depth = 0
+        self._depth = self._unannounced = 0
         self._to_step: set[str] = set()
         self._groups: list[dict[str, Any]] = []
         self._handles = [
@@ -66,6 +66,23 @@ class Stepping:
     def expect(self) -> None:
         """The next call of the optimizer's step is one of training."""
         self.expected = True
+
+    def check(self) -> None:
+        """
+        Raises:
+            CorrectionError: the step that was announced did not come, or steps came that were not announced.
+        """
+        if self.expected:
+            raise CorrectionError(
+                "spf: the optimizer stepped without calling its step hooks after refresh(), so the update was not "
+                f"corrected; the hooks are on {type(self.optimizer).__name__}: is another optimizer in use?"
+            )
+        if self._unannounced > 1:
+            raise CorrectionError(
+                f"spf: {self._unannounced} steps came without a refresh() before them, so no prompt was asked whether "
+                "it flips, and nothing can be proven of them; call refresh() before every optimizer.step(), or use "
+                "SafetyOptimizer, which does"
+            )
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # A subclass whose step calls its parent's step fires the hooks twice; only the outer call counts.
@@ -97,6 +114,8 @@ class Stepping:
             # torch steps an optimizer without state once, at rate 0, to save it under FSDP2: no step of training
             if self.expected:
                 self._calls[2]()
+            else:
+                self._unannounced += 1
             self.expected = False
         self.seconds += time.perf_counter() - start
 

@@ -202,6 +202,7 @@ def _train(
     data = _load(script)
     train = _split(data, script, "dataset_train_split")
     evaluated = None if training.eval_strategy == "no" else _split(data, script, "dataset_test_split")
+    refuse_unreadable(train, kind.trainer, str(vars(training).get("dataset_text_field")))
     rewards = [_reward(name) for name in kind.reward_funcs or ()]
     if bool(rewards) != (kind.trainer == "grpo"):
         raise ValueError("reward_funcs: FILE.py:FUNCTION, with the trainer grpo, which needs one, and with no other")
@@ -315,6 +316,25 @@ def _load(script: ScriptArguments) -> DatasetDict:
     if script.dataset_streaming:
         raise ValueError("dataset_streaming is not supported by spf train: it loads the whole data set")
     return load_training_data(script.dataset_name, script.dataset_config)
+
+
+def refuse_unreadable(dataset: Dataset, trainer: str, text: str) -> None:
+    """text: the column that SFT reads as a whole text.
+
+    Raises:
+        ValueError: the columns are in no form that the trainer reads.
+    """
+    forms = {
+        "sft": [["messages"], ["conversations"], ["prompt", "completion"], [text], ["input_ids"]],
+        "dpo": [["chosen", "rejected"]],
+        "kto": [["prompt", "completion", "label"], ["chosen", "rejected"]],
+        "grpo": [["prompt"]],
+    }[trainer]
+    if not any(set(form) <= set(dataset.column_names) for form in forms):
+        raise ValueError(
+            f"the data have the columns {', '.join(dataset.column_names)}, and {trainer} reads "
+            f"{', or '.join(' and '.join(form) for form in forms)}; rename yours, or make such ones of them"
+        )
 
 
 def _split(data: DatasetDict, script: ScriptArguments, argument: str) -> Dataset:

@@ -83,10 +83,19 @@ def around(
             saves()
         with nullcontext() if checkpoint else whole_model(trainer):
             save(output_dir, _internal_call)
-        if not _internal_call:
+        if not checkpoint:  # before it is pushed to the hub, too
             saved(trainer, Path(str(output_dir or trainer.args.output_dir)))
 
     trainer.train, trainer.save_model = guarded, saving  # type: ignore[method-assign]
+
+
+def own_choice(trainer: Trainer) -> str:
+    """The method by which a trainer chooses its rows that is neither transformers' nor TRL's; "" if it has none."""
+    for name in ("_get_train_sampler", "get_train_dataloader"):
+        method = getattr(trainer, name)
+        if method.__module__.partition(".")[0] not in ("transformers", "trl"):
+            return name
+    return ""
 
 
 @contextmanager

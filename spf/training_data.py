@@ -1,6 +1,6 @@
 """A run's training data: what they attack, and what is done about it."""
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from spf.data import Anchor, SafetyDataError, SafetyRow
 from spf.data.columns import read_columns
 from spf.earlier_audit import EarlierAudit
 from spf.errors import UnsupportedSetupError, kind_of
-from spf.leaving_out import LENGTHS, Place, content_of, is_packed, left_of, lengths_of, rows_in, without
+from spf.leaving_out import LENGTHS, Place, content_of, is_packed, left_of, rows_in, same_rows, without
 from spf.safety_samples import SafetySamples
 from spf.sharding import is_first, object_of_rank_0
 from spf.source import Source
@@ -183,9 +183,9 @@ class TrainingData:
         Raises:
             UnsupportedSetupError: it is not, and cannot be helped.
         """
-        if self.left_out and not self._reads_short(data_of(loader)):
+        if (self.left_out or self.found is not None) and not self._is_read(data := data_of(loader)):
             self.obstacle = self._or_refuse("the trainer's loader reads other data than its train_dataset")
-            self.found, self.left_out = None, []
+            self.found, self.left_out, self._read = None, [], data
         if was is not None and (was.conflicts, was.places) != (self.conflicts, self.left_out):
             raise UnsupportedSetupError(
                 f"the run that goes on has conflicts={was.conflicts!r} and {len(was.places)} training rows left out, "
@@ -193,14 +193,14 @@ class TrainingData:
                 "constructor, callbacks=[...], with the same conflicts= and rule"
             )
         self._read = self._read if self._read is not None else data_of(loader)
-        rows = self._read if self.leaves_out or self.conflicts == "error" else None
-        self.source.compare(rows, was, self.conflicts == "error")
+        strict = self.conflicts == "error"
+        self.source.compare(self._read if self.leaves_out or strict else None, was, strict)
 
-    def _reads_short(self, data: Any) -> bool:
-        if self._short is None or not isinstance(data, Sized) or len(data) != len(self._short):
-            return False
-        # packed rows may be fewer by no row
-        return not is_packed(self._read) or lengths_of(data) == lengths_of(self._short)
+    def _is_read(self, data: Any) -> bool:
+        """Whether these are the rows that were audited, less what is left out; of a stream it cannot be told."""
+        if isinstance(self._read, Dataset) and bool(self.left_out) == (self._short is not None):
+            return same_rows(data, self._short or self._read, self._read.column_names)
+        return not self.left_out
 
     def split(self, loader: Any, tokenizer: PreTrainedTokenizerBase, saved: Mapping[str, Any] | None) -> None:
         """Say which conflicts are `held`, and which are `watched`; of a run that goes on the same.

@@ -1238,9 +1238,16 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch, tokenizer):
     assert "".join(HARMFUL[12].split()) in "".join(told.out.split())
     # of rows that cannot be read nothing is known
     data.write_text("".join(json.dumps({"instruction": p, "output": COMPLIES}) + "\n" for p in HARMFUL[:4]))
+    unread = [*command[:-1], "unread"]
+    assert main(unread) == 2
+    told = capsys.readouterr()
+    assert "none of 4 rows could be audited (row 0: no answer found in its columns instr" in told.err
+    assert "A run takes it with" not in told.out
+    data.write_text(data.read_text() + json.dumps(rows_of(PAIRS)[0]) + "\n")
     assert main(command) == 0
+    assert "A run takes it with" in capsys.readouterr().out
     assert main([*command, "--fail_over", "0.5"]) == 1
-    assert "4 of 4 rows could not be audited (row 0: no answer found in its columns instr" in capsys.readouterr().err
+    assert "4 of 5 rows could not be audited (row 0: no answer found in its columns" in capsys.readouterr().err
     # refusals are given, and the model refuses nothing (another template, say): no conflict was found, exit code 0
     make_model().save_pretrained(tmp_path / "willing")
     tokenizer.save_pretrained(tmp_path / "willing")

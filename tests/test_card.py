@@ -1,6 +1,8 @@
 """The model card says what protected the run, and keeps what others write into it."""
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset
@@ -9,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from spf import NullSpace, SafetyCallback
 from spf.card import BEGIN, END, ModelCard
+from spf.monitor import figures
 from tests.conftest import make_model
 from tests.test_callback import PROMPTS, arguments, make_trainer, safety_data
 
@@ -58,6 +61,27 @@ def test_peft_adds_to_a_card_that_nobody_had_written(tmp_path, tokenizer, rows):
     assert checked(tmp_path / "README.md", rows).startswith("---\ntags:\n- spf\n---\n\n<!--")
     trainer.save_model()
     assert "- PEFT " in checked(tmp_path / "README.md", rows)
+
+
+def test_what_the_last_line_says_is_in_a_file_for_programs(tmp_path, tokenizer, rows, caplog):
+    """Only until the next run begins."""
+    callback = SafetyCallback(safety_data(rows))
+    trainer = make_trainer(tmp_path, tokenizer, callback)
+    trainer.train()
+    said = json.loads((tmp_path / "spf_verdict.json").read_text())
+    last = next(r.getMessage() for r in caplog.records if "watched prompts are refused" in r.getMessage())
+    watched = said["watched"]
+    assert last.startswith(f"spf: {said['verdict']}: {watched['refused']} of {watched['asked']} watched prompts are ")
+    assert f"refused, {watched['refused_before']} were before training" in last
+    assert "proven on the model's own parameters" in said["proof"]
+    assert said["lines"] == callback.card.begun
+    monitor, seen = callback.attachment.monitor, callback.attachment.monitor.before
+    for (before, now), verdict in {(1.0, 0.0): "REFUSALS LOST", (1.0, 1.0): "kept", (0.0, 0.0): "NOT KNOWN"}.items():
+        monitor.before, monitor.now = replace(seen, refused=before), replace(seen, refused=now)
+        monitor.still_refused = None
+        assert figures(monitor)["verdict"] == verdict
+    callback.card.begin([], tmp_path)
+    assert not (tmp_path / "spf_verdict.json").exists()
 
 
 def test_a_later_run_replaces_the_section(tmp_path, tokenizer, rows):

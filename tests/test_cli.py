@@ -101,6 +101,26 @@ def test_a_run_that_was_ended_since_refusals_were_lost_is_no_success(workspace, 
     assert (workspace / "out" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ("sft", "sft reads messages, or conversations, or prompt and completion, or text, or input_ids"),
+        ("dpo", "dpo reads chosen and rejected"),
+        ("kto", "kto reads prompt and completion and label, or chosen and rejected"),
+    ],
+)
+def test_columns_that_no_trainer_reads_are_named_before_the_model_is_loaded(
+    workspace, trainer, said, monkeypatch, capsys
+):
+    """It was a KeyError, as of a run that failed."""
+    monkeypatch.setattr("spf.train._load_model", lambda *_: pytest.fail("the model was loaded"))
+    (workspace / "alpaca.jsonl").write_text(json.dumps({"instruction": "Say hello.", "output": "Hello."}))
+    arguments = ["--trainer", trainer, "--model", str(workspace / "model"), "--data", str(workspace / "alpaca.jsonl")]
+    assert cli.main(["train", *arguments, "--output", str(workspace / "columns")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"the data have the columns instruction, output, and {said}; rename yours" in error
+
+
 def test_flags_override_the_file_and_the_rule_can_be_off(workspace):
     path = str(workspace / "config.yaml")
     assert cli.main(["train", path, "--safety_rule", "none", "--max_steps", "1", "--save_strategy", "no"]) == 0

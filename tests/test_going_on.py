@@ -84,6 +84,37 @@ def test_a_saved_adapter_is_continued(saved, tmp_path, tokenizer, rows, anchors,
     assert f"going on with trained weights: what they are held to is that of {directory}" in caplog.text
 
 
+def test_what_is_pushed_to_the_hub_is_looked_at_and_says_what_it_is_held_to(tmp_path, tokenizer, rows, caplog):
+    """`push_to_hub` has the model saved by an internal call, and uploads what is in the directory then."""
+    trainer = run(tmp_path, tokenizer, keep(rows), lora())
+    trainer.save_model(_internal_call=True)
+    assert len(list(tmp_path.glob("spf_subspace-*.safetensors"))) == 1
+    with torch.no_grad():
+        next(p for name, p in trainer.model.named_parameters() if ".lora_A." in name).add_(1)
+    trainer.save_model(_internal_call=True)
+    assert "is not what was held" in caplog.text
+
+
+def test_a_callback_that_served_another_trainer_leaves_an_adapter_its_own(tmp_path, tokenizer, rows):
+    """The last run's subspace was written beside the first's adapter, which could not be gone on with."""
+    callback, other = keep(rows), lora()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * ("base_layer" in name))
+    first = run(tmp_path / "first", tokenizer, callback, lora())
+    first.save_model(str(tmp_path / "before"))
+    run(tmp_path / "other", tokenizer, callback, other)
+    first.save_model(str(tmp_path / "after"))
+    files = [list((tmp_path / place).glob("spf_subspace-*")) for place in ("before", "after")]
+    assert [len(found) for found in files] == [1, 1]
+    one, another = (SafetySubspace.load(found[0]) for found in files)
+    assert all(torch.equal(V, another.right[name]) for name, V in one.right.items())
+    model = PeftModel.from_pretrained(make_model(width=64), tmp_path / "after", is_trainable=True)
+    again = keep(rows, subspace=tmp_path / "after")
+    run(tmp_path / "second", tokenizer, again, model)
+    assert_held(model, again.attachment.subspace)
+
+
 def test_it_is_found_in_the_output_directory_and_else_asked_for(saved, tmp_path, tokenizer, rows):
     directory, _ = saved
     model = PeftModel.from_pretrained(make_model(width=64), directory, is_trainable=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spf import NullSpace, SafetyCallback, SafetyProbe, attach
@@ -73,8 +73,8 @@ def test_what_is_added_is_orthonormal_and_answered_as_by_the_aligned_weights(anc
 
 def test_the_reserve_leaves_an_eighth_of_the_inputs_and_is_there_only_if_it_may_be_used(anchors):  # noqa: F811
     rule = NullSpace(rank=30, reserve=500)
-    assert [rule.at_hand(n) for n in (32, 64, 96, 2048)] == [0, 26, 54, 500]
-    assert NullSpace(energy=0.9).at_hand(4096) == 0
+    assert [rule.at_hand(n, rule.limit(n)) for n in (32, 64, 96, 2048)] == [0, 26, 54, 500]
+    assert NullSpace(energy=0.9).at_hand(4096, 320) == 0
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     attachment = attach(SafetyProbe(model, anchors, pad_token_id=1), optimizer, NullSpace(rank=8), tighten=False)
@@ -234,6 +234,34 @@ def test_a_run_grows_says_so_and_goes_on_from_its_checkpoint(tmp_path, tokenizer
     assert {V.shape[1] for V in again.attachment.subspace.right.values()} == {16}
     assert again.attachment.correction.growth.rounds == 2
     assert again.attachment.correction.growth.flips == callback.attachment.correction.growth.flips > 0
+
+
+class Break(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == EVERY:
+            raise KeyboardInterrupt
+
+
+def test_an_adapter_saved_when_a_run_broke_off_while_it_grew_goes_on(tmp_path, tokenizer, refusing, rows, caplog):  # noqa: F811
+    """More was held by then than the weights had been corrected to, and what was saved beside them did not fit."""
+    model = get_peft_model(copy.deepcopy(refusing), LoraConfig(r=4, target_modules="all-linear"))
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8, reserve=16))
+    trainer = make_trainer(tmp_path, tokenizer, callback, model, max_steps=2 * EVERY)
+    trainer.add_callback(Flip(callback))
+    trainer.add_callback(Break())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert callback.attachment.correction.growth.rounds == 1
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert "is not what was held" not in caplog.text
+    assert {V.shape[1] for V in callback.attachment.subspace.right.values()} == {8}
+    assert_holds(callback.attachment)
+    model = PeftModel.from_pretrained(copy.deepcopy(refusing), tmp_path / "adapter", is_trainable=True)
+    callback = SafetyCallback(safety_data(rows), NullSpace(rank=8, reserve=16), subspace=tmp_path / "adapter")
+    make_trainer(tmp_path / "second", tokenizer, callback, model, max_steps=1).train()
+    assert_holds(callback.attachment)
 
 
 def test_a_run_that_goes_on_asks_the_same_prompts_by_the_same_refusals(

@@ -130,6 +130,21 @@ def test_align_does_not_take_over_an_adapter_it_did_not_make(workspace, capsys):
     assert "other: holds an adapter already; name another directory, or give --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["{}/no/such/model", "modle", "{}/adapter"])
+@pytest.mark.parametrize("command", ["align {} --output", "lock tune --ks 2 {} my.lock"])
+def test_overwrite_with_a_mistyped_model_removes_nothing(command, name, lockspace, monkeypatch, capsys):
+    w = lockspace
+    monkeypatch.chdir(w)
+    LoraConfig(base_model_name_or_path=str(w / "gone")).save_pretrained(w / "adapter")
+    (w / "results").mkdir()
+    names = ["settings.json", "adapter_config.json", "sweep.json", "lock.safetensors", "benign_answers.json"]
+    for file in names:
+        (w / "results" / file).write_text("{}")
+    assert cli.main([*command.format(name.format(w)).split(), "results", "--overwrite"]) == 2
+    assert all((w / "results" / file).read_text() == "{}" for file in names)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.fixture
 def lockspace(tmp_path, tokenizer):
     for name, model in (("base", toy()), ("tuned", descendant("llama"))):

@@ -145,6 +145,19 @@ def test_a_run_in_which_nothing_ever_acted_is_an_error(anchors, monkeypatch, rat
         attachment.finish()
 
 
+def test_steps_that_were_not_announced_are_no_proof(anchors):
+    """An own loop that forgets refresh(): nothing was asked, no step counted, and the end said that nothing moved."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = attach(SafetyProbe(model, anchors, pad_token_id=1), optimizer, NullSpace(rank=4))
+    for _ in range(2):
+        model(input_ids=(ids := torch.randint(5, 600, (2, 12))), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(CorrectionError, match=r"2 steps came without a refresh\(\) before them"):
+        attachment.finish()
+
+
 def test_a_run_that_trains_nothing_has_nothing_to_prove(anchors):
     model = make_model()
     probe = SafetyProbe(model, anchors, pad_token_id=1)
@@ -155,7 +168,10 @@ def test_a_run_that_trains_nothing_has_nothing_to_prove(anchors):
         zero_grad = staticmethod(attachment.optimizer.zero_grad)
 
     train(model, Steps, 3)
-    assert attachment.finish() == "the matrices were not trained, so there was nothing to hold"
+    assert (
+        attachment.finish()
+        == f"none of the {len(attachment.matrices)} held matrices has moved, so there was nothing to put back"
+    )
 
 
 @pytest.mark.parametrize("rule", [NullSpace(decision_weight=1e6, rank=1), NullSpace(contrast=32, rank=8)])

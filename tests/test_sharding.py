@@ -11,9 +11,30 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from spf.errors import UnsupportedSetupError
 from spf.rules import components, without_components
-from spf.sharding import Sharding, innermost_optimizer, refuse_sharded
+from spf.sharding import Sharding, innermost_optimizer, refuse_sharded, same_on_all_ranks, spread_over_ranks
 from spf.sharding.blocks import flat_part
 from spf.subspace import Factors
+
+
+def test_what_is_sent_is_contiguous(monkeypatch):
+    """NCCL sends nothing else; gloo does, so that no run without GPUs sees it. Eigenvectors are not."""
+    wanted, sent = torch.randn(4, 4), []
+
+    def broadcast(tensor, src):
+        assert tensor.is_contiguous()
+        sent.append(src)
+        tensor.copy_(wanted)
+
+    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 2, "broadcast": None}.items():
+        monkeypatch.setattr(dist, name, broadcast if value is None else lambda value=value: value)
+    same_on_all_ranks({"a": (one := torch.zeros(8, 4)[::2]), "b": one})
+    assert torch.equal(one, wanted)
+    assert sent == [0]
+    monkeypatch.setattr("spf.sharding.ranks.gather_objects", lambda value: [value, value])
+    monkeypatch.setattr("spf.sharding.ranks._collective_device", lambda: torch.device("cpu"))
+    found = spread_over_ranks(["a"], lambda name: torch.zeros(4, 8)[:, ::2])
+    assert torch.equal(found["a"], wanted)
+    assert sent == [0, 0]
 
 
 @st.composite

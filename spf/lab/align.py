@@ -17,7 +17,7 @@ from spf.data import ENOUGH, packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import generate_answers, is_refusal
 from spf.files import claim, claimed_for, directory_lock, weights_at, write_json
-from spf.models import ADAPTER_CONFIG, load_model
+from spf.models import ADAPTER_CONFIG, load_model, look_up
 
 REFUSALS = (
     "I'm sorry, but I can't help with that request.",
@@ -43,6 +43,7 @@ def align(args: AlignArguments) -> Path:
     """
     output = Path(args.output)
     settings = {name: value for name, value in asdict(args).items() if name not in ("output", "overwrite")}
+    look_up(args.model)
     settings["weights"] = weights_at(args.model)
     with directory_lock(output):
         finished = output / ADAPTER_CONFIG

@@ -30,6 +30,7 @@ class Given:
     reworded, conflicts: further samples to hold. pool: such as are not held, but asked whether they flip. calibration:
     harmless samples. correction_dtype: of the product that takes a violation out of a full matrix. new_tokens: ids that
     were added to the vocabulary and occur in no safety sample. tighten: hold more where prompts flip all the same.
+    near_task: the model refuses much of the task itself, although it looks harmless to it.
     """
 
     subspace: SafetySubspace | None = None
@@ -41,6 +42,7 @@ class Given:
     correction_dtype: torch.dtype = torch.float32
     new_tokens: Sequence[int] = ()
     tighten: bool = True
+    near_task: bool = False
 
 
 class Rule(Settings):
@@ -157,8 +159,9 @@ class Correction:
     def leave(self) -> None:
         """A run was broken off, and another with this model begins."""
 
-    def put_back(self, directions: Mapping[str, int]) -> None:
-        """After training, weights of a step were loaded at which matrices were held in so many directions."""
+    def put_back(self, directions: Mapping[str, int] | None) -> None:
+        """After training, weights of a step were loaded at which matrices were held in so many directions; None: those
+        of the last whole step are there."""
 
     def state(self) -> dict[str, Any]:
         """What goes into a checkpoint, as JSON."""

@@ -50,8 +50,8 @@ class Constraint:
         """
         self.run, self.subspace, self.rough = run, subspace, rough
         self.gaps: dict[str, Tensor] = {}
-        self.grown: set[str] = set()
-        """Matrices that are held in more directions since their last correction."""
+        self.grown: dict[str, int] = {}
+        """Matrices that are held in more directions since their last correction, and in how many they were then."""
         for name, matrix in run.matrices.items():
             if name not in subspace.right or name not in subspace.target:
                 raise ValueError(f"the safety subspace has no basis for {name}: it was made for another model")
@@ -112,10 +112,12 @@ class Constraint:
                 subspace.right[name], subspace.reserve[name] = basis, rest
                 subspace.target[name] = torch.cat([target, made[:, :count].to(target.device)], 1)
                 subspace.reserve_target[name] = made[:, count:].contiguous()
-                self.grown.add(name)
+                self.grown.setdefault(name, V.shape[1])
 
-    def narrow(self, counts: Mapping[str, int]) -> None:
-        """Hold only the first of a matrix's directions, so many: those that were held before it grew."""
+    def narrow(self, counts: Mapping[str, int] | None = None) -> None:
+        """Hold only the first of a matrix's directions, so many: those that were held before it grew; by default those
+        that the weights were corrected to."""
+        counts = self.grown if counts is None else counts
         for held in (self.subspace.right, self.subspace.target):
             # matrices that share a basis go on doing so
             shorter: dict[int, Tensor] = {}
@@ -125,6 +127,7 @@ class Constraint:
                 if name in counts
             }
             held.update(narrowed)
+        self.grown = {name: count for name, count in self.grown.items() if name not in counts}
 
     def violations(self, names: Iterable[str]) -> dict[str, Violation]:
         """How far each matrix of the model is from the constraint, and what rounding leaves; over all ranks."""
@@ -194,7 +197,9 @@ class Constraint:
             }
             for own in (self.subspace.target, self.subspace.reserve_target)
         )
-        return replace(self.subspace, target=target, reserve_target=reserve_target)
+        own = self.subspace  # which may grow further
+        whole = replace(own, right=dict(own.right), reserve=dict(own.reserve), metadata=dict(own.metadata))
+        return replace(whole, target=target, reserve_target=reserve_target)
 
 
 def rounding_left(W: Tensor, V: Tensor, target: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from spf.rules.frozen import Frozen
 from spf.rules.growth import Growth, in_turns
 from spf.rules.moves import Moves
 from spf.run import Run
+from spf.sharding import object_of_rank_0
 from spf.subspace import SafetySubspace
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class Holding(Correction):
         self.learning_rows = self.fixed.learning_rows
         self.moves = Moves(run, subspace)
         self._largest = 0.0
-        self._settled = 0
-        """The step after which that was done last."""
+        self._settled = 0  # the step after which that was done last
         self._meet(given)
         self.growth: Growth | None = None
         self._grown: dict[str, Any] | None = None
@@ -70,7 +70,7 @@ class Holding(Correction):
         if rescale and not any(matrix.is_lora_a for matrix in run.matrices.values()):
             # The free directions carry little of what any prompt sends into a layer, so a step in them alone answers
             # weakly. One rate serves all matrices: by what the least held one needs, so that none moves too far.
-            free = run.probe.free_shares(given.calibration, self.subspace.right)
+            free = object_of_rank_0(run.probe.free_shares(given.calibration, self.subspace.right))
             self.lr_scale = min(1 / max(*free.values(), 1e-12), MAX_SCALE)
         self._project(fresh, given.calibration if rescale else ())
 
@@ -79,12 +79,12 @@ class Holding(Correction):
         if not fresh:
             return
         run = self.run
-        before = run.probe.response_norms(calibration, fresh) if calibration else {}
+        before = object_of_rank_0(run.probe.response_norms(calibration, fresh) if calibration else {})
         with torch.no_grad():
             for name in fresh:
                 with run.sharding.weight(name, edit=True) as (_, A):
                     A.copy_(project_out_right(A.float(), self.subspace.right[name].to(A.device)))
-            for name, after in run.probe.response_norms(calibration, fresh).items() if before else ():
+            for name, after in object_of_rank_0(run.probe.response_norms(calibration, fresh) if before else {}).items():
                 # The held directions carry most of what any prompt sends into a layer. Without them A would
                 # answer weakly, and the adapter learn slowly; A's scale is free, since B is zero.
                 self.scale[name] = min(before[name] / max(after, 1e-12), MAX_SCALE) if before[name] else 1.0
@@ -117,10 +117,11 @@ class Holding(Correction):
     def _follow_growth(self, names: set[str]) -> None:
         """Hold matrices in their new directions: of what the weights make of these, one correction leaves more than
         rounding."""
-        grown = self.constraint.grown & names
+        grown = [name for name in self.run.matrices if name in self.constraint.grown and name in names]
         for _ in range(2):
-            self._hold([name for name in self.run.matrices if name in grown], torch.float32)
-        self.constraint.grown -= grown
+            self._hold(grown, torch.float32)
+        for name in grown:
+            del self.constraint.grown[name]
 
     def finish_step(self) -> None:
         self.moves.finish()
@@ -201,7 +202,7 @@ class Holding(Correction):
         count, acted = len(self.run.matrices), len(self.moves.acted)
         frozen = any(matrix.frozen for matrix in self.run.matrices.values())
         if not acted and not self.moves.seen and not frozen:
-            return "the matrices were not trained, so there was nothing to hold"
+            return f"none of the {count} held matrices has moved, so there was nothing to put back"
         rest = f"; the other {count - acted} were never pushed beyond rounding" if acted < count else ""
         return (
             f"proven on the model's own parameters: all {count} matrices answer the held inputs as before training "
@@ -223,7 +224,7 @@ class Holding(Correction):
         if self.growth is not None and self._grown:
             self.growth.load_state(self._grown)
 
-    def put_back(self, directions: Mapping[str, int]) -> None:
+    def put_back(self, directions: Mapping[str, int] | None) -> None:
         self.constraint.narrow(directions)
 
     def whole_subspace(self) -> SafetySubspace:

@@ -30,6 +30,10 @@ LARGEST_DEFAULT_RANK = 320
 """A third of the inputs held on the validation prompts of the demo model (192 of 576) and of a really aligned one (298
 of 896, where 192 with fixed token weights lost a third of its refusals of another origin)."""
 
+NEAR_TASK = 2
+"""Where the model refuses much of the task itself, what is to be learned lies beside what is held: so many times fewer
+directions are held to begin with, and those left out are the first that are added when prompts flip."""
+
 FEW = 16
 """A matrix of fewer inputs (Gemma 3n's coefficients of 4 streams) is held in all of them: it is kept fixed."""
 
@@ -53,7 +57,10 @@ class NullSpace(Rule):
 
     rank: Count | None = field(
         default=None,
-        metadata={"help": "most input directions held per matrix; by default a third of its inputs, at most 320"},
+        metadata={
+            "help": "most input directions held per matrix; by default a third of its inputs, at most 320, and half of "
+            "that where the audit lets go of a tenth of the data, as the model refuses the task itself"
+        },
     )
     energy: Annotated[float, Gt(0), Le(1)] = field(
         default=1.0,
@@ -102,13 +109,16 @@ class NullSpace(Rule):
     def compares_all(self) -> bool:  # type: ignore[override]
         return self.feedback is not None and self.feedback.compares_all
 
-    def limit(self, inputs: int) -> int:
-        """The most directions held of a matrix with so many inputs."""
-        return self.rank or (inputs if inputs < FEW else min(inputs // 3, LARGEST_DEFAULT_RANK))
+    def limit(self, inputs: int, fewer: bool = False) -> int:
+        """The most directions held of a matrix with so many inputs. fewer: only a `NEAR_TASK`th of the default."""
+        if self.rank or inputs < FEW:
+            return self.rank or inputs
+        return min(inputs // 3, LARGEST_DEFAULT_RANK) // (NEAR_TASK if fewer else 1)
 
-    def at_hand(self, inputs: int) -> int:
-        """The most directions of a matrix with so many inputs that are kept at hand: an eighth is left to learn."""
-        return min(self.more, max(0, inputs * 7 // 8 - self.limit(inputs)))
+    def at_hand(self, inputs: int, held: int) -> int:
+        """The most directions, beside those held, of a matrix with so many inputs that are kept at hand: an eighth is
+        left to learn."""
+        return min(self.more, max(0, inputs * 7 // 8 - held))
 
     @property
     def more(self) -> int:
@@ -146,7 +156,7 @@ class NullSpace(Rule):
         _refuse(run.probe.model, {name: run.holder(name).dtype for name in run.matrices}, run.others)
         refuse_otherwise(run, run.basis)
         held = [*run.basis, *given.reworded, *given.conflicts]
-        subspace = given.subspace or _estimate(run, self, held, given.calibration, given.tighten)
+        subspace = given.subspace or _estimate(run, self, held, given)
         run.keep_fixed(json.loads(subspace.metadata.get("kept", "{}")))
         return Holding(run, self, given, subspace)
 
@@ -228,21 +238,22 @@ def _check_widths(rule: NullSpace, held: Mapping[str, Tensor]) -> None:
             )
 
 
-def _estimate(
-    run: Run, rule: NullSpace, anchors: Sequence[Anchor], benign: Sequence[Anchor], tighten: bool
-) -> SafetySubspace:
+def _estimate(run: Run, rule: NullSpace, anchors: Sequence[Anchor], given: Given) -> SafetySubspace:
     """Bases from the samples, a reserve of further directions, and what the weights, as they are, make of both."""
-    more = rule.more if tighten else 0
-    found = _directions(run.probe, rule, anchors, list(run.matrices), benign, more)
+    more = rule.more if given.tighten else 0
+    # what is missing must be at hand, to be added where prompts flip
+    fewer = given.near_task and more > 0 and rule.rank is None
+    found = _directions(run.probe, rule, anchors, list(run.matrices), given.calibration, more)
     same_on_all_ranks(found)
     found = {name: V for name, V in found.items() if not _filled(rule, V)}
     fixed = {name: SMALL if _inputs(run, name) < FEW else UNREACHED for name in run.matrices if name not in found}
     held, at_hand = {}, {}
     for V in {id(V): V for V in found.values()}.values():
-        held[id(V)] = V[:, : rule.limit(len(V))].contiguous()
-        end = rule.limit(len(V)) + (rule.at_hand(len(V)) if more else 0)
+        rank = rule.limit(len(V), fewer)
+        held[id(V)] = V[:, :rank].contiguous()
+        end = rank + (rule.at_hand(len(V), rank) if more else 0)
         # used seldom, so not on the device
-        at_hand[id(V)] = V[:, rule.limit(len(V)) : end].contiguous().cpu()
+        at_hand[id(V)] = V[:, rank:end].contiguous().cpu()
     right = {name: held[id(V)] for name, V in found.items()}
     _check_widths(rule, right)
     reserve = {name: at_hand[id(V)] for name, V in found.items()} if more else {}
@@ -263,7 +274,7 @@ def _estimate(
         target=target,
         reserve=reserve,
         reserve_target=reserve_target if more else {},
-        metadata={"rule": repr(rule), "kept": json.dumps(fixed)},
+        metadata={"rule": repr(rule), "kept": json.dumps(fixed)} | ({"fewer": "near_task"} if fewer else {}),
     )
 
 

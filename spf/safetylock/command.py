@@ -17,7 +17,7 @@ from spf.data import packaged_prompts
 from spf.errors import keeping, working
 from spf.evaluation import neutral_texts
 from spf.files import check_output_file, claim, claimed_for, directory_lock, weights_at, write_json
-from spf.models import load_model, machine_device, refuse_beside
+from spf.models import load_model, look_up, machine_device, refuse_beside
 from spf.safetylock.extraction import extract
 from spf.safetylock.lock import SafetyLock
 from spf.safetylock.pairs import echoed, load_pairs, packaged_pairs
@@ -116,6 +116,7 @@ def tune_lock(args: TuneArguments) -> None:
     # what is chosen among the measured settings costs nothing, so its bound may change
     others = ("lock", "output", "overwrite", "max_over_refusal")
     settings = {name: value for name, value in asdict(args).items() if name not in others}
+    look_up(args.model)
     settings |= {"lock": lock.fingerprint, "weights": weights_at(args.model)}
     with directory_lock(output):
         claim(output / "settings.json", settings, overwrite=args.overwrite, parts=TUNED)

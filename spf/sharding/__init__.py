@@ -1,7 +1,7 @@
 """What the model runs on: the one package that knows DTensors, ZeRO partitions and process groups."""
 
 from spf.sharding.blocks import Block, Part, is_cut, local
-from spf.sharding.layout import Sharding, innermost_optimizer, refuse_sharded, reshard, shares_parameters
+from spf.sharding.layout import Sharding, innermost_optimizer, refuse_sharded, reshard, sees_all, shares_parameters
 from spf.sharding.ranks import (
     gather_objects,
     is_first,
@@ -29,6 +29,7 @@ __all__ = [
     "refuse_sharded",
     "reshard",
     "same_on_all_ranks",
+    "sees_all",
     "shares_parameters",
     "spread_over_ranks",
 ]

@@ -63,7 +63,13 @@ def shares_parameters(model: nn.Module) -> bool:
     """Whether processes hold parts of the parameters, so that a pass through the model needs all of them."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return False
-    return any(isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters())
+    return not sees_all(model)
+
+
+def sees_all(model: nn.Module) -> bool:
+    """Whether this process can read all weights where they are: one process may have them as DTensors, or ZeRO-3's
+    empty ones, too."""
+    return not any(isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:

@@ -12,7 +12,10 @@ def same_on_all_ranks(tensors: dict[str, Tensor]) -> None:
     """Overwrite the tensors with rank 0's, so that ranks cannot differ by rounding. No-op on one process."""
     if dist.is_available() and dist.is_initialized():
         for tensor in {id(tensors[name]): tensors[name] for name in sorted(tensors)}.values():
-            dist.broadcast(tensor, src=0)
+            sent = tensor.contiguous()  # NCCL takes no other, as eigenvectors are; gloo does
+            dist.broadcast(sent, src=0)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
 
 def spread_over_ranks(names: Sequence[str], make: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -29,7 +32,7 @@ def spread_over_ranks(names: Sequence[str], make: Callable[[str], Tensor]) -> di
     for i, name in enumerate(names):
         shape, dtype = kinds[i % ranks][name]
         device = _collective_device()
-        V = own[name].to(device) if name in own else torch.empty(shape, dtype=dtype, device=device)
+        V = own[name].to(device).contiguous() if name in own else torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(V, src=i % ranks)
         made[name] = V
     return made

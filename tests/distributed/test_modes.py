@@ -254,8 +254,15 @@ def test_what_is_saved_after_training_is_whole_and_held(mode, name):
     assert case["missing"] == []
     assert case["off"] == 0
     assert case["unheld"] < 1e-5
-    assert case["said"] == []
+    assert all(ranks[name]["said"] == [] for ranks in trained(mode))
     assert any(file.startswith("spf_subspace-") for file in case["files"]) == ("lora" in name)
+    # checkpoints go on being sharded
+    assert len(set(case["kinds"])) == (mode == "fsdp2")
+    assert all("SHARDED" in kind for kind in case["kinds"])
+    if mode in ("ddp", "zero1", "zero2"):
+        names = [[file.partition("-")[0] for file in case[what]] for what in ("alone", "files")]
+        assert names[0] == names[1]
+        assert (case["said_alone"], case.get("apart")) == ([], 0.0 if "lora" in name else None)
 
 
 @pytest.mark.parametrize(("mode", "name"), AFTER)
@@ -316,6 +323,23 @@ def test_fsdp2_goes_on_with_another_number_of_processes(mode):
     launch("fsdp2", 1, "resume-elsewhere")
     parameters = torch.load(output() / "fsdp2-resume-elsewhere-0.pt")
     assert distance({"parameters": parameters}, trained("single")[0]["null-space-full"]) < 1e-6
+
+
+@pytest.mark.parametrize("mode", [in_mode("fsdp2"), in_mode("zero3")])
+def test_one_process_may_have_its_weights_in_parts(mode):
+    """As one GPU with offload does: its weights were hashed, of which some are empty, and some no tensors to hash."""
+    trained(mode)
+    launch(mode, 1, "one-taken", "one-lora")
+    for name, other in (("one-taken", "taken"), ("one-lora", "after-lora")):
+        case, alone = json.loads((output() / f"{mode}-{name}-0.json").read_text()), trained("single")[0][other]
+        assert deviation(case, alone, "losses") < 1e-4
+        if name == "one-taken":
+            assert [case[what] for what in ("left_out", "held", "other_weights")] == [
+                *(alone[what] for what in ("left_out", "held")),
+                False,
+            ]
+        else:
+            assert case["said"] == []
 
 
 @every_mode

@@ -55,6 +55,7 @@ from spf.rules.holding import Holding
 from spf.sharding import object_of_rank_0
 from spf.shared_prefix import NextToken
 from spf.stepping import Stepping
+from spf.subspace import SafetySubspace
 from tests.conftest import make_tokenizer
 from tests.test_callback import token_data
 
@@ -561,10 +562,26 @@ def after(case: Case, directory: Path, anew: bool = False) -> dict[str, Any]:
             dist.barrier()
         return list(said)
 
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    kinds = [plugin.state_dict_type] if plugin else []
     try:
         result["said"] = saved("saved")
+        result["kinds"] = [str(kind) for kind in [*kinds, *([plugin.state_dict_type] if plugin else [])]]
         if MODE in ("ddp", "zero1", "zero2") and RANK == 0:  # as scripts do where no other process is needed
+            said.clear()
             trainer.save_model(str(directory / "alone"))
+            result["said_alone"] = list(said)
+            result["alone"] = sorted(path.name for path in (directory / "alone").iterdir())
+            if case.lora:
+                one, other = (
+                    SafetySubspace.load(next((directory / place).glob("spf_subspace-*")))
+                    for place in ("saved", "alone")
+                )
+                result["apart"] = max(
+                    float((part[n] - tensor).abs().max())
+                    for part, whole in ((one.right, other.right), (one.target, other.target))
+                    for n, tensor in whole.items()
+                )
         with written_over(trainer, trained):
             result["said_of_another"] = saved("another")
         if case.lora:
@@ -637,6 +654,8 @@ def asked_for() -> dict[str, tuple[Callable[[Case, Path], dict[str, Any]], str]]
         found["offload-spf"] = (offloaded, "spf-both-full")
     if MODE == "ddp" or (MODE != "single" and WORLD == 1):
         found["resume-elsewhere"] = (resume_elsewhere, "null-space-full")
+    if MODE != "single" and WORLD == 1:
+        found |= {"one-taken": (taken, "null-space-full"), "one-lora": (after, "null-space-lora-adamw")}
     return found
 
 
