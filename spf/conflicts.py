@@ -24,7 +24,8 @@ MOST_HELD = 256
 """Conflicts that are held, spread over the data, if there are more: the directions are fewer than that."""
 
 TASK_REFUSED = 0.1
-"""From this share of over-refusals on the model refuses much of the task itself."""
+TASK_ROWS = 8
+"""From this share, and this number, of over-refusals on the model refuses much of the task itself."""
 
 APART = 9
 """Of the conflicts, one of so many is watched, not held; at most `MOST_WATCHED`."""
@@ -179,7 +180,7 @@ class Audit:
     @property
     def near_task(self) -> bool:
         """Whether the model refuses much of the task itself, although it looks harmless to it."""
-        return distinct(self.over_refusals) >= TASK_REFUSED * len(self.answers) > 0
+        return distinct(self.over_refusals) >= max(TASK_REFUSED * len(self.answers), TASK_ROWS)
 
     @property
     def packed(self) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 
 import spf.audit
+import spf.conflicts
 from spf import NullSpace, SafetyCallback
 from tests.test_audit import PAIRS, refusing, rows, run, tokenizer  # noqa: F401
 from tests.test_callback import assert_holds, safety_data
@@ -16,6 +17,7 @@ HALF = "input directions a matrix to begin with (half as many as by default: the
         (3, {}, {}, 6),  # of 24 rows, a tenth or more
         (2, {}, {}, 3),
         (3, {"conflicts": "hold-all"}, {}, 3),
+        (3, {}, {"task_rows": 4}, 3),
         (3, {}, {"rank": 10}, None),
         # what is missing could not be added
         (3, {"on_leak": "warn"}, {}, 3),
@@ -34,6 +36,9 @@ def test_beside_a_task_that_the_model_refuses_fewer_directions_are_held(
     monkeypatch,
     caplog,
 ):
+    assert spf.conflicts.TASK_ROWS == 8
+    rule = dict(rule)
+    monkeypatch.setattr(spf.conflicts, "TASK_ROWS", rule.pop("task_rows", 3))
     kinds = ["harmless"] * harmless + ["harmful"] * 12
     monkeypatch.setattr(spf.audit, "looks", lambda model, tokenizer, prompts, *_, **__: kinds[: len(prompts)])
     callback = SafetyCallback(safety_data(rows[:9]), NullSpace(**rule), **options)

@@ -32,7 +32,8 @@ of 896, where 192 with fixed token weights lost a third of its refusals of anoth
 
 NEAR_TASK = 2
 """Where the model refuses much of the task itself, what is to be learned lies beside what is held: so many times fewer
-directions are held to begin with, and those left out are the first that are added when prompts flip."""
+directions are held to begin with, and the others are at hand, to be added when prompts flip. Chosen on the demo model's
+validation prompts."""
 
 FEW = 16
 """A matrix of fewer inputs (Gemma 3n's coefficients of 4 streams) is held in all of them: it is kept fixed."""
