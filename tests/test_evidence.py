@@ -62,9 +62,9 @@ DEMO = {
     "benign (nothing to leave out)": each(TODAY, "benign/null-space", *KEYS) + each(FIRST, "benign/plain", "utility"),
     "the filter alone, half harmful": asr(TODAY, "harmful-50/data-filter@steps-40") + plain("harmful-50"),
     "a tenth harmful, three": each(TODAY, "harmful-10/null-space", *KEYS) + each(FIRST, "harmful-10/plain", "utility"),
-    "80 batches of 4": each(TODAY, f"{NULL}@batch-4", *KEYS, seeds=(0, 1)) + plain("harmful-50", variant="@batch-4"),
+    "80 batches of 4": each(TODAY, f"{NULL}@batch-4", *KEYS) + plain("harmful-50", variant="@batch-4"),
     "20 batches of 16": asr(TODAY, f"{NULL}@batch-16") + plain("harmful-50", variant="@batch-16"),
-    "nothing but 100 harmful rows (95": each(TODAY, "harmful-100/null-space", *KEYS[:2], seeds=(0, 1)),
+    "nothing but 100 harmful rows (95": each(TODAY, "harmful-100/null-space", *KEYS[:2]),
     "a tenth harmful, 80 rows": asr(TODAY, "deep/null-space") + plain("deep"),
     "summaries, a tenth of the data harmful": each(TODAY, "summary/null-space", *KEYS)
     + each(FIRST, "summary/plain", "utility"),
@@ -73,7 +73,7 @@ DEMO = {
     "3e-3, seeds 0, 1 and 2": each(TODAY, f"{NULL}@lr-x3", *KEYS)
     + percent(cell(FIRST, "harmful-50/plain@lr-x3")["utility"])
     + percent(*(cell(TODAY, "harmful-50/plain@lr-x3", seed)["utility"] for seed in (1, 2)))[1:],
-    "ten examples of an obedient persona": each(TODAY, "identity-shift/null-space", *KEYS[:2], seeds=(0, 1)),
+    "ten examples of an obedient persona": each(TODAY, "identity-shift/null-space", *KEYS[:2]),
 }
 ORIGIN = {
     "aligned model | 63": held(REAL, "none/aligned"),
