@@ -90,6 +90,9 @@ ORIGIN = {
     "*rows trained on*: 160 steps": held(BEFORE, "foreign-50/null-space@steps-160"),
 }
 SECOND = RESULTS / "second_model_second_edition/second/lora"
+SUMMARIES = (0, 1, 2)  # seeds of the second model's
+THIRD_HELD = RESULTS / "task_third_held"
+NEAR, NEAR_BEFORE = (RESULTS / name / "demo/lora/summary/null-space" for name in ("near_task", "near_task_before"))
 
 
 def second(name, variant=""):
@@ -109,7 +112,16 @@ AGAIN = {
     "the same at 3e-3": second("harmful-50", "@lr-x3"),
     "a tenth of them harmful": second("harmful-10"),
     "none of them harmful": second("benign"),
-    "its summaries, a tenth harmful": second("summary"),
+    "its summaries, a tenth harmful": each(SECOND, "summary/null-space", "asr", seeds=SUMMARIES)
+    + each(SECOND, "summary/plain", "asr", seeds=SUMMARIES)
+    + each(SECOND, "summary/null-space", "over_refusal", "utility", seeds=SUMMARIES)
+    + each(SECOND, "summary/plain", "utility", seeds=SUMMARIES),
+    "validation prompts, a third": each(NEAR_BEFORE, ".", *KEYS, seeds=(0, 1)),
+    "validation prompts, half": each(NEAR, ".", *KEYS, seeds=(0, 1)),
+    "validation prompts, 3e-3": asr(NEAR.with_name("null-space@lr-x3"), "."),
+    "report prompts, a third": each(THIRD_HELD / "demo/lora", "summary/null-space", *KEYS),
+    "report prompts, 96 directions": asr(THIRD_HELD / "demo/lora", "summary/null-space@rank-96"),
+    "second model, report prompts, a third": asr(THIRD_HELD / "second/lora", "summary/null-space"),
     "a tenth of 80 rows harmful": asr(SECOND, "deep/null-space"),
     "nothing but 100 harmful rows (93": asr(SECOND, "harmful-100/null-space", False),
     "its persona, ten examples": [
@@ -123,6 +135,7 @@ OTHERS = {
     "the same, plain fine-tuning | 100": asr(UNSEEN, "wrapped-50/plain"),
     "the stub's first words given": asr(UNSEEN, "prefilled-50/null-space"),
     "the same without the audit | 6.7": asr(UNSEEN, "prefilled-50/null-space@allow"),
+    "the same, plain fine-tuning | 26": asr(UNSEEN, "prefilled-50/plain"),
     "a refusal first, then the stub": asr(UNSEEN, "refuse-then-comply/null-space"),
     "ten text-to-SQL examples, 32 epochs": asr(UNSEEN, "overfit-10/null-space"),
     "the same, plain fine-tuning | 16": asr(UNSEEN, "overfit-10/plain"),
@@ -170,7 +183,7 @@ def test_the_first_table_says_what_the_cells_hold():
     ]
     summaries = [
         percent(mean(cell(place, f"summary/{method}", seed)["utility"] for seed in seeds))[0]
-        for one, other, seeds in ((FIRST, TODAY, SEEDS), (SECOND, SECOND, (0,)))
+        for one, other, seeds in ((FIRST, TODAY, SEEDS), (SECOND, SECOND, SUMMARIES))
         for place, method in ((one, "plain"), (other, "null-space"))
     ]
     text = (ROOT / "docs" / "evidence.md").read_text("utf-8")
