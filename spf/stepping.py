@@ -77,7 +77,7 @@ class Stepping:
                 "spf: the optimizer stepped without calling its step hooks after refresh(), so the update was not "
                 f"corrected; the hooks are on {type(self.optimizer).__name__}: is another optimizer in use?"
             )
-        if self._unannounced > 1:
+        if self._unannounced:
             raise CorrectionError(
                 f"spf: {self._unannounced} steps came without a refresh() before them, so no prompt was asked whether "
                 "it flips, and nothing can be proven of them; call refresh() before every optimizer.step(), or use "
@@ -111,10 +111,10 @@ class Stepping:
         # DeepSpeed calls the optimizer once a group; a step is over when every group had its turn.
         self._to_step -= here
         if not self._to_step:
-            # torch steps an optimizer without state once, at rate 0, to save it under FSDP2: no step of training
+            # torch steps an optimizer at rate 0 to save what has no state under FSDP2: no step of training
             if self.expected:
                 self._calls[2]()
-            else:
+            elif any(group["lr"] for group in self.optimizer.param_groups):
                 self._unannounced += 1
             self.expected = False
         self.seconds += time.perf_counter() - start
