@@ -187,7 +187,7 @@ def refuse_missing(name: str) -> None:
 
 
 def look_up(name: str) -> None:
-    """Look whether `load_model` would find a model of this name; only its settings are read.
+    """Look whether `load_model` would find a model of this name; no weights are read.
 
     Raises:
         ModuleNotFoundError, ValueError, FileNotFoundError: as `load_model`.
@@ -199,7 +199,7 @@ def look_up(name: str) -> None:
         look_up(_stands_on(Path(name)))
     elif _is_demo(name):
         _demo_weights()
-    else:
+    elif not (Path(name) / "config.json").is_file():
         AutoConfig.from_pretrained(name)
 
 
@@ -243,9 +243,9 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
             AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
             AutoTokenizer.from_pretrained(name),
         )
-    gguf = _demo_weights()
     from transformers import GgufConfig  # not in 5.6, which LLaMA-Factory pins
 
+    gguf = _demo_weights()
     # Without `dequantize` the weights stay packed and training is several times slower.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

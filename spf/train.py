@@ -202,10 +202,10 @@ def _train(
     data = _load(script)
     train = _split(data, script, "dataset_train_split")
     evaluated = None if training.eval_strategy == "no" else _split(data, script, "dataset_test_split")
-    refuse_unreadable(train, kind.trainer, str(vars(training).get("dataset_text_field")))
     rewards = [_reward(name) for name in kind.reward_funcs or ()]
     if bool(rewards) != (kind.trainer == "grpo"):
         raise ValueError("reward_funcs: FILE.py:FUNCTION, with the trainer grpo, which needs one, and with no other")
+    refuse_unreadable(train, kind.trainer, str(vars(training).get("dataset_text_field")))
     kinds: Any = {"sft": SFTTrainer, "dpo": DPOTrainer, "kto": KTOTrainer, "grpo": GRPOTrainer}
     model, tokenizer = _load_model(training, model_config)
     if model_config.use_peft and _is_adapter(model_config.model_name_or_path):

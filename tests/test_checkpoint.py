@@ -79,7 +79,7 @@ def test_a_checkpoint_holds_no_prompt_and_no_path(tmp_path, tokenizer, rows):
     trainer, _ = run(tmp_path / "run", tokenizer, own, lora(), NullSpace(rank=8), str(source))
     trainer.train()
     texts = [p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.name.startswith("spf_")]
-    assert len(texts) == 3
+    assert len(texts) == 4
     for content in texts:
         assert b"private place" not in content
         assert str(tmp_path).encode() not in content

@@ -226,7 +226,13 @@ def filled(place):
     put(place / "safety.jsonl", lines(GOOD_ROW))
     put(
         place / "train.jsonl",
-        lines({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+        # a form of every trainer
+        lines(
+            {
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                **{"prompt": "a", "completion": "b", "label": True, "chosen": "b", "rejected": "c"},
+            }
+        ),
     )
     put(place / "model" / "config.json", b"{}")
     lock_file(place)

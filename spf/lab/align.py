@@ -43,13 +43,13 @@ def align(args: AlignArguments) -> Path:
     """
     output = Path(args.output)
     settings = {name: value for name, value in asdict(args).items() if name not in ("output", "overwrite")}
-    look_up(args.model)
     settings["weights"] = weights_at(args.model)
     with directory_lock(output):
         finished = output / ADAPTER_CONFIG
         unclaimed = finished.is_file() and not (output / "settings.json").is_file()
         if unclaimed and not args.overwrite:
             raise ValueError(f"{output}: holds an adapter already; name another directory, or give --overwrite")
+        look_up(args.model)  # before anything is removed
         parts = (*PARTS, ADAPTER_CONFIG)
         claim(output / "settings.json", settings, overwrite=args.overwrite, parts=parts)
         if finished.is_file():

@@ -116,9 +116,9 @@ def tune_lock(args: TuneArguments) -> None:
     # what is chosen among the measured settings costs nothing, so its bound may change
     others = ("lock", "output", "overwrite", "max_over_refusal")
     settings = {name: value for name, value in asdict(args).items() if name not in others}
-    look_up(args.model)
     settings |= {"lock": lock.fingerprint, "weights": weights_at(args.model)}
     with directory_lock(output):
+        look_up(args.model)  # before anything is removed
         claim(output / "settings.json", settings, overwrite=args.overwrite, parts=TUNED)
         with claimed_for(output / "settings.json", TUNED), keeping(lambda: _measured(output, len(grid))):
             _tune(args, lock, grid, output)
