@@ -47,10 +47,11 @@ def run_audit(args: AuditArguments) -> None:
             limit = context_length(model, tokenizer)
             with working():
                 found = audit_data(dataset, model, tokenizer, own, max_length=limit, options=options, directory=output)
-                if args.clean:
+            if found.unread == found.rows:
+                raise SafetyDataError(f"{args.data}: none of {found.rows} rows could be audited ({found.why}); {FORMS}")
+            if args.clean:
+                with working():
                     _write_clean(dataset, found, Path(args.clean))
-    if found.unread == found.rows:
-        raise SafetyDataError(f"{args.data}: none of {found.rows} rows could be audited ({found.why}); {FORMS}")
     _tell(found, args, tokenizer)
     if args.fail_over is not None and not found.refuses:
         raise RunFailedError(f"{REFUSES_NONE}, so --fail_over cannot say that there are few; {REFUSES_NONE_REMEDY}")

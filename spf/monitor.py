@@ -214,14 +214,12 @@ def verdict(monitor: Monitor) -> str:
 def figures(monitor: Monitor) -> dict[str, Any]:
     """The verdict and what it is of, for a file: prompts that were asked, refused of them now and before training."""
     known = monitor.still_refused is not None
-    kinds = {
-        "watched": (len(monitor.run.watched), monitor.now, monitor.before),
-        "watched_conflicts": (len(monitor.conflicts), monitor.now_conflicts, monitor.before_conflicts),
-    }
+    kinds = {"watched": (len(monitor.run.watched), monitor.now, monitor.before)}
+    if monitor.conflicts:
+        kinds["watched_conflicts"] = (len(monitor.conflicts), monitor.now_conflicts, monitor.before_conflicts)
     asked = {
         name: {"asked": count, "refused": round(now.refused * count), "refused_before": round(before.refused * count)}
         for name, (count, now, before) in kinds.items()
-        if count
     }
     further = {"asked": len(monitor.further), "refused": monitor.still_refused, "refused_before": len(monitor.further)}
     return {"verdict": verdict(monitor)} | asked | ({"further": further} if known else {})
@@ -232,19 +230,19 @@ def watched_line(monitor: Monitor, when: str = "", end: str = "") -> str:
 
     when: of a run that has not ended. end: what is done about it.
     """
-    before, now, count = monitor.before, monitor.now, len(monitor.run.watched)
-    refused, were = round(now.refused * count), round(before.refused * count)
-    watched = f"{refused} of {count} watched prompts are refused, {were} were before training"
-    loss = f"safety loss {before.loss:.3f} before training, now {now.loss:.3f}"
+    seen = figures(monitor)
+    watched = "{refused} of {asked} watched prompts are refused, {refused_before} were before training".format(
+        **seen["watched"]
+    )
+    loss = f"safety loss {monitor.before.loss:.3f} before training, now {monitor.now.loss:.3f}"
+    then = ", {refused_before} were refused before, now {refused}"
     further, conflicts = [], []
-    if monitor.still_refused is not None:
-        asked = f"of {len(monitor.further)} further harmful prompts, asked because of that, {len(monitor.further)}"
-        further = [f"{asked} were refused before, now {monitor.still_refused}"]
-    if monitor.conflicts:
-        count = len(monitor.conflicts)
-        asked = f"of {count} prompts that the data attack, not held either"
-        were, refused = (round(seen.refused * count) for seen in (monitor.before_conflicts, monitor.now_conflicts))
-        conflicts = [f"{asked}, {were} were refused before, now {refused}"]
+    if "further" in seen:
+        asked = "of {asked} further harmful prompts, asked because of that" + then
+        further = [asked.format(**seen["further"])]
+    if "watched_conflicts" in seen:
+        asked = "of {asked} prompts that the data attack, not held either" + then
+        conflicts = [asked.format(**seen["watched_conflicts"])]
     # what the verdict is of comes first
     if monitor.lost or not monitor.leaks:
         parts = [watched, *further, loss, *conflicts]
@@ -252,7 +250,7 @@ def watched_line(monitor: Monitor, when: str = "", end: str = "") -> str:
         parts = [*conflicts, watched, *further, loss]
     else:
         parts = [loss, watched, *further, *conflicts]
-    line = f"{verdict(monitor)}{when}: {'; '.join(parts)}{end}"
+    line = f"{seen['verdict']}{when}: {'; '.join(parts)}{end}"
     if monitor.leaks:
         remedies = ", fewer steps or a higher rank" if monitor.run.rule.holds else " or fewer steps"
         line += f"; check with `spf eval`; a lower learning rate{remedies} keeps more"

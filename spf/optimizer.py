@@ -223,7 +223,8 @@ def attach(
 
     Call `refresh()` of what is returned before every `optimizer.step()`, `verify()` after it and `finish()` after the
     last. Options: `subspace` (bases estimated before), `resumed` (they come with weights that answer to them already),
-    `reworded` and `conflicts` (further samples to hold, of the null space only), `watched` (samples of what the data
+    `reworded` and `conflicts` (further samples to hold, of the null space only), `near_task` (the model refuses much of
+    the task itself: fewer directions are held to begin with), `watched` (samples of what the data
     attack, watched beside the others), `further` (harmful prompts, token ids, that are asked before a run is said to
     lose refusals), `reads` (whether the answers to prompts, token ids, read as refusals, asked where first tokens do
     not begin one any more), `pool` (further refused samples, not held), `tighten` (where those or held ones flip, hold

@@ -1239,7 +1239,8 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch, tokenizer):
     # of rows that cannot be read nothing is known
     data.write_text("".join(json.dumps({"instruction": p, "output": COMPLIES}) + "\n" for p in HARMFUL[:4]))
     unread = [*command[:-1], "unread"]
-    assert main(unread) == 2
+    assert main([*unread, "--clean", "unread.jsonl"]) == 2
+    assert not (tmp_path / "unread.jsonl").exists()
     told = capsys.readouterr()
     assert "none of 4 rows could be audited (row 0: no answer found in its columns instr" in told.err
     assert "A run takes it with" not in told.out

@@ -49,7 +49,8 @@ def align(args: AlignArguments) -> Path:
         unclaimed = finished.is_file() and not (output / "settings.json").is_file()
         if unclaimed and not args.overwrite:
             raise ValueError(f"{output}: holds an adapter already; name another directory, or give --overwrite")
-        look_up(args.model)  # before anything is removed
+        if args.overwrite:
+            look_up(args.model)  # before anything is removed
         parts = (*PARTS, ADAPTER_CONFIG)
         claim(output / "settings.json", settings, overwrite=args.overwrite, parts=parts)
         if finished.is_file():

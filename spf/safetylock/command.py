@@ -118,7 +118,8 @@ def tune_lock(args: TuneArguments) -> None:
     settings = {name: value for name, value in asdict(args).items() if name not in others}
     settings |= {"lock": lock.fingerprint, "weights": weights_at(args.model)}
     with directory_lock(output):
-        look_up(args.model)  # before anything is removed
+        if args.overwrite:
+            look_up(args.model)  # before anything is removed
         claim(output / "settings.json", settings, overwrite=args.overwrite, parts=TUNED)
         with claimed_for(output / "settings.json", TUNED), keeping(lambda: _measured(output, len(grid))):
             _tune(args, lock, grid, output)
