@@ -21,7 +21,7 @@ from spf.data.columns import with_read_columns
 from spf.data.examples import Example, Examples, read_examples
 from spf.errors import SafetyDataError, kind_of
 from spf.files import write_json
-from spf.next_token import CONFIRM, Known, ask, begins_of, fingerprint
+from spf.next_token import CONFIRM, Guess, Known, ask, begins_of, fingerprint
 from spf.over_refusal import PROBE, looks
 from spf.scripts import unlike_scripts
 from spf.sharding import is_first, sees_all
@@ -84,15 +84,17 @@ def audit(
 ) -> Audit:
     """Ask the aligned model every distinct prompt of the training data, the prompt alone, for its first token.
 
-    No answer is generated: one forward pass over the prompts, and one over those whose likeliest first token begins a
-    refusal of `anchors` (the model's own), for the token after it. All processes of a run share the prompts; each has
-    to call it. cache: JSON file in which what was asked is kept; an audit that was interrupted goes on from it.
+    No answer is generated: one forward pass over the prompts and the token by which most refusals of `anchors` (the
+    model's own) begin, and one over those whose likeliest first token begins another, for the token after it. All
+    processes of a run share the prompts; each has to call it. cache: JSON file in which what was asked is kept; an
+    audit that was interrupted goes on from it.
     """
     start = time.perf_counter()
     begins = Beginnings(anchors)
     prompts = list(dict.fromkeys(example.prompt_ids for example in examples.examples))
     known = Known(model, cache, f"{tokenizer.chat_template}\n{sorted(begins.seconds.items())}")
-    first = ask(model, prompts, [begins.firsts] * len(prompts), known, progress, "audit: first tokens")
+    guess = next((Guess(token, sorted(follow)) for token, follow in begins.seconds.items()), None)
+    first = ask(model, prompts, [begins.firsts] * len(prompts), known, progress, "audit: first tokens", guess)
     likely = [i for i, (_, token) in enumerate(first) if token in begins.seconds]
     longer = [(*prompts[i], first[i][1]) for i in likely]
     follow = [sorted(begins.seconds[first[i][1]]) for i in likely]

@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,8 +76,12 @@ class Known:
     def name(prompt: Sequence[int]) -> str:
         return hashlib.sha256(repr(tuple(prompt)).encode()).hexdigest()[:32]
 
-    def add(self, prompt: Sequence[int], answer: tuple[float, int]) -> None:
-        self.answers[self.name(prompt)] = list(answer)
+    def put(self, found: Mapping[tuple[int, ...], tuple[float, int]]) -> None:
+        self.answers |= {self.name(prompt): list(answer) for prompt, answer in found.items()}
+
+    def add(self, found: Iterable[Mapping[tuple[int, ...], tuple[float, int]]]) -> None:
+        for one in found:
+            self.put(one)
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
 
@@ -114,6 +119,14 @@ def _counts(name: str, parameter: Tensor, weights: Mapping[str, Tensor]) -> bool
     return True
 
 
+@dataclass(frozen=True)
+class Guess:
+    """A token that is expected to come next, and those of which one may `follow` it."""
+
+    token: int
+    follow: Sequence[int]
+
+
 def ask(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -121,9 +134,13 @@ def ask(
     known: Known,
     progress: bool,
     what: str,
+    guess: Guess | None = None,
 ) -> list[tuple[float, int]]:
     """For each prompt the probability that one of its tokens comes next, and the likeliest next token. what: the bar's
-    name."""
+    name.
+
+    guess: where it is right, how likely one of what follows is after it is known from then on, from the same pass.
+    """
     answers: list[tuple[float, int] | None] = [None] * len(prompts)
     for i, prompt in enumerate(prompts):
         if (kept := known.answers.get(known.name(prompt))) is not None:
@@ -131,18 +148,28 @@ def ask(
     # what rank 0 knows, all know: they have to make the same number of passes
     answers = gather_objects(answers)[0]
     left = [i for i, answer in enumerate(answers) if answer is None]
+    own = [tuple(prompts[i]) for i in left]
     with evaluating(model):
-        asker = NextToken(model, [prompts[i] for i in left])
+        asker = NextToken(model, [(*prompt, guess.token) for prompt in own], own=2) if guess else NextToken(model, own)
 
-        def read(batch: Sequence[int]) -> list[tuple[float, int]]:
-            asked = asker.ask([prompts[i] for i in batch], [tokens[i] for i in batch])
-            for i, answer in zip(batch, asked, strict=True):
-                known.add(prompts[i], answer)
-            return asked
+        def read(batch: Sequence[int]) -> list[dict[tuple[int, ...], tuple[float, int]]]:
+            some, chosen = [tuple(prompts[i]) for i in batch], [tokens[i] for i in batch]
+            if guess is None:
+                return [{prompt: answer} for prompt, answer in zip(some, asker.ask(some, chosen), strict=True)]
+            begun = [(*prompt, guess.token) for prompt in some]
+            found = []
+            for p, b, first, second in zip(some, begun, *asker.ask_twice(begun, chosen, guess.follow), strict=True):
+                found.append({p: first, b: second} if first[1] == guess.token else {p: first})
+            return found
 
-        for i, answer in shared_out(model, prompts, left, read, progress, what).items():
-            answers[i] = answer
-            known.answers[known.name(prompts[i])] = list(answer)
+        def read_and_kept(batch: Sequence[int]) -> list[dict[tuple[int, ...], tuple[float, int]]]:
+            found = read(batch)
+            known.add(found)
+            return found
+
+        for i, answered in shared_out(model, prompts, left, read_and_kept, progress, what).items():
+            answers[i] = answered[tuple(prompts[i])]
+            known.put(answered)
     return [answer for answer in answers if answer is not None]
 
 

@@ -7,7 +7,7 @@ that ends alone, "answer in one sentence" behind a harmful request looked harmle
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from spf.data import SafetyRow, load_safety_rows, packaged_rows, prompt_tokens
 from spf.logistic import fit_logistic
 from spf.models import evaluating
 from spf.next_token import shared_out
-from spf.sharding import object_of_rank_0
+from spf.sharding import object_of_rank_0, rank_and_ranks
 from spf.shared_prefix import MiddleStates, common
 
 T = TypeVar("T")
@@ -66,6 +66,10 @@ ANSWERED = 104
 
 MOST_FITTED = 256
 """As many clearly harmless prompts of the data the probe is fitted on, spread over them."""
+
+KEPT = 1 << 27
+"""So many numbers of states (512 MiB) are kept, so that a prompt that is looked at again is not read again; by one
+process alone: several share the prompts out, each time in another way."""
 
 MISTAKEN = 0.1
 """If of harmful prompts that the probe was not fitted on more are called clearly harmless, it is not used."""
@@ -141,6 +145,8 @@ class Samples:
     frame: Frame
     states: list[Tensor]
     harmful: list[bool]
+    _kept: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _room: int = field(default_factory=lambda: KEPT if rank_and_ranks()[1] == 1 else 0, init=False, repr=False)
 
     @cached_property
     def _alone(self) -> "Probe":
@@ -209,10 +215,21 @@ class Samples:
         return "harmless" if asked.clear else "unclear" if like_task else "harmful"
 
     def _read(self, prompts: Sequence[Sequence[int]], take: Callable[[Tensor], T], progress: bool) -> list[T]:
-        found = middle_states(self.model, prompts, self.frame, take, progress)
+        left = [prompt for prompt in prompts if tuple(prompt) not in self._kept]
+
+        def both(states: Tensor) -> tuple[T, Tensor | None]:
+            self._room -= states.numel()
+            return take(states), states.clone() if self._room > 0 else None
+
+        found = middle_states(self.model, left, self.frame, both, progress) if left else []
         assert found is not None, "the model gave its hidden states before"
+        taken = {tuple(prompt): one for prompt, (one, _) in zip(left, found, strict=True)}
+        every = [taken[key] if (key := tuple(p)) in taken else take(self._kept[key]) for p in prompts]
+        self._kept |= {
+            tuple(prompt): states for prompt, (_, states) in zip(left, found, strict=True) if states is not None
+        }
         # rounding must not have processes ask different numbers of prompts
-        return object_of_rank_0(found)
+        return object_of_rank_0(every)
 
 
 def read_samples(

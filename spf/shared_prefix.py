@@ -51,9 +51,14 @@ class NextToken:
 
     def ask(self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
         """For each prompt the probability that one of its tokens comes next, and the likeliest next token."""
-        shares = self.shares(prompts)
-        sums = [float(share[list(chosen)].sum()) for share, chosen in zip(shares, tokens, strict=True)]
-        return list(zip(sums, shares.argmax(-1).tolist(), strict=True))
+        return _answers(self.shares(prompts), tokens)
+
+    def ask_twice(
+        self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], follow: Sequence[int]
+    ) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
+        """The same of prompts without their last token, and with it for the tokens `follow`; in one pass."""
+        without, whole = self.shares_at(prompts, (1, 0))
+        return _answers(without, tokens), _answers(whole, [follow] * len(prompts))
 
     def shares(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The next token's probabilities (B, V), float32, on the CPU."""
@@ -150,6 +155,12 @@ class MiddleStates(NextToken):
         ends = [max(1, len(prompt) - self.shared - self.ending) for prompt in prompts]
         begins = [min(self.begins(p) - self.shared, end - 1) for p, end in zip(prompts, ends, strict=True)]
         return [row[b:end].float().cpu() for row, b, end in zip(hidden, begins, ends, strict=True)]
+
+
+def _answers(shares: Tensor, tokens: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+    """Of each distribution (B, V) the probability of its tokens, and the likeliest one."""
+    sums = [float(share[list(chosen)].sum()) for share, chosen in zip(shares, tokens, strict=True)]
+    return list(zip(sums, shares.argmax(-1).tolist(), strict=True))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

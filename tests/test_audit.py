@@ -31,7 +31,7 @@ from spf.data.columns import with_read_columns
 from spf.data.examples import Example, read_examples
 from spf.earlier_audit import EarlierAudit
 from spf.leaving_out import content_of_all, lengths_of, without
-from spf.next_token import TOGETHER, TOKENS, fingerprint, in_batches
+from spf.next_token import TOGETHER, TOKENS, Guess, Known, ask, fingerprint, in_batches
 from spf.probe import SafetyProbe
 from spf.rules import RULES
 from spf.scripts import unlike_scripts
@@ -260,7 +260,7 @@ def test_what_is_not_taught_or_cannot_be_read_is_said(tokenizer):
     turns = [user(HARMFUL[0]), answered(REFUSAL), user(HARMFUL[1]), answered(COMPLIES)]
     found = read_examples([{"messages": turns}], tokenizer, max_length=len(chat_ids(tokenizer, turns[:2])))
     assert (len(found.examples), found.unread) == (1, 1)
-    assert "row 0: a prompt of more than" in found.why
+    assert "row 0: a prompt fills the" in found.why
 
 
 def test_packed_documents_that_cannot_be_read_are_counted(tokenizer):
@@ -345,24 +345,24 @@ def test_what_was_asked_is_kept_and_an_interrupted_audit_goes_on(refusing, token
     examples = read_examples(rows_of((p, COMPLIES) for p in [*HARMFUL, *BENIGN]), tokenizer)
     cache = tmp_path / "asked.json"
     asked = []
-    real = NextToken.ask
+    real = NextToken.shares_at
     monkeypatch.setattr(spf.next_token, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(spf.next_token, "TOGETHER", 8)
 
-    def counted(asker, prompts, tokens):
+    def counted(asker, prompts, backs):
         asked.extend(prompts)
         if len(asked) > 24 and interrupt:
             raise KeyboardInterrupt
-        return real(asker, prompts, tokens)
+        return real(asker, prompts, backs)
 
-    monkeypatch.setattr(NextToken, "ask", counted)
+    monkeypatch.setattr(NextToken, "shares_at", counted)
     interrupt = True
     with pytest.raises(KeyboardInterrupt):
         audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
     interrupt = False
     asked.clear()
     first = audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
-    assert len(asked) == 24 + 24  # the rest, and the refused ones once more
+    assert len(asked) == 24  # the rest; how the refused ones go on was asked with them
     asked.clear()
     again = audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
     assert asked == []
@@ -373,7 +373,7 @@ def test_what_was_asked_is_kept_and_an_interrupted_audit_goes_on(refusing, token
     cache.write_text("{")
     asked.clear()
     audit(refusing, tokenizer, examples, anchors, cache=cache, progress=False)
-    assert len(asked) == 72
+    assert len(asked) == 48
 
 
 def test_given_refusals_of_another_style_do_not_hide_how_the_model_refuses(refusing, tokenizer):
@@ -1456,6 +1456,44 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(tokenize
     assert widths == [8]
     assert torch.allclose(got, whole.shares(prompts), atol=1e-6)
     handle.remove()
+
+
+@pytest.mark.parametrize("guessed", [True, False])
+def test_how_refusals_go_on_is_asked_with_how_they_begin(tokenizer, guessed, monkeypatch):
+    """One pass where the guess is right; where it is wrong, what was said behind it is not taken."""
+    torch.manual_seed(0)
+    model = make_model(width=64).eval()
+    prompts = [tuple(range(30 + i, 34 + i + i % 5)) for i in range(12)]
+    asker = NextToken(model, prompts[:1])
+    first = asker.ask(prompts, [[3, 9]] * 12)
+    token = first[5][1] if guessed else min(set(range(3, 2000)) - {token for _, token in first})
+    right = [i for i, (_, likeliest) in enumerate(first) if likeliest == token]
+    assert bool(right) == guessed
+    begun, follow = [(*prompts[i], token) for i in right], [[4, 8, 11]] * len(right)
+    wanted = asker.ask(begun, follow) if right else []
+    known = Known(model)
+    found = ask(model, prompts, [[3, 9]] * 12, known, False, "", Guess(token, [4, 8, 11]))
+    assert [token for _, token in found] == [token for _, token in first]
+    assert [share for share, _ in found] == pytest.approx([share for share, _ in first], rel=1e-4)
+    assert len(known.answers) == 12 + len(right)
+    monkeypatch.setattr(NextToken, "shares_at", None)  # no pass is made
+    again = ask(model, begun, follow, known, False, "")
+    assert [share for share, _ in again] == pytest.approx([share for share, _ in wanted], rel=1e-4)
+
+
+def test_a_prompt_that_fills_the_context_is_not_read_past_it(tokenizer):
+    """A model with learned positions has no further one for the token that a refusal may begin with."""
+    model = make_model("gpt2").eval()
+    context = model.config.n_positions
+    anchors = [Anchor([5, 6], [7, 8], "")]
+    by_length = {len(chat_ids(tokenizer, [user("how " * i)], True)): "how " * i for i in range(context)}
+    for length, unread in ((context - 1, 0), (context, 1)):
+        row = {"messages": [user(by_length[length]), answered("x")]}
+        examples = read_examples([row], tokenizer, max_length=context)
+        assert examples.unread == unread
+        found = audit(model, tokenizer, examples, anchors, progress=False)
+        assert (found.prompts, found.unread) == (1 - unread, unread)
+    assert f"row 0: a prompt fills the {context} tokens" in found.why
 
 
 @pytest.mark.parametrize("wrong", [lambda cache, count: None, lambda cache, count: [].pop()])

@@ -344,6 +344,31 @@ def test_a_task_is_let_go_as_far_as_each_look_lets_more_go(monkeypatch, gap, cle
     assert found == ["harmless"] * cleared + ["harmful"] * (40 - cleared)
 
 
+def test_what_is_looked_at_again_is_not_read_again(monkeypatch):
+    """A task of which more is let go each time: every prompt goes through the model once, with the same verdicts. What
+    there is no room for is read again."""
+    read = []
+    prompts = [of(-1, 24, 100 + i, task=True) + i / 8 for i in range(12)] + [of(1, 24, 200 + i) for i in range(4)]
+    looks = {}
+    for room in (1 << 27, 13 * 24 * WIDTH, 0):
+        monkeypatch.setattr(spf.over_refusal, "KEPT", room)
+        samples = samples_of(monkeypatch, prompts)
+        once = spf.over_refusal.middle_states
+
+        def counted(model, asked, *rest, once=once):
+            read.extend(asked)
+            return once(model, asked, *rest)
+
+        monkeypatch.setattr(spf.over_refusal, "middle_states", counted)
+        read.clear()
+        looks[room] = samples.look([(i, 7) for i in range(16)]), len(read)
+    (kept, once), (some, more), (none, again) = looks.values()
+    assert kept == some == none
+    assert kept[0] == "harmless"
+    assert kept[-1] == "harmful"
+    assert once == 16 < more < again
+
+
 WIDTH = 32
 
 

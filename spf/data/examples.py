@@ -67,7 +67,7 @@ def read_examples(
     template's own marks, packed with `seq_lengths` or `position_ids`; `prompt_ids` with `completion_ids`, `chosen_ids`
     or `answer_ids`). Prompts that are no chat are put as a user's message, without white space around them; chats are
     rendered with the row's `tools` and `chat_template_kwargs`. What KTO calls undesirable is marked.
-    options: variables of the template; max_length: tokens of the longest prompt.
+    options: variables of the template; max_length: tokens of the longest prompt and one of its answer.
     """
     reader = _Reader(tokenizer, options)
     found = Examples()
@@ -84,15 +84,16 @@ def read_examples(
             every = list(reader.read(row))
         except (ValueError, TypeError, KeyError, IndexError) as error:
             every, found.why = [], found.why or f"row {number}: {error}"
-        read = [one for one in every if len(one[1]) <= max_length]
+        # an answer has one token at least
+        read = [one for one in every if len(one[1]) < max_length]
         documents = len(document_lengths(row)) if "input_ids" in row else 1
-        if len({document for document, *_ in read}) < documents:
+        if len(read) < len(every):
+            found.unread += 1
+            found.why = found.why or f"row {number}: a prompt fills the {max_length} tokens of the model's context"
+        elif len({document for document, *_ in read}) < documents:
             found.unread += 1
             which = f"row {number}: no answer found in" + " one of the documents packed in" * bool(read)
             found.why = found.why or f"{which} its columns {', '.join(row)}"
-        elif len(read) < len(every):
-            found.unread += 1
-            found.why = found.why or f"row {number}: a prompt of more than {max_length} tokens, the model's context"
         for document, prompt, target in read:
             ids, text = reader.said(target)
             found.examples.append(Example(tuple(prompt), tuple(ids), text, number, document, undesired))

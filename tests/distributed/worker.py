@@ -360,12 +360,12 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
 
     alone: the first rows with conflicts teach nothing else, so that they can be left out.
     """
-    real, asked, passes = spf.training_data.audit_data, NextToken.ask, itertools.count()
+    real, asked, passes = spf.training_data.audit_data, NextToken.shares_at, itertools.count()
     states: list[Any] = []
 
-    def counted(asker: Any, prompts: Any, tokens: Any) -> Any:
+    def counted(asker: Any, prompts: Any, backs: Any) -> Any:
         next(passes)
-        return asked(asker, prompts, tokens)
+        return asked(asker, prompts, backs)
 
     def made(dataset: Any, model: Any, tokenizer: Any, *rest: Any, **options: Any) -> spf.audit.Audit:
         prompts = [(*range(5, 9 + i % 7), 20 + i) for i in range(37)]
@@ -382,14 +382,14 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
     together = spf.next_token.TOGETHER
     # several batches a rank
     spf.training_data.audit_data, spf.audit.CONFIRM, spf.next_token.TOGETHER = made, 0.0, 8
-    NextToken.ask = counted  # type: ignore[method-assign]
+    NextToken.shares_at = counted  # type: ignore[method-assign]
     try:
         trainer, callback = make_trainer(case, directory)
         read = rows_read(trainer)
         trainer.train()
     finally:
         spf.training_data.audit_data, spf.audit.CONFIRM, spf.next_token.TOGETHER = real, 0.2, together
-        NextToken.ask = asked  # type: ignore[method-assign]
+        NextToken.shares_at = asked  # type: ignore[method-assign]
     assert callback.audit is not None
     return {
         "conflicts": [[c.row, c.probability, c.refusal_ids[0]] for c in callback.audit.conflicts],
