@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from spf.announce import EARLIER, INERT, MOVED, OTHER_BASE, audit_lines, earlier_line, first_lines
 from spf.checkpoint import LeftOut, Saved
+from spf.collated import line_of, others
 from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
 from spf.going_on import earlier_subspace, mark, other_base, refuse_switched
@@ -103,6 +104,10 @@ def begin(
             samples.choose(model, tokenizer)
         if data.found is None:
             data.audit(data_of(loader), model, tokenizer, samples.rows, output)
+    collated: list[str] = []
+    if data.found is not None and data.found.verdicts is not None:
+        asked = data.found.verdicts.asked
+        collated = line_of(*others(loader, args.train_batch_size, asked, tokenizer, data.options), settings.conflicts)
     before = saved.state if saved else None
     data.split(loader, tokenizer, before)
     anchors, reworded, calibration = samples.tokens(tokenizer, limit)
@@ -158,7 +163,7 @@ def begin(
     took["bases"] = attachment.seconds["setup"]
     lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered, took)
     if data.found is not None:
-        lines[-1:-1] = audit_lines(data, rule, earlier is not None)
+        lines[-1:-1] = [*audit_lines(data, rule, earlier is not None), *collated]
     elif data.left_out:
         left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
         lines[-1:-1] = [f"{left_out}, as in the run that goes on; {remaining(data)}"]
