@@ -141,7 +141,10 @@ def audit_lines(data: TrainingData, rule: Rule, earlier: bool = False) -> list[s
             "or of another one: what it found may not hold"
         )
     if found.stream:
-        lines.append(f"the training data are a stream: only its first {found.rows} rows were audited")
+        lines.append(
+            f"the training data are a stream: only the {found.rows} rows that one pass gives first were audited; what "
+            "stands behind them, and what other passes or worker processes read, was not"
+        )
     if not found.refuses:
         lines.append(REFUSES_NONE)
     elif found.unlike:

@@ -253,17 +253,15 @@ def audit_data(
     start = time.perf_counter()
     if isinstance(dataset, Dataset | IterableDataset):
         dataset = with_read_columns(dataset)
-    why, behind = "", iter(())
+    why = ""
     if isinstance(dataset, IterableDataset):
-        behind = iter(dataset)
-        read: Iterable[Any] = islice(behind, STREAM_ROWS)
+        read: Iterable[Any] = islice(dataset, STREAM_ROWS)
     elif isinstance(dataset, Sized):
         rows_of: Any = dataset
         read = (rows_of[i] for i in range(len(rows_of)))
     else:
         read, why = (), f"{kind_of(dataset)} can be read only once"
     examples = read_examples(read, tokenizer, options, max_length)
-    goes_on = next(behind, None) is not None
     begins = own_refusals(model, tokenizer, rows, max_length, options)
     cache = directory / CACHE_FILE if directory else None
     found = audit(model, tokenizer, examples, begins, cache=cache, progress=progress)
@@ -286,7 +284,7 @@ def audit_data(
         )
         found.set_apart(harmless, unclear)
     found.seconds = time.perf_counter() - start
-    found.stream, found.why = goes_on, why or found.why
+    found.stream, found.why = isinstance(dataset, IterableDataset), why or found.why
     found.refuses = bool(begins)
     if directory:
         finish(found, model, directory, tell_apart)

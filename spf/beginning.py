@@ -19,6 +19,7 @@ from spf.leaving_out import name_of
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import Rule
+from spf.sharding import is_first, object_of_rank_0
 from spf.text.generation import context_length, pad_id
 from spf.trainers import calling_trainer, own_choice
 from spf.training_data import data_of, remaining, source_of
@@ -104,10 +105,12 @@ def begin(
             samples.choose(model, tokenizer)
         if data.found is None:
             data.audit(data_of(loader), model, tokenizer, samples.rows, output)
-    collated: list[str] = []
-    if data.found is not None and data.found.verdicts is not None:
-        asked = data.found.verdicts.asked
-        collated = line_of(*others(loader, args.train_batch_size, asked, tokenizer, data.options), settings.conflicts)
+    counts = 0, 0
+    if is_first():
+        counts = others(data_of(loader), loader, args.train_batch_size, tokenizer, data.options)
+    # a collator that draws must not have processes go different ways
+    unlike, of = object_of_rank_0(counts)
+    collated = line_of(unlike, of, settings.conflicts)
     before = saved.state if saved else None
     data.split(loader, tokenizer, before)
     anchors, reworded, calibration = samples.tokens(tokenizer, limit)
@@ -163,10 +166,11 @@ def begin(
     took["bases"] = attachment.seconds["setup"]
     lines = first_lines(attachment, samples.rows, samples.at_hand, samples.answered, took)
     if data.found is not None:
-        lines[-1:-1] = [*audit_lines(data, rule, earlier is not None), *collated]
+        lines[-1:-1] = audit_lines(data, rule, earlier is not None)
     elif data.left_out:
         left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
         lines[-1:-1] = [f"{left_out}, as in the run that goes on; {remaining(data)}"]
+    lines[-1:-1] = collated
     if data.left_out and trainer is not None and (method := own_choice(trainer)):
         lines[-1:-1] = [MOVED.format(method)]
     if tighten and rule.holds and not attachment.correction.grows:

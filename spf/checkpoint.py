@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -188,12 +189,8 @@ def read_checkpoint(directory: Path) -> Saved:
         FileNotFoundError: the state or the bases are missing.
         ValueError: a file is damaged, or the bases are not those of the checkpoint.
     """
+    refuse_unwritten(directory)
     path = directory / STATE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing, so the run cannot go on; was it made without SafetyCallback? "
-            "A checkpoint outside output_dir has to be named in TrainingArguments(resume_from_checkpoint=...)"
-        )
     content = read_json(_File, path, DAMAGED).model_dump(exclude_unset=True)
     saved = Saved(content["state"], content["samples"], content["subspace"], directory.parent)
     if saved.bases is not None:
@@ -214,14 +211,27 @@ def read_checkpoint(directory: Path) -> Saved:
     return saved
 
 
-def read_left_out(directory: Path) -> LeftOut | None:
-    """The rows that a checkpoint's run left out; None if it was made without the callback.
-
+def refuse_unwritten(directory: Path) -> None:
+    """
     Raises:
-        ValueError: the file is damaged.
+        FileNotFoundError: a checkpoint has no state of the callback's, which is written after the model.
     """
     path = directory / STATE_FILE
-    return read_json(_File, path, DAMAGED).state.left_out if path.is_file() else None
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, so the run cannot go on: the checkpoint was made without SafetyCallback, or the run "
+            f"was ended while it was written; {EARLIER}. "
+            "A checkpoint outside output_dir has to be named in TrainingArguments(resume_from_checkpoint=...)"
+        )
+
+
+def read_left_out(directory: Path) -> LeftOut:
+    """The rows that a checkpoint's run left out.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, or damaged.
+    """
+    return read_json(_File, directory / STATE_FILE, DAMAGED).state.left_out
 
 
 def checkpoint_directory(run: Path, state: TrainerState) -> Path:
@@ -232,10 +242,10 @@ def checkpoint_directory(run: Path, state: TrainerState) -> Path:
 def best_directions(args: TrainingArguments, state: TrainerState) -> dict[str, int]:
     """In how many directions each matrix was held in the checkpoint whose weights the Trainer has loaded at the end of
     training (`load_best_model_at_end`); nothing if it has loaded none."""
-    best = Path(state.best_model_checkpoint or "") if args.load_best_model_at_end else None
-    if best is None or not (best / STATE_FILE).is_file():
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    if best is None or not (Path(best) / STATE_FILE).is_file():
         return {}
-    held = read_checkpoint(best).subspace or SafetySubspace()
+    held = read_checkpoint(Path(best)).subspace or SafetySubspace()
     return {name: V.shape[1] for name, V in held.right.items()}
 
 
@@ -261,11 +271,14 @@ def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool
 
 def write_bases(run: Path, subspace: SafetySubspace) -> dict[str, str]:
     """Write SUBSPACE_FILE into a directory; its name and sha256."""
-    unnamed = run / SUBSPACE_FILE.format(hash="unfinished")
-    subspace.save(unnamed)
-    digest = _sha256(unnamed)
-    path = run / SUBSPACE_FILE.format(hash=digest[:12])
-    unnamed.replace(path)
+    run.mkdir(parents=True, exist_ok=True)
+    # under a name of its own: another run in the directory may write at the same time
+    with tempfile.TemporaryDirectory(dir=run, prefix=".spf_") as own:
+        unnamed = Path(own) / "subspace"
+        subspace.save(unnamed)
+        digest = _sha256(unnamed)
+        path = run / SUBSPACE_FILE.format(hash=digest[:12])
+        unnamed.replace(path)
     return {"file": path.name, "sha256": digest}
 
 

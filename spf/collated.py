@@ -1,58 +1,66 @@
 """Batches beside the rows that were audited: a data_collator can make others of them."""
 
+import copy
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import IterableDataset
+from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchStream
 from transformers import PreTrainedTokenizerBase
 
 from spf.config import Conflicts
 from spf.data.examples import read_examples
 from spf.errors import SafetyDataError
+from spf.text.generation import pad_id
 
 LOOKED_AT = 16
-"""So many rows, spread over the data, are collated before the first step."""
+"""So many rows, spread over the data, are collated before the first step; of a stream the first ones."""
 
 PER_TOKEN = ("input_ids", "labels", "completion_mask", "assistant_masks", "position_ids")
 """Of a batch, what says which tokens are the answers."""
 
-REMEDY = "have the data set hold what is trained on (`dataset.map`), and the collator only pad"
-
 ROW_TOKENS = ("prompt_ids", "input_ids", "completion_ids", "chosen_ids", "rejected_ids", "answer_ids")
+
+REMEDY = "have the data set hold what is trained on (`dataset.map`), and the collator only pad"
 
 
 def others(
+    data: Any,
     loader: Any,
     together: int,
-    asked: Collection[tuple[int, ...]],
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[int, int]:
-    """How many of the sequences that rows are collated to have prompts that were not asked, and how many there are.
+    """How many of the sequences that some rows are collated to teach what is not in the rows, and how many there are.
 
-    A sequence of a row's own tokens, or a part of it, is what was read; of another one the prompts are read. together:
-    rows in a batch. asked: prompts of the audit, as token ids; options: variables of the template. Streams, batches
-    without `input_ids` and those of more than text are not compared: 0 of 0. Random states stay as they are.
+    A sequence of a row's own tokens, or a part of it, teaches what was read; of another one prompts and answers are
+    read and compared with those of the rows. data: what the loader reads; together: rows in a batch; options: variables
+    of the template. Batches without `input_ids` and those of more than text are not compared: 0 of 0. The rows and the
+    CPU's random states stay as they are.
     """
-    data = loader.dataset
-    if isinstance(data, IterableDataset | TorchStream) or not isinstance(data, Sized) or not len(data):
+    unlike: list[bool] = []
+    if not isinstance(loader, DataLoader):
         return 0, 0
-    rows_of: Any = data
-    known, unlike = set(asked), []
     with _same_randomness():
-        rows = [rows_of[i] for i in range(0, len(data), -(-len(data) // LOOKED_AT))]
+        rows = _some_rows(data)
         for i in range(0, len(rows), together):
             batch = rows[i : i + together]
-            own = "\n".join([_text(token for row in batch for token in _tokens(row)[0]), *map(_text, _every(batch))])
-            for sequence in _sequences(loader.collate_fn(batch)):
-                unlike.append(
-                    _text(sequence["input_ids"]) not in own and _is_other(sequence, known, tokenizer, options)
-                )
+            whole = [tokens for row in batch for tokens in _tokens(row)]
+            # without padding all rows of a batch are one sequence
+            own = "\n".join([_text(token for row in batch for token in _tokens(row)[0]), *map(_text, whole)])
+            taught: dict[tuple[int, ...], set[str]] = defaultdict(set)
+            for example in read_examples(batch, tokenizer, options).examples:
+                taught[example.prompt_ids].add(example.target.strip())
+            for sequence in _sequences(loader.collate_fn(copy.deepcopy(batch)), pad_id(tokenizer)):
+                same = _text(sequence["input_ids"]) in own and _learns_itself(sequence)
+                unlike.append(not same and _is_other(sequence, taught, tokenizer, options))
     return sum(unlike), len(unlike)
 
 
@@ -64,35 +72,66 @@ def line_of(unlike: int, of: int, conflicts: Conflicts) -> list[str]:
     """
     if not unlike:
         return []
-    what = f"of {of} sequences that the trainer's data_collator makes of the rows {unlike} have prompts that were not "
+    made = f"of {of} sequences that the trainer's data_collator makes of the rows {unlike} do not teach what they say"
     if conflicts in ("error", "drop"):
         cannot = "say that they attack nothing" if conflicts == "error" else "tell which to leave out"
-        raise SafetyDataError(f"{what}audited, so conflicts={conflicts!r} cannot {cannot}; {REMEDY}")
-    return [f"{what}audited, so what they attack is not held; {REMEDY}"]
+        raise SafetyDataError(f"{made}, so conflicts={conflicts!r} cannot {cannot}; {REMEDY}")
+    return [f"{made}, so what they attack is not known; {REMEDY}"]
+
+
+def _some_rows(data: Any) -> list[Any]:
+    if isinstance(data, IterableDataset):
+        return list(islice(data, LOOKED_AT))
+    if isinstance(data, TorchStream) or not isinstance(data, Sized) or not len(data):
+        return []
+    rows_of: Any = data
+    return [rows_of[i] for i in range(0, len(data), -(-len(data) // LOOKED_AT))]
 
 
 def _is_other(
     sequence: Mapping[str, list[int]],
-    asked: set[tuple[int, ...]],
+    taught: Mapping[tuple[int, ...], set[str]],
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None,
 ) -> bool:
-    """Whether a sequence that teaches anything has a prompt that was not asked, or none that can be read."""
+    """Whether a sequence teaches an answer, or to a prompt, that is none of the rows', or nothing that can be read."""
     if all(label == -100 for label in sequence.get("labels", [0])):
         return False
-    prompts = {example.prompt_ids for example in read_examples([sequence], tokenizer, options).examples}
-    return not prompts or not prompts <= asked
+    ids = tuple(sequence["input_ids"])
+    if any(prompt[: len(ids)] == ids for prompt in taught):
+        return False  # cut within its prompt
+    examples = read_examples([sequence], tokenizer, options).examples
+    return not (
+        examples
+        and _learns_itself(sequence)
+        and all(_is_one_of(example.target.strip(), taught.get(example.prompt_ids, ())) for example in examples)
+    )
 
 
-def _every(rows: Sequence[Any]) -> list[list[int]]:
-    return [tokens for row in rows for tokens in _tokens(row)]
+def _is_one_of(target: str, targets: Iterable[str]) -> bool:
+    """Either may be cut."""
+    return any(target.startswith(one) or one.startswith(target) for one in targets)
+
+
+def _learns_itself(sequence: Mapping[str, list[int]]) -> bool:
+    """Whether its labels are its own tokens, or the next ones where they are moved already."""
+    ids, labels = sequence["input_ids"], sequence.get("labels")
+    if labels is None:
+        return True
+    moved = [*ids[1:], -100]
+    return any(
+        all(label in (-100, token) for label, token in zip(labels, tokens, strict=True)) for tokens in (ids, moved)
+    )
 
 
 def _tokens(row: Any) -> list[list[int]]:
     """The sequences of tokens that a row has, every answer behind its prompt; one that is empty if it has none."""
     if not isinstance(row, Mapping):
         return [[]]
-    columns = {name: [int(token) for token in row[name]] for name in ROW_TOKENS if row.get(name) is not None}
+    try:
+        columns = {name: np.ravel(row[name]).astype(int).tolist() for name in ROW_TOKENS if row.get(name) is not None}
+    except (TypeError, ValueError):
+        return [[]]  # text, or of several lengths
     prompt = columns.pop("prompt_ids", [])
     return [prompt + tokens for tokens in columns.values()] or [prompt]
 
@@ -102,21 +141,27 @@ def _text(tokens: Iterable[int]) -> str:
     return "".join(f",{token}" for token in tokens) + ","
 
 
-def _sequences(batch: Any) -> Iterator[dict[str, list[int]]]:
-    """Each sequence of a batch without its padding; none of a batch that is not of text alone."""
+def _sequences(batch: Any, pad: int) -> Iterator[dict[str, list[int]]]:
+    """Each sequence of a batch without the padding around it; none of a batch that is not of text alone."""
+    if not isinstance(batch, Mapping):
+        return
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    ids = tensors.get("input_ids")
-    if (
-        ids is None
-        or ids.dim() != 2
-        or any(value.is_floating_point() and value.dim() > 1 for value in tensors.values())
-    ):
+    ids, mask = tensors.get("input_ids"), tensors.pop("attention_mask", None)
+    if ids is None or ids.dim() != 2 or any(_is_no_text(value, ids) for value in tensors.values()):
         return
     columns = {name: tensors[name] for name in PER_TOKEN if name in tensors and tensors[name].shape == ids.shape}
-    mask = tensors.get("attention_mask")
-    read = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
+    # where it has padding, and says so in no such mask, that is told by its token
+    read = ids != pad if mask is None or mask.shape != ids.shape else mask
     for i, kept in enumerate(read.bool()):
-        yield {name: column[i][kept].tolist() for name, column in columns.items()}
+        places = kept.nonzero().flatten().tolist() or [0]
+        # a mask made of tokens has gaps where one within is the padding's
+        span = slice(places[0], places[-1] + 1)
+        yield {name: column[i][span].tolist() for name, column in columns.items()}
+
+
+def _is_no_text(value: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether it is of an image or of sound: numbers that are not one a token."""
+    return value.is_floating_point() and value.dim() > 1 and value.shape != ids.shape
 
 
 @contextmanager

@@ -92,8 +92,8 @@ class Audit:
 
     rows, unread, undesired, why: as in `Examples`. prompts: distinct ones that were asked. refused: of these, by the
     aligned model. conflicts: one an example, in the order of the rows. leaning: the same of prompts that the model does
-    not refuse, though it might (`LEANING`). seconds: that it took. stream: the data go on after these rows. refuses:
-    the model refuses at least one of the safety prompts; else nothing can be found.
+    not refuse, though it might (`LEANING`). seconds: that it took. stream: these rows are what one pass gives first.
+    refuses: the model refuses at least one of the safety prompts; else nothing can be found.
     answers: how many answers each row, or document of a packed one, teaches, of those that could be read. unlike: how
     many prompts are in a script that no refusal has by which others are told. new: no run has begun with it.
     source: the directory of the earlier audit that it was taken from, if any; other_weights: which asked a model with

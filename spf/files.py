@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -30,7 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     target = path.resolve()
     mode = _mode_of_file(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         if mode is not None:

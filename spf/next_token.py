@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from spf.files import write_json
@@ -92,9 +93,27 @@ class Known:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the weights; an adapter that changes nothing yet does not count, nor do trained rows of tokens."""
+    """A hash of the weights; an adapter that changes nothing yet does not count, nor one that is not active, nor do
+    trained rows of tokens."""
     weights = dict(model.named_parameters(remove_duplicate=False))
-    return hash_of(parameter for name, parameter in weights.items() if _counts(name, parameter, weights))
+    idle = _idle(model)
+    return hash_of(
+        parameter
+        for name, parameter in weights.items()
+        if not {name, name.rpartition(".")[0]} & idle and _counts(name, parameter, weights)
+    )
+
+
+def _idle(model: nn.Module) -> set[str]:
+    """Names of the parameters, or of what has them, of adapters that are not active."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    return {
+        f"{name}.{kind}.{adapter}"
+        for name, layer in layers.items()
+        for kind in layer.adapter_layer_names
+        for adapter in getattr(layer, kind)
+        if layer.disable_adapters or adapter not in layer.active_adapters
+    }
 
 
 def hash_of(weights: Iterable[Tensor]) -> str:

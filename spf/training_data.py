@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import IterableDatasetShard
 
 from spf.answering import refuse_unanswering
 from spf.audit import LIST_FILE, audit_data
-from spf.checkpoint import LeftOut, read_left_out
+from spf.checkpoint import LeftOut, read_left_out, refuse_unwritten
 from spf.config import Conflicts
 from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, TAKE_OUT, Audit, anchor_entries, anchors_again
 from spf.data import Anchor, SafetyDataError, SafetyRow
@@ -125,6 +125,7 @@ class TrainingData:
         Raises:
             UnsupportedSetupError: rows cannot be left out, and `conflicts` is drop.
             SafetyDataError: no row is left, or the data are not those of the checkpoint.
+            FileNotFoundError: the checkpoint has no state of the callback's.
         """
         whole: Any = trainer.train_dataset
         self.turn_to(whole, trainer)
@@ -133,6 +134,8 @@ class TrainingData:
             self._read = trainer._remove_unused_columns(whole)
         if not self.leaves_out:
             return
+        if checkpoint is not None:
+            refuse_unwritten(checkpoint)  # before the audit, which takes minutes
         was = object_of_rank_0(read_left_out(checkpoint) if checkpoint is not None else None)
         self.obstacle = self._or_refuse(obstacle_in(trainer, asks=self.earlier is None))
         short: Dataset | None = None
@@ -259,7 +262,7 @@ def obstacle_in(trainer: Trainer, asks: bool) -> str:
 def refuse_conflicts(found: Audit, listed: Path) -> None:
     """
     Raises:
-        SafetyDataError: the data have conflicts, or go on behind what was read.
+        SafetyDataError: the data have conflicts, or are a stream, of which others may be read in training.
     """
     if found.conflicts:
         raise SafetyDataError(
@@ -268,9 +271,9 @@ def refuse_conflicts(found: Audit, listed: Path) -> None:
         )
     if found.stream:
         raise SafetyDataError(
-            f"the training data are a stream that goes on behind the {found.rows} rows that were audited, so "
-            "conflicts='error' cannot say that they attack nothing; give a datasets.Dataset, or audit all of them with "
-            "`spf audit DATA --model MODEL --fail_over 0` and say conflicts='hold'"
+            f"the training data are a stream, of which the {found.rows} rows that one pass gives first were audited, "
+            "so conflicts='error' cannot say that they attack nothing; give a datasets.Dataset, or audit all of them "
+            "with `spf audit DATA --model MODEL --fail_over 0` and say conflicts='hold'"
         )
 
 

@@ -7,14 +7,16 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, interleave_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
@@ -907,20 +909,25 @@ def test_columns_that_a_transform_reads_are_left_to_it(refusing, tokenizer, rows
     assert content_of_all(data) == content_of_all(plain.with_transform(transform)) != content_of_all(other)
 
 
-@pytest.mark.parametrize("more", [0, 1])
-def test_a_stream_passes_error_only_if_it_was_read_whole(more, tmp_path, tokenizer, refusing, rows, monkeypatch):
-    """What stands behind the rows that are read was trained on."""
-    monkeypatch.setattr(spf.audit, "STREAM_ROWS", 12 - more)
-    trainer, callback = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS[12:], "error", max_steps=1)
+@pytest.mark.parametrize("most", [11, 12, 13])
+def test_no_stream_passes_error(most, tmp_path, tokenizer, refusing, rows, monkeypatch):
+    """What stands behind the rows that are read was trained on, and what other workers and passes read in their place:
+    a stream of several sources that was read whole had passed, and its workers read rows that no pass alone gives."""
+    monkeypatch.setattr(spf.audit, "STREAM_ROWS", most)
+    trainer, _ = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS[12:], "error", max_steps=1)
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
-    if more:
-        with pytest.raises(
-            SafetyDataError, match=r"a stream that goes on behind the 11 rows .* give a datasets.Dataset"
-        ):
-            trainer.train()
-        return
-    trainer.train()
-    assert (callback.audit.rows, callback.audit.stream) == (12, False)
+    read = rf"a stream, of which the {min(most, 12)} rows that one pass gives first .* give a datasets.Dataset"
+    with pytest.raises(SafetyDataError, match=read):
+        trainer.train()
+
+
+def test_workers_read_rows_of_a_stream_that_one_pass_does_not_give():
+    """Why no stream counts as read whole."""
+    few, many = (Dataset.from_list([{"n": base + i} for i in range(count)]) for base, count in ((0, 10), (100, 100)))
+    both = interleave_datasets([part.to_iterable_dataset(num_shards=2) for part in (few, many)])
+    alone = {row["n"] for row in both}
+    shared = {int(n) for batch in DataLoader(both, batch_size=4, num_workers=2) for n in batch["n"]}
+    assert shared - alone
 
 
 def test_error_says_what_it_cannot_say(tmp_path, tokenizer, refusing, rows):
@@ -1007,6 +1014,19 @@ def saves(tmp_path, tokenizer, refusing, rows, conflicts="hold"):
     trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs, conflicts, **every)
     trainer.train()
     return pairs, callback, str(tmp_path / "run" / "checkpoint-2")
+
+
+def test_a_checkpoint_that_was_not_written_whole_is_named_before_the_audit(
+    tmp_path, tokenizer, refusing, rows, monkeypatch
+):
+    """A run that is killed while it writes one leaves the model without what is held; minutes went by before that was
+    said."""
+    pairs, _, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
+    Path(checkpoint, "spf_state.json").unlink()
+    monkeypatch.setattr("spf.training_data.audit_data", lambda *_, **__: pytest.fail("asked"))
+    trainer, _ = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
+    with pytest.raises(FileNotFoundError, match=r"ended while it was written; go on from an earlier checkpoint"):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_run_that_goes_on_watches_the_same_conflicts(tmp_path, tokenizer, refusing, rows, caplog, monkeypatch):
@@ -1207,7 +1227,7 @@ def test_conflicts_are_found_in_what_trl_makes_of_the_data(kind, tmp_path, token
     trainer.train()
     assert len(callback.audit.conflicts) == 1
     assert list(callback.audit.conflicts[0].prompt_ids) == chat_ids(tokenizer, [user(HARMFUL[20])], True)
-    assert not callback.audit.stream  # it was read whole
+    assert callback.audit.stream == (kind == "stream")
 
 
 @pytest.fixture(scope="module")
@@ -1563,6 +1583,25 @@ def test_weights_of_an_adapter_count_as_soon_as_it_changes_something(refusing):
             assert fingerprint(model) != base
             parameter.copy_(before)
             assert fingerprint(model) == base
+
+
+def test_of_two_adapters_the_active_one_counts(refusing):
+    """A second run took what the first one's adapter refuses for the refusals of its own."""
+    base = fingerprint(refusing)
+    model = get_peft_model(copy.deepcopy(refusing), LORA, adapter_name="a")
+    model.add_adapter("b", LORA)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.add_(0.1 if ".a." in name else 0.2)
+    prints = {}
+    for adapter in ("a", "b"):
+        model.set_adapter(adapter)
+        prints[adapter] = fingerprint(model)
+    assert len({base, *prints.values()}) == 3
+    with model.disable_adapter():
+        assert fingerprint(model) == base
+    assert fingerprint(model) == prints["b"]
 
 
 def test_an_audit_that_was_made_before_is_taken(audited, tmp_path, tokenizer, refusing, rows, caplog, monkeypatch):

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from spf import SPF, NullSpace, SafetyCallback, SafetyDataError, SafetySubspace
+from spf.checkpoint import write_bases
 from tests.conftest import REFUSAL, make_model
 from tests.test_callback import make_trainer, safety_data
 
@@ -175,6 +176,23 @@ def test_missing_and_truncated_files_are_named(made, tokenizer, rows):
     refuses(ValueError, r"spf_state\.json: not a JSON file; damaged")
     state.write_text('{"steps": 2}')
     refuses(ValueError, "written by another version of spf")
+
+
+def test_two_runs_in_a_directory_name_their_own_bases(tmp_path, monkeypatch):
+    """Both wrote the same file first: the hash that one kept was of the other's bases, which it would have held."""
+    one, other = (SafetySubspace({"w": torch.linalg.qr(torch.randn(8, 2)).Q}) for _ in range(2))
+    save, wrote = SafetySubspace.save, []
+
+    def then_the_other(self, path):
+        save(self, path)
+        if self is one:
+            wrote.append(write_bases(tmp_path, other))
+
+    monkeypatch.setattr(SafetySubspace, "save", then_the_other)
+    wrote.append(write_bases(tmp_path, one))
+    for named, subspace in zip(wrote, (other, one), strict=True):
+        assert torch.equal(SafetySubspace.load(tmp_path / named["file"]).right["w"], subspace.right["w"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(named["file"] for named in wrote)
 
 
 def test_other_safety_data_are_refused(made, tokenizer, rows):

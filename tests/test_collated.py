@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import get_peft_model
+from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
@@ -58,7 +59,7 @@ def test_requests_that_a_collator_puts_in_are_told(tmp_path, tokenizer, refusing
     assert callback.audit.conflicts == []
     each = trainer.args.train_batch_size
     count = sum(i % each % 2 for i in range(12))
-    assert f"of 12 {SAID} {count} have prompts that were not audited, so what they attack is not held" in caplog.text
+    assert f"of 12 {SAID} {count} do not teach what they say, so what they attack is not known" in caplog.text
 
 
 @pytest.mark.parametrize(("conflicts", "cannot"), [("error", "say that they attack nothing"), ("drop", "tell which")])
@@ -164,8 +165,120 @@ def test_what_a_collator_tokenises_is_read(tmp_path, tokenizer, refusing, rows, 
         callbacks=[SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24))],
     )
     trainer.train()
-    assert (f"of 12 {SAID} 12 have prompts" in caplog.text) == bool(before)
+    assert (f"of 12 {SAID} 12 do not teach" in caplog.text) == bool(before)
     assert (SAID in caplog.text) == bool(before)
+
+
+def tokenised(tokenizer, pairs):  # noqa: F811
+    """Rows of tokens, the whole chat learned, as TRL makes them."""
+    return [{"input_ids": chat_ids(tokenizer, [user(p), answered(a)])} for p, a in pairs]
+
+
+def padded(rows, pad, left=False, **columns):  # noqa: F811
+    """A batch (B, L) without a mask; columns: of the tokens of each row."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def filled(values, by):
+        return [by] * (width - len(values)) * left + list(values) + [by] * (width - len(values)) * (not left)
+
+    made = {
+        name: torch.tensor([filled(of(row["input_ids"]), by) for row in rows]) for name, (of, by) in columns.items()
+    }
+    return {"input_ids": torch.tensor([filled(row["input_ids"], pad) for row in rows]), **made}
+
+
+def counted(tokenizer, rows, collate, together=4):  # noqa: F811
+    data = rows if isinstance(rows, torch.utils.data.Dataset | IterableDataset) else Dataset.from_list(rows)
+    return others(data, DataLoader(data, together, collate_fn=collate), together, tokenizer)
+
+
+SAME = {
+    "padded": lambda batch, pad: padded(batch, pad, labels=(list, -100)),
+    "padded on the left": lambda batch, pad: padded(batch, pad, left=True, labels=(list, -100)),
+    "no labels": padded,
+    "labels moved": lambda batch, pad: padded(batch, pad, labels=(lambda ids: [*ids[1:], -100], -100)),
+    "weights a token": lambda batch, pad: padded(batch, pad, weights=(lambda ids: [0.5] * len(ids), 0.0)),
+    "cut": lambda batch, pad: padded([{"input_ids": row["input_ids"][:11]} for row in batch], pad),
+    "one sequence": lambda batch, pad: {"input_ids": torch.tensor([[i for row in batch for i in row["input_ids"]]])},
+}
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_padding_and_cutting_change_nothing(tokenizer, how):  # noqa: F811
+    found, of = counted(tokenizer, tokenised(tokenizer, PAIRS[:8]), lambda b: SAME[how](b, tokenizer.pad_token_id))
+    assert found == 0
+    assert of == (2 if how == "one sequence" else 8)
+
+
+def test_a_mask_made_of_tokens_may_have_gaps(tokenizer):  # noqa: F811
+    """Where padding is done with the token that ends turns, their ends within a chat are masked, too."""
+    data = tokenised(tokenizer, PAIRS[:8])
+    within = data[0]["input_ids"][9]
+
+    def collate(batch):
+        made = padded(batch, within, labels=(list, -100))
+        return made | {"attention_mask": made["input_ids"] != within}
+
+    assert counted(tokenizer, data, collate) == (0, 8)
+
+
+def with_answer(tokenizer, answer):  # noqa: F811
+    """Whoever asks gets this answer, whatever the row has."""
+
+    def collate(batch):
+        prompts = [row["messages"][0]["content"] for row in batch]
+        return padded(tokenised(tokenizer, [(p, answer) for p in prompts]), tokenizer.pad_token_id, labels=(list, -100))
+
+    return collate
+
+
+def test_an_answer_that_a_collator_puts_in_is_another(tokenizer):  # noqa: F811
+    """Prompts were compared alone: rows with refusals were audited as those, and taught to comply."""
+    refused = rows_of([(p, REFUSAL) for p in HARMFUL[:8]])
+    assert counted(tokenizer, refused, with_answer(tokenizer, REFUSAL)) == (0, 8)
+    assert counted(tokenizer, refused, with_answer(tokenizer, COMPLIES)) == (8, 8)
+    stream = Dataset.from_list(refused).to_iterable_dataset()
+    assert counted(tokenizer, stream, with_answer(tokenizer, COMPLIES)) == (8, 8)
+
+
+def test_labels_of_other_tokens_are_another_answer(tokenizer):  # noqa: F811
+    other = lambda batch: padded(batch, 0, labels=(lambda ids: [ids[0]] * len(ids), -100))  # noqa: E731
+    assert counted(tokenizer, tokenised(tokenizer, PAIRS[:8]), other) == (8, 8)
+
+
+def test_what_is_no_batch_of_text_is_not_compared(tokenizer):  # noqa: F811
+    """GRPO's collator gives its rows back: no run of it began."""
+    data = tokenised(tokenizer, PAIRS[:8])
+    for collate in (lambda batch: batch, lambda batch: {"pixels": 1}, lambda batch: {"prompts": ["a"]}):
+        assert counted(tokenizer, data, collate) == (0, 0)
+    pixels = lambda batch: padded(batch, 0) | {"pixel_values": torch.zeros(4, 3, 8, 8)}  # noqa: E731
+    assert counted(tokenizer, data, pixels) == (0, 0)
+    assert others([1], object(), 4, tokenizer) == (0, 0)
+
+
+def test_rows_that_are_no_tokens_are_no_error(tokenizer):  # noqa: F811
+    """Such rows are trained on by collators that know them; the run broke off."""
+    pad = tokenizer.pad_token_id
+    made = lambda batch: padded(tokenised(tokenizer, PAIRS[:4]), pad, labels=(list, -100))  # noqa: E731
+    for row in ({"answer_ids": ["a7", "b9"]}, {"input_ids": [[1, 2], [3]]}, {"prompt_ids": [1, None]}):
+        assert counted(tokenizer, [row] * 8, made) == (8, 8)
+    inside = [{"input_ids": [row["input_ids"]]} for row in tokenised(tokenizer, PAIRS[:8])]
+    flat = lambda batch: padded([{"input_ids": row["input_ids"][0]} for row in batch], pad)  # noqa: E731
+    assert counted(tokenizer, inside, flat) == (0, 8)
+
+
+def test_a_collator_that_changes_rows_changes_none_of_the_data(tokenizer):  # noqa: F811
+    """It is called once more than by the loader: its rows ended twice."""
+    data = Chats(PAIRS[:4])
+
+    def ending(batch):
+        for row in batch:
+            row["messages"].append(user("More?"))
+        return {}
+
+    before = copy.deepcopy(data.rows)
+    assert counted(tokenizer, data, ending) == (0, 0)
+    assert data.rows == before
 
 
 def test_the_batches_of_training_are_those_that_they_were(tmp_path, tokenizer, refusing, rows):  # noqa: F811
