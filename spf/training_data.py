@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import IterableDatasetShard
 
 from spf.answering import refuse_unanswering
 from spf.audit import LIST_FILE, audit_data
-from spf.checkpoint import LeftOut, read_left_out, refuse_unwritten
+from spf.checkpoint import LeftOut, read_left_out
 from spf.config import Conflicts
 from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, TAKE_OUT, Audit, anchor_entries, anchors_again
 from spf.data import Anchor, SafetyDataError, SafetyRow
@@ -124,8 +124,7 @@ class TrainingData:
 
         Raises:
             UnsupportedSetupError: rows cannot be left out, and `conflicts` is drop.
-            SafetyDataError: no row is left, or the data are not those of the checkpoint.
-            FileNotFoundError: the checkpoint has no state of the callback's.
+            SafetyDataError, FileNotFoundError: no row is left, or the checkpoint is of other data, or not the callback's.
         """
         whole: Any = trainer.train_dataset
         self.turn_to(whole, trainer)
@@ -134,9 +133,7 @@ class TrainingData:
             self._read = trainer._remove_unused_columns(whole)
         if not self.leaves_out:
             return
-        if checkpoint is not None:
-            refuse_unwritten(checkpoint)  # before the audit, which takes minutes
-        was = object_of_rank_0(read_left_out(checkpoint) if checkpoint is not None else None)
+        was = read_left_out(checkpoint) if checkpoint is not None else None
         self.obstacle = self._or_refuse(obstacle_in(trainer, asks=self.earlier is None))
         short: Dataset | None = None
         if was is not None:

@@ -360,12 +360,16 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
 
     alone: the first rows with conflicts teach nothing else, so that they can be left out.
     """
-    real, asked, passes = spf.training_data.audit_data, NextToken.shares_at, itertools.count()
+    real, passes = spf.training_data.audit_data, itertools.count()
+    asked = {name: getattr(NextToken, name) for name in ("ask", "ask_twice")}
     states: list[Any] = []
 
-    def counted(asker: Any, prompts: Any, backs: Any) -> Any:
-        next(passes)
-        return asked(asker, prompts, backs)
+    def counted(name: str) -> Any:
+        def ask(*given: Any) -> Any:
+            next(passes)
+            return asked[name](*given)
+
+        return ask
 
     def made(dataset: Any, model: Any, tokenizer: Any, *rest: Any, **options: Any) -> spf.audit.Audit:
         prompts = [(*range(5, 9 + i % 7), 20 + i) for i in range(37)]
@@ -382,14 +386,16 @@ def audited(case: Case, directory: Path, alone: bool = False) -> dict[str, Any]:
     together = spf.next_token.TOGETHER
     # several batches a rank
     spf.training_data.audit_data, spf.audit.CONFIRM, spf.next_token.TOGETHER = made, 0.0, 8
-    NextToken.shares_at = counted  # type: ignore[method-assign]
+    for name in asked:
+        setattr(NextToken, name, counted(name))
     try:
         trainer, callback = make_trainer(case, directory)
         read = rows_read(trainer)
         trainer.train()
     finally:
         spf.training_data.audit_data, spf.audit.CONFIRM, spf.next_token.TOGETHER = real, 0.2, together
-        NextToken.shares_at = asked  # type: ignore[method-assign]
+        for name, method in asked.items():
+            setattr(NextToken, name, method)
     assert callback.audit is not None
     return {
         "conflicts": [[c.row, c.probability, c.refusal_ids[0]] for c in callback.audit.conflicts],
