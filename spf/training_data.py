@@ -124,7 +124,7 @@ class TrainingData:
 
         Raises:
             UnsupportedSetupError: rows cannot be left out, and `conflicts` is drop.
-            SafetyDataError, FileNotFoundError: no row is left, or the checkpoint is of other data or not the callback's.
+            SafetyDataError, FileNotFoundError: no row is left, or the checkpoint is of other data, or no such one.
         """
         whole: Any = trainer.train_dataset
         self.turn_to(whole, trainer)
