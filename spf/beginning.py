@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from spf.announce import EARLIER, INERT, MOVED, OTHER_BASE, audit_lines, earlier_line, first_lines
 from spf.checkpoint import LeftOut, Saved
-from spf.collated import line_of, others
+from spf.collated import Compared, compare_batches
 from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
 from spf.going_on import earlier_subspace, mark, other_base, refuse_switched
@@ -105,12 +105,11 @@ def begin(
             samples.choose(model, tokenizer)
         if data.found is None:
             data.audit(data_of(loader), model, tokenizer, samples.rows, output)
-    counts = 0, 0
+    compared = Compared()
     if is_first():
-        counts = others(data_of(loader), loader, args.train_batch_size, tokenizer, data.options)
+        compared = compare_batches(data_of(loader), loader, args.train_batch_size, tokenizer, data.options)
     # a collator that draws must not have processes go different ways
-    unlike, of = object_of_rank_0(counts)
-    collated = line_of(unlike, of, settings.conflicts)
+    collated = object_of_rank_0(compared).lines(settings.conflicts)
     before = saved.state if saved else None
     data.split(loader, tokenizer, before)
     anchors, reworded, calibration = samples.tokens(tokenizer, limit)

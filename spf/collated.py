@@ -3,8 +3,9 @@
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -31,52 +32,74 @@ ROW_TOKENS = ("prompt_ids", "input_ids", "completion_ids", "chosen_ids", "reject
 REMEDY = "have the data set hold what is trained on (`dataset.map`), and the collator only pad"
 
 
-def others(
+@dataclass(frozen=True)
+class Compared:
+    """Of so many sequences how many teach what is not in their rows; why: nothing could be compared."""
+
+    unlike: int = 0
+    of: int = 0
+    why: str = ""
+
+    def lines(self, conflicts: Conflicts) -> list[str]:
+        """What a run says of it.
+
+        Raises:
+            SafetyDataError: a sequence is unlike its rows, and `conflicts` is error or drop.
+        """
+        if self.why:
+            return [f"what the trainer's data_collator makes of the rows was not compared with them ({self.why})"]
+        if not self.unlike:
+            return []
+        made = (
+            f"of {self.of} sequences that the trainer's data_collator makes of the rows {self.unlike} do not teach "
+            "what they say"
+        )
+        if conflicts in ("error", "drop"):
+            cannot = "say that they attack nothing" if conflicts == "error" else "tell which to leave out"
+            raise SafetyDataError(f"{made}, so conflicts={conflicts!r} cannot {cannot}; {REMEDY}")
+        return [f"{made}, so what they attack is not known; {REMEDY}"]
+
+
+def compare_batches(
     data: Any,
     loader: Any,
     together: int,
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any] | None = None,
-) -> tuple[int, int]:
-    """How many of the sequences that some rows are collated to teach what is not in the rows, and how many there are.
+) -> Compared:
+    """Whether the sequences that some rows are collated to teach what is in the rows.
 
     A sequence of a row's own tokens, or a part of it, teaches what was read; of another one prompts and answers are
     read and compared with those of the rows. data: what the loader reads; together: rows in a batch; options: variables
     of the template. Batches without `input_ids` and those of more than text are not compared: 0 of 0. The rows and the
     CPU's random states stay as they are.
     """
-    unlike: list[bool] = []
     if not isinstance(loader, DataLoader):
-        return 0, 0
+        return Compared()
+    try:
+        batches = list(_batches(data, loader.collate_fn, together))
+    except Exception as error:  # a loader of another kind may call both otherwise, as with lists of rows
+        return Compared(why=f"{type(error).__name__}: {error}".partition("\n")[0])
+    unlike: list[bool] = []
+    for rows, batch in batches:
+        whole = [tokens for row in rows for tokens in _tokens(row)]
+        # without padding all rows of a batch are one sequence
+        own = "\n".join([_text(token for row in rows for token in _tokens(row)[0]), *map(_text, whole)])
+        taught: dict[tuple[int, ...], set[str]] = defaultdict(set)
+        for example in read_examples(rows, tokenizer, options).examples:
+            taught[example.prompt_ids].add(example.target.strip())
+        for sequence in _sequences(batch, pad_id(tokenizer)):
+            same = _text(sequence["input_ids"]) in own and _learns_itself(sequence)
+            unlike.append(not same and _is_other(sequence, taught, tokenizer, options))
+    return Compared(sum(unlike), len(unlike))
+
+
+def _batches(data: Any, collate: Callable[[list[Any]], Any], together: int) -> Iterator[tuple[list[Any], Any]]:
+    """Some rows of the data, a batch at a time, and what they are collated to."""
     with _same_randomness():
         rows = _some_rows(data)
         for i in range(0, len(rows), together):
-            batch = rows[i : i + together]
-            whole = [tokens for row in batch for tokens in _tokens(row)]
-            # without padding all rows of a batch are one sequence
-            own = "\n".join([_text(token for row in batch for token in _tokens(row)[0]), *map(_text, whole)])
-            taught: dict[tuple[int, ...], set[str]] = defaultdict(set)
-            for example in read_examples(batch, tokenizer, options).examples:
-                taught[example.prompt_ids].add(example.target.strip())
-            for sequence in _sequences(loader.collate_fn(copy.deepcopy(batch)), pad_id(tokenizer)):
-                same = _text(sequence["input_ids"]) in own and _learns_itself(sequence)
-                unlike.append(not same and _is_other(sequence, taught, tokenizer, options))
-    return sum(unlike), len(unlike)
-
-
-def line_of(unlike: int, of: int, conflicts: Conflicts) -> list[str]:
-    """What is said where so many of some sequences are not what was audited.
-
-    Raises:
-        SafetyDataError: there are any, and `conflicts` is error or drop.
-    """
-    if not unlike:
-        return []
-    made = f"of {of} sequences that the trainer's data_collator makes of the rows {unlike} do not teach what they say"
-    if conflicts in ("error", "drop"):
-        cannot = "say that they attack nothing" if conflicts == "error" else "tell which to leave out"
-        raise SafetyDataError(f"{made}, so conflicts={conflicts!r} cannot {cannot}; {REMEDY}")
-    return [f"{made}, so what they attack is not known; {REMEDY}"]
+            yield rows[i : i + together], collate(copy.deepcopy(rows[i : i + together]))
 
 
 def _some_rows(data: Any) -> list[Any]:

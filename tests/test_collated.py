@@ -13,7 +13,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from spf import NullSpace, SafetyCallback, SafetyDataError
-from spf.collated import others
+from spf.collated import Compared, compare_batches
 from tests.test_audit import (  # noqa: F401
     BENIGN,
     COMPLIES,
@@ -78,10 +78,10 @@ def compared(monkeypatch):
     counts = []
 
     def noting(*given):
-        counts.append(others(*given))
+        counts.append(compare_batches(*given))
         return counts[-1]
 
-    monkeypatch.setattr("spf.beginning.others", noting)
+    monkeypatch.setattr("spf.beginning.compare_batches", noting)
     return counts
 
 
@@ -109,7 +109,8 @@ def test_batches_as_trl_makes_them_are_what_was_read(tmp_path, tokenizer, refusi
         callbacks=[SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24))],
     )
     trainer.train()
-    assert compared[0][0] == 0 < compared[0][1]
+    assert compared[0].unlike == 0 < compared[0].of
+    assert not compared[0].why
     assert SAID not in caplog.text
 
 
@@ -130,7 +131,8 @@ def test_pairs_are_what_was_read(tmp_path, tokenizer, refusing, rows, kind, comp
         callbacks=[SafetyCallback(safety_data(rows[:9]), NullSpace(rank=24))],
     )
     trainer.train()
-    assert compared[0][0] == 0 < compared[0][1]
+    assert compared[0].unlike == 0 < compared[0].of
+    assert not compared[0].why
     assert SAID not in caplog.text
 
 
@@ -189,7 +191,9 @@ def padded(rows, pad, left=False, **columns):  # noqa: F811
 
 def counted(tokenizer, rows, collate, together=4):  # noqa: F811
     data = rows if isinstance(rows, torch.utils.data.Dataset | IterableDataset) else Dataset.from_list(rows)
-    return others(data, DataLoader(data, together, collate_fn=collate), together, tokenizer)
+    found = compare_batches(data, DataLoader(data, together, collate_fn=collate), together, tokenizer)
+    assert not found.why
+    return found.unlike, found.of
 
 
 SAME = {
@@ -253,7 +257,24 @@ def test_what_is_no_batch_of_text_is_not_compared(tokenizer):  # noqa: F811
         assert counted(tokenizer, data, collate) == (0, 0)
     pixels = lambda batch: padded(batch, 0) | {"pixel_values": torch.zeros(4, 3, 8, 8)}  # noqa: E731
     assert counted(tokenizer, data, pixels) == (0, 0)
-    assert others([1], object(), 4, tokenizer) == (0, 0)
+    assert compare_batches([1], object(), 4, tokenizer) == Compared()
+
+
+def test_a_collator_that_is_called_otherwise_is_not_compared(tmp_path, tokenizer, refusing, rows, caplog):  # noqa: F811
+    """As axolotl's, which a sampler of its own gives lists of rows: the run goes on, and says so."""
+    trainer, _ = run(tmp_path, tokenizer, refusing, rows[:9], PAIRS, max_steps=1)
+    pads, called = trainer.data_collator, []
+
+    def collate(batch):
+        called.append(1)
+        if len(called) == 1:
+            raise TypeError("a list of lists is wanted\nand more")
+        return pads(batch)
+
+    trainer.data_collator = collate
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert "makes of the rows was not compared with them (TypeError: a list of lists is wanted)" in caplog.text
 
 
 def test_rows_that_are_no_tokens_are_no_error(tokenizer):  # noqa: F811
@@ -295,7 +316,7 @@ def test_the_batches_of_training_are_those_that_they_were(tmp_path, tokenizer, r
         trainer.data_collator = collate
         with pytest.MonkeyPatch.context() as patched:
             if not looks:
-                patched.setattr("spf.beginning.others", lambda *args: (0, 0))
+                patched.setattr("spf.beginning.compare_batches", lambda *args: Compared())
             trainer.train()
         drawn.append(seen)
     assert len(drawn[0]) > len(drawn[1])
