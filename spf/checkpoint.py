@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from spf.config import STRICT, Conflicts, File, NotNegative, Positive, Share, Whole, read_json
 from spf.data import SafetyDataError, SafetyRow
 from spf.files import write_json
-from spf.sharding import is_first, object_of_rank_0
+from spf.sharding import object_of_rank_0
 from spf.subspace import SafetySubspace
 
 STATE_FILE = "spf_state.json"
@@ -233,7 +233,7 @@ def read_left_out(directory: Path) -> LeftOut:
         FileNotFoundError, ValueError: the file is missing, or damaged.
     """
     refuse_unwritten(directory)
-    return object_of_rank_0(read_json(_File, directory / STATE_FILE, DAMAGED).state.left_out if is_first() else None)
+    return object_of_rank_0(read_json(_File, directory / STATE_FILE, DAMAGED).state.left_out)
 
 
 def checkpoint_directory(run: Path, state: TrainerState) -> Path:

@@ -3,10 +3,10 @@
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, dropwhile, islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from spf.config import Conflicts
 from spf.data.examples import read_examples
 from spf.errors import SafetyDataError
+from spf.text.chat import chat_options
 from spf.text.generation import pad_id
 
 LOOKED_AT = 16
@@ -26,6 +27,8 @@ LOOKED_AT = 16
 
 PER_TOKEN = ("input_ids", "labels", "completion_mask", "assistant_masks", "position_ids")
 """Of a batch, what says which tokens are the answers."""
+
+MARKS = ("labels", "completion_mask", "assistant_masks")
 
 ROW_TOKENS = ("prompt_ids", "input_ids", "completion_ids", "chosen_ids", "rejected_ids", "answer_ids")
 
@@ -69,29 +72,80 @@ def compare_batches(
 ) -> Compared:
     """Whether the sequences that some rows are collated to teach what is in the rows.
 
-    A sequence of a row's own tokens, or a part of it, teaches what was read; of another one prompts and answers are
-    read and compared with those of the rows. data: what the loader reads; together: rows in a batch; options: variables
-    of the template. Batches without `input_ids` and those of more than text are not compared: 0 of 0. The rows and the
-    CPU's random states stay as they are.
+    A sequence of a row's own tokens, or a part of it, that learns no more of them teaches what was read; of another one
+    prompts and answers are read and compared with those of the rows. data: what the loader reads; together: rows in a
+    batch; options: variables of the template. Batches without `input_ids` and those of more than text are not compared:
+    0 of 0. The rows and the CPU's random states stay as they are.
     """
     if not isinstance(loader, DataLoader):
         return Compared()
+    found: list[bool | None] = []
+    why = ""
     try:
-        batches = list(_batches(data, loader.collate_fn, together))
+        for rows, batch in _batches(data, loader.collate_fn, together):
+            of = _Rows(rows, tokenizer, options)
+            found += [of.has_not(sequence) for sequence in _sequences(batch, pad_id(tokenizer))]
+            why = why or of.why
     except Exception as error:  # a loader of another kind may call both otherwise, as with lists of rows
         return Compared(why=f"{type(error).__name__}: {error}".partition("\n")[0])
-    unlike: list[bool] = []
-    for rows, batch in batches:
-        whole = [tokens for row in rows for tokens in _tokens(row)]
+    told = [other for other in found if other is not None]
+    if found and not told:
+        return Compared(why=why or "no answer found in its tokens")
+    return Compared(sum(told), len(told))
+
+
+class _Rows:
+    """What the rows of a batch teach. why: some could not be read."""
+
+    def __init__(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None):
+        self.tokenizer, self.options = tokenizer, options
+        each = [_tokens(row) for row in rows]
         # without padding all rows of a batch are one sequence
-        own = "\n".join([_text(token for row in rows for token in _tokens(row)[0]), *map(_text, whole)])
-        taught: dict[tuple[int, ...], set[str]] = defaultdict(set)
-        for example in read_examples(rows, tokenizer, options).examples:
-            taught[example.prompt_ids].add(example.target.strip())
-        for sequence in _sequences(batch, pad_id(tokenizer)):
-            same = _text(sequence["input_ids"]) in own and _learns_itself(sequence)
-            unlike.append(not same and _is_other(sequence, taught, tokenizer, options))
-    return Compared(sum(unlike), len(unlike))
+        every = [[token for tokens in each for token in tokens[0]], *(tokens for some in each for tokens in some)]
+        self.own = "\n".join(map(_text, every))
+        self.learned = "\n".join([_text(chain(*map(_learned, rows))), *(_text(_learned(row)) for row in rows)])
+        self.all_learned = not any(isinstance(row, Mapping) and row.keys() & set(MARKS) for row in rows)
+        # a collator may render with the template's own switches of thinking
+        on = dict(options or {}) | dict.fromkeys(chat_options(tokenizer, None), True)
+        self.taught: dict[tuple[int, ...], set[str]] = defaultdict(set)
+        for variables in (options, on):
+            examples = read_examples(rows, tokenizer, variables)
+            self.why = examples.why
+            for example in examples.examples:
+                self.taught[self._bare(example.prompt_ids)].add(example.target.strip())
+
+    def has_not(self, sequence: Mapping[str, list[int]]) -> bool | None:
+        """Whether a sequence teaches what is not in the rows; None if that cannot be told."""
+        ids, labels = sequence["input_ids"], sequence.get("labels")
+        if labels is not None and any(label not in (-100, token) for label, token in zip(labels, ids, strict=True)):
+            return True
+        if labels is not None and all(label == -100 for label in labels):
+            return False
+        if _text(ids) in self.own and (self.all_learned or _text(_learned(sequence)) in self.learned):
+            return False
+        bare = self._bare(ids)
+        if any(prompt[: len(bare)] == bare for prompt in self.taught):
+            return False  # cut within its prompt
+        examples = read_examples([sequence], self.tokenizer, self.options).examples
+        if not examples:
+            return None
+        if all(self._teaches(self._bare(example.prompt_ids), example.target.strip()) for example in examples):
+            return False
+        return None if self.why else True
+
+    def _teaches(self, prompt: tuple[int, ...], target: str) -> bool:
+        """Whether the rows have this answer to this prompt; either may be cut."""
+        return any(
+            target.startswith(one) or one.startswith(target)
+            for known, targets in self.taught.items()
+            if known[len(known) - len(prompt) :] == prompt
+            for one in targets
+        )
+
+    def _bare(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Without the tokens that a text begins with, which tokenizers put before a rendered chat once more."""
+        begin = self.tokenizer.bos_token_id
+        return tuple(dropwhile(lambda token: token == begin, ids))
 
 
 def _batches(data: Any, collate: Callable[[list[Any]], Any], together: int) -> Iterator[tuple[list[Any], Any]]:
@@ -111,42 +165,6 @@ def _some_rows(data: Any) -> list[Any]:
     return [rows_of[i] for i in range(0, len(data), -(-len(data) // LOOKED_AT))]
 
 
-def _is_other(
-    sequence: Mapping[str, list[int]],
-    taught: Mapping[tuple[int, ...], set[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    options: Mapping[str, Any] | None,
-) -> bool:
-    """Whether a sequence teaches an answer, or to a prompt, that is none of the rows', or nothing that can be read."""
-    if all(label == -100 for label in sequence.get("labels", [0])):
-        return False
-    ids = tuple(sequence["input_ids"])
-    if any(prompt[: len(ids)] == ids for prompt in taught):
-        return False  # cut within its prompt
-    examples = read_examples([sequence], tokenizer, options).examples
-    return not (
-        examples
-        and _learns_itself(sequence)
-        and all(_is_one_of(example.target.strip(), taught.get(example.prompt_ids, ())) for example in examples)
-    )
-
-
-def _is_one_of(target: str, targets: Iterable[str]) -> bool:
-    """Either may be cut."""
-    return any(target.startswith(one) or one.startswith(target) for one in targets)
-
-
-def _learns_itself(sequence: Mapping[str, list[int]]) -> bool:
-    """Whether its labels are its own tokens, or the next ones where they are moved already."""
-    ids, labels = sequence["input_ids"], sequence.get("labels")
-    if labels is None:
-        return True
-    moved = [*ids[1:], -100]
-    return any(
-        all(label in (-100, token) for label, token in zip(labels, tokens, strict=True)) for tokens in (ids, moved)
-    )
-
-
 def _tokens(row: Any) -> list[list[int]]:
     """The sequences of tokens that a row has, every answer behind its prompt; one that is empty if it has none."""
     if not isinstance(row, Mapping):
@@ -157,6 +175,17 @@ def _tokens(row: Any) -> list[list[int]]:
         return [[]]  # text, or of several lengths
     prompt = columns.pop("prompt_ids", [])
     return [prompt + tokens for tokens in columns.values()] or [prompt]
+
+
+def _learned(row: Any) -> list[int]:
+    """The tokens of a row or sequence, -100 for those that are not learned."""
+    ids = _tokens(row)[0]
+    for name in MARKS if isinstance(row, Mapping) else ():
+        marks = row.get(name)
+        if marks is not None and len(marks) == len(ids):
+            off = -100 if name == "labels" else 0
+            ids = [-100 if mark == off else token for token, mark in zip(ids, marks, strict=True)]
+    return ids
 
 
 def _text(tokens: Iterable[int]) -> str:
@@ -179,7 +208,25 @@ def _sequences(batch: Any, pad: int) -> Iterator[dict[str, list[int]]]:
         places = kept.nonzero().flatten().tolist() or [0]
         # a mask made of tokens has gaps where one within is the padding's
         span = slice(places[0], places[-1] + 1)
-        yield {name: column[i][span].tolist() for name, column in columns.items()}
+        sequence = {name: column[i][span].tolist() for name, column in columns.items()}
+        if "labels" in sequence:
+            sequence["labels"] = _placed(sequence["labels"], sequence["input_ids"], pad)
+        yield sequence
+
+
+def _placed(labels: list[int], ids: list[int], pad: int) -> list[int]:
+    """Labels where their tokens are, also if they were moved; where chats are padded with the token that ends a turn,
+    collators take the ends of learned turns for padding."""
+    moved = [-100, *labels[:-1]]
+    if any(label not in (-100, token) for label, token in zip(labels, ids, strict=True)) and all(
+        label in (-100, token) for label, token in zip(moved, ids, strict=True)
+    ):
+        labels = moved
+    placed: list[int] = []
+    for label, token in zip(labels, ids, strict=True):
+        is_end = label == -100 and token == pad and placed and placed[-1] != -100
+        placed.append(token if is_end else label)
+    return placed
 
 
 def _is_no_text(value: torch.Tensor, ids: torch.Tensor) -> bool:

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from spf.files import write_json
@@ -20,6 +21,8 @@ from spf.sharding import gather_objects, is_first, rank_and_ranks, sees_all, sha
 from spf.shared_prefix import NextToken
 
 T = TypeVar("T")
+
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 TOGETHER, TOKENS = 64, 2048
 """So many prompts are asked together at most, and so many tokens with their padding, or one prompt. Many short ones
@@ -100,20 +103,21 @@ def fingerprint(model: nn.Module) -> str:
     return hash_of(
         parameter
         for name, parameter in weights.items()
-        if not {name, name.rpartition(".")[0]} & idle and _counts(name, parameter, weights)
+        if not f"{name}.".startswith(idle) and _counts(name, parameter, weights)
     )
 
 
-def _idle(model: nn.Module) -> set[str]:
-    """Names of the parameters, or of what has them, of adapters that are not active."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    return {
-        f"{name}.{kind}.{adapter}"
-        for name, layer in layers.items()
-        for kind in layer.adapter_layer_names
-        for adapter in getattr(layer, kind)
+def _idle(model: nn.Module) -> tuple[str, ...]:
+    """How the names of parameters begin that are of adapters that are not active."""
+    layers: Iterable[tuple[str, Any]] = ((n, one) for n, one in model.named_modules() if isinstance(one, _ADAPTED))
+    return tuple(
+        f"{place}.{kind}.{adapter}."
+        for place, layer in layers
+        for kind, by_adapter in layer.named_children()
+        if isinstance(by_adapter, nn.ModuleDict | nn.ParameterDict)
+        for adapter in by_adapter
         if layer.disable_adapters or adapter not in layer.active_adapters
-    }
+    )
 
 
 def hash_of(weights: Iterable[Tensor]) -> str:

@@ -1589,14 +1589,16 @@ def test_weights_of_an_adapter_count_as_soon_as_it_changes_something(refusing):
             assert fingerprint(model) == base
 
 
-def test_of_two_adapters_the_active_one_counts(refusing):
+@pytest.mark.parametrize("part", [".lora_B.", "lm_head"])
+def test_of_two_adapters_the_active_one_counts(refusing, part):
     """A second run took what the first one's adapter refuses for the refusals of its own."""
     base = fingerprint(refusing)
-    model = get_peft_model(copy.deepcopy(refusing), LORA, adapter_name="a")
-    model.add_adapter("b", LORA)
+    kind = LoraConfig(target_modules=["q_proj"], **({"modules_to_save": ["lm_head"]} if part == "lm_head" else {}))
+    model = get_peft_model(copy.deepcopy(refusing), kind, adapter_name="a")
+    model.add_adapter("b", kind)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
+            if part in name and (".a." in name or ".b." in name):
                 parameter.add_(0.1 if ".a." in name else 0.2)
     prints = {}
     for adapter in ("a", "b"):

@@ -250,6 +250,79 @@ def test_labels_of_other_tokens_are_another_answer(tokenizer):  # noqa: F811
     assert counted(tokenizer, tokenised(tokenizer, PAIRS[:8]), other) == (8, 8)
 
 
+def rendering(tokenizer, begins=(), pad=None, last=0, **variables):  # noqa: F811
+    """Chats rendered by the collator, as in tutorials, all of them learned but the padding's token."""
+
+    def collate(batch):
+        texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False, **variables) for row in batch]
+        whole = [[*begins, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+        ids = [{"input_ids": tokens[-last:]} for tokens in whole]
+        made = padded(ids, tokenizer.pad_token_id if pad is None else pad, labels=(list, -100))
+        if pad is not None:
+            made["labels"] = made["labels"].masked_fill(made["labels"] == pad, -100)
+        return made
+
+    return collate
+
+
+def test_chats_that_a_collator_renders_are_the_rows(tokenizer):  # noqa: F811
+    """With another beginning, or where what ends a turn pads: in every sequence prompts were found that no row has."""
+    turns = [[user(p), answered(a), user(HARMFUL[1]), answered(REFUSAL)] for p, a in PAIRS[:8]]
+    data = [{"messages": chat} for chat in turns]
+    assert counted(tokenizer, data, rendering(tokenizer)) == (0, 8)
+    shortest = min(len(chat_ids(tokenizer, chat)) for chat in turns)
+    assert counted(tokenizer, data, rendering(tokenizer, last=shortest - 3)) == (0, 8)
+    own = copy.deepcopy(tokenizer)
+    own.bos_token = next(t for t in own.get_vocab() if t not in own.tokenize(own.decode(chat_ids(own, turns[0]))))
+    assert counted(own, data, rendering(own, begins=[own.bos_token_id] * 2)) == (0, 8)
+    ends = chat_ids(tokenizer, turns[0])[-1]
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = own.convert_ids_to_tokens(ends)
+    assert counted(own, data, rendering(own, pad=own.pad_token_id)) == (0, 8)
+
+
+def test_chats_rendered_with_thinking_are_the_rows(tokenizer):  # noqa: F811
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{% if enable_thinking %}think {% endif %}" + own.chat_template
+    data = rows_of(PAIRS[:8])
+    assert counted(own, data, rendering(own)) == (0, 8)
+    assert counted(own, data, rendering(own, enable_thinking=True)) == (0, 8)
+
+
+def test_more_learned_than_the_rows_say_is_another_answer(tokenizer):  # noqa: F811
+    """Of a row whose last answer alone is learned the first was not audited; a collator that makes labels of all
+    tokens teaches both."""
+    data = []
+    for prompt, answer in PAIRS[:8]:
+        first = chat_ids(tokenizer, [user(HARMFUL[0]), answered(COMPLIES)])
+        ids = chat_ids(tokenizer, [user(HARMFUL[0]), answered(COMPLIES), user(prompt), answered(answer)])
+        begin = len(chat_ids(tokenizer, [user(HARMFUL[0]), answered(COMPLIES), user(prompt)], True))
+        assert ids[: len(first)] == first
+        data.append({"input_ids": ids, "labels": [-100] * begin + ids[begin:]})
+    pad = tokenizer.pad_token_id
+
+    def keeps(batch):
+        made = padded(batch, pad)
+        width = made["input_ids"].shape[1]
+        return made | {"labels": torch.tensor([[*r["labels"], *[-100] * (width - len(r["labels"]))] for r in batch])}
+
+    assert counted(tokenizer, data, keeps) == (0, 8)
+    assert counted(tokenizer, data, lambda batch: padded(batch, pad, labels=(list, -100))) == (8, 8)
+
+
+def test_rows_that_were_not_read_are_not_called_other_ones(tokenizer):  # noqa: F811
+    data = [{"instruction": p, "output": a} for p, a in PAIRS[:8]]
+
+    def collate(batch):
+        made = tokenised(tokenizer, [(row["instruction"], row["output"]) for row in batch])
+        return padded(made, tokenizer.pad_token_id, labels=(list, -100))
+
+    loader = DataLoader(Dataset.from_list(data), 4, collate_fn=collate)
+    found = compare_batches(loader.dataset, loader, 4, tokenizer)
+    assert found.of == 0
+    assert "no answer found in its columns" in found.why
+
+
 def test_what_is_no_batch_of_text_is_not_compared(tokenizer):  # noqa: F811
     """GRPO's collator gives its rows back: no run of it began."""
     data = tokenised(tokenizer, PAIRS[:8])
@@ -282,7 +355,8 @@ def test_rows_that_are_no_tokens_are_no_error(tokenizer):  # noqa: F811
     pad = tokenizer.pad_token_id
     made = lambda batch: padded(tokenised(tokenizer, PAIRS[:4]), pad, labels=(list, -100))  # noqa: E731
     for row in ({"answer_ids": ["a7", "b9"]}, {"input_ids": [[1, 2], [3]]}, {"prompt_ids": [1, None]}):
-        assert counted(tokenizer, [row] * 8, made) == (8, 8)
+        loader = DataLoader(Dataset.from_list([row] * 8), 4, collate_fn=made)
+        assert "no answer found" in compare_batches(loader.dataset, loader, 4, tokenizer).why
     inside = [{"input_ids": [row["input_ids"]]} for row in tokenised(tokenizer, PAIRS[:8])]
     flat = lambda batch: padded([{"input_ids": row["input_ids"][0]} for row in batch], pad)  # noqa: E731
     assert counted(tokenizer, inside, flat) == (0, 8)
