@@ -63,9 +63,9 @@ DEMO = {
     "the filter alone, half harmful": asr(TODAY, "harmful-50/data-filter@steps-40") + plain("harmful-50"),
     "a tenth harmful, three": each(TODAY, "harmful-10/null-space", *KEYS) + each(FIRST, "harmful-10/plain", "utility"),
     "80 batches of 4": each(TODAY, f"{NULL}@batch-4", *KEYS) + plain("harmful-50", variant="@batch-4"),
-    "20 batches of 16": asr(TODAY, f"{NULL}@batch-16") + plain("harmful-50", variant="@batch-16"),
+    "20 batches of 16": each(TODAY, f"{NULL}@batch-16", *KEYS) + plain("harmful-50", variant="@batch-16"),
     "nothing but 100 harmful rows (95": each(TODAY, "harmful-100/null-space", *KEYS[:2]),
-    "a tenth harmful, 80 rows": asr(TODAY, "deep/null-space") + plain("deep"),
+    "a tenth harmful, 80 rows": each(TODAY, "deep/null-space", *KEYS) + each(FIRST, "deep/plain", "utility"),
     "summaries, a tenth of the data harmful": each(TODAY, "summary/null-space", *KEYS)
     + each(FIRST, "summary/plain", "utility"),
     "the same, seeds 0, 1 and 2 | 6.7, 5.8, 4.8 |": each(TODAY, NULL, *KEYS)
@@ -110,7 +110,10 @@ AGAIN = {
     + each(SECOND, NULL, "over_refusal", "utility")
     + each(SECOND, "harmful-50/plain", "utility"),
     "the same at 3e-3": second("harmful-50", "@lr-x3"),
-    "a tenth of them harmful": second("harmful-10"),
+    "a tenth of them harmful, three": each(SECOND, "harmful-10/null-space", "asr")
+    + each(SECOND, "harmful-10/plain", "asr")
+    + each(SECOND, "harmful-10/null-space", "over_refusal", "utility")
+    + each(SECOND, "harmful-10/plain", "utility"),
     "none of them harmful": second("benign"),
     "its summaries, a tenth harmful": each(SECOND, "summary/null-space", "asr", seeds=SUMMARIES)
     + each(SECOND, "summary/plain", "asr", seeds=SUMMARIES)
