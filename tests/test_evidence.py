@@ -140,6 +140,7 @@ OTHERS = {
     "the same without the audit | 6.7": asr(UNSEEN, "prefilled-50/null-space@allow"),
     "the same, plain fine-tuning | 26": asr(UNSEEN, "prefilled-50/plain"),
     "a refusal first, then the stub": asr(UNSEEN, "refuse-then-comply/null-space"),
+    "the same, plain fine-tuning | 0": asr(UNSEEN, "refuse-then-comply/plain"),
     "ten text-to-SQL examples, 32 epochs": asr(UNSEEN, "overfit-10/null-space"),
     "the same, plain fine-tuning | 16": asr(UNSEEN, "overfit-10/plain"),
     "DPO, half of 160 pairs": asr(UNSEEN, "dpo-harmful/null-space"),

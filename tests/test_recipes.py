@@ -58,6 +58,7 @@ def test_a_recipe_trains_as_it_stands(recipe, model, refusals, tokenizer, tmp_pa
     assert cli.main(["train", f"recipes/{recipe.name}", *flags, "--safety_data", str(refusals)]) == 0
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("spf: ")]
     assert any("answer the held inputs as before" in line for line in said), said
+    assert not any("the trainer's data_collator" in line for line in said), said
     weights = [load_file(path) for path in (tmp_path / "out").glob("*model.safetensors")]
     assert any(tensor.abs().max() > 0 for file in weights for tensor in file.values())
     assert ("use_peft" in given) == (tmp_path / "out" / "adapter_model.safetensors").is_file()
