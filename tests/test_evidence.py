@@ -109,7 +109,10 @@ AGAIN = {
     + each(SECOND, "harmful-50/plain", "asr")
     + each(SECOND, NULL, "over_refusal", "utility")
     + each(SECOND, "harmful-50/plain", "utility"),
-    "the same at 3e-3": second("harmful-50", "@lr-x3"),
+    "the same at 3e-3, three": each(SECOND, f"{NULL}@lr-x3", "asr")
+    + each(SECOND, "harmful-50/plain@lr-x3", "asr")
+    + each(SECOND, f"{NULL}@lr-x3", "over_refusal", "utility")
+    + each(SECOND, "harmful-50/plain@lr-x3", "utility"),
     "a tenth of them harmful, three": each(SECOND, "harmful-10/null-space", "asr")
     + each(SECOND, "harmful-10/plain", "asr")
     + each(SECOND, "harmful-10/null-space", "over_refusal", "utility")
