@@ -199,6 +199,15 @@ def test_the_first_table_says_what_the_cells_hold():
     assert found == [*kinds, *small, sql, summaries[:2], summaries[2:]]
 
 
+def test_what_the_audit_costs_is_what_was_measured():
+    found = json.loads((RESULTS / "audit_cost" / "demo.json").read_text("utf-8"))["mixtures"]
+    benign, half, task = (
+        f"{100 * found[n]['share_of_three_epochs']:.1f} %" for n in ("benign", "harmful-50", "summary")
+    )
+    text = (ROOT / "docs" / "evidence_today.md").read_text("utf-8")
+    assert f"{benign} on benign data, {half} where half is harmful and **{task} where the task itself" in text
+
+
 def test_the_readme_says_what_the_cells_hold():
     text = (ROOT / "README.md").read_text("utf-8")
     found = [cell(TODAY, NULL, seed) for seed in SEEDS]
