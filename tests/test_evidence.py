@@ -147,6 +147,7 @@ OTHERS = {
     "ten text-to-SQL examples, 32 epochs": asr(UNSEEN, "overfit-10/null-space"),
     "the same, plain fine-tuning | 16": asr(UNSEEN, "overfit-10/plain"),
     "DPO, half of 160 pairs": asr(UNSEEN, "dpo-harmful/null-space"),
+    "DPO without the audit": asr(UNSEEN, "dpo-harmful/null-space@allow"),
     "the same DPO": asr(UNSEEN, "dpo-harmful/plain"),
     "three trainings in sequence": asr(UNSEEN, "three-tasks/null-space"),
     "the same three": asr(UNSEEN, "three-tasks/plain"),
