@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.progress import track
 
 from spf.audit import audit_data
-from spf.data import Anchor, SafetyRow, ask_refusals, in_turn, load_safety_rows, tokenise
+from spf.data import SafetyRow, ask_refusals, in_turn, load_safety_rows, tokenise
 from spf.files import write_json
 from spf.lab.bench.alike import made_from
 from spf.lab.bench.cell import sources
 from spf.lab.bench.scenarios import SCENARIOS, training_rows
+from spf.lab.trainer import collate_answers
 from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device
 from spf.text.generation import context_length, pad_id
 
@@ -63,12 +64,12 @@ def main() -> None:
     }
     console = Console()
 
-    def steps(examples: list[Anchor], numbers: random.Random) -> list[float]:
+    def steps(examples: list[dict[str, list[int]]], numbers: random.Random) -> list[float]:
         """Seconds of some optimizer steps."""
         seconds = []
         model.train()
         for _ in range(STEPS):
-            batch = collated(numbers.sample(examples, BATCH), pad)
+            batch = collate_answers(numbers.sample(examples, BATCH), pad)
             start = time.perf_counter()
             model(**{key: value.to(model.device) for key, value in batch.items()}).loss.backward()
             optimizer.step()
@@ -85,7 +86,9 @@ def main() -> None:
         data = Dataset.from_list(
             [{"messages": [*row.messages, {"role": "assistant", "content": row.refusal}]} for row in rows]
         )
-        examples = tokenise(rows, tokenizer, length)
+        examples = [
+            {"prompt_ids": a.prompt_ids, "answer_ids": a.refusal_ids} for a in tokenise(rows, tokenizer, length)
+        ]
         audits, all_steps, numbers = [], [], random.Random(0)
         for _ in track(range(args.rounds), name, console=console):
             start = time.perf_counter()
@@ -105,18 +108,6 @@ def main() -> None:
         }
         write_json(path, result)
         console.print(f"{name}: {result['mixtures'][name]['share_of_three_epochs']:.1%} of {EPOCHS} epochs; {path}")
-
-
-def collated(examples: list[Anchor], pad: int) -> dict[str, torch.Tensor]:
-    """A batch of examples, padded to the longest; its loss is of the answers."""
-    ids = [[*example.prompt_ids, *example.refusal_ids] for example in examples]
-    width = max(map(len, ids))
-    labels = [[-100] * len(example.prompt_ids) + list(example.refusal_ids) for example in examples]
-    return {
-        "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
-        "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
-    }
 
 
 def _wait() -> None:

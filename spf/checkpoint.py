@@ -226,14 +226,18 @@ def refuse_unwritten(directory: Path) -> None:
         )
 
 
-def read_left_out(directory: Path) -> LeftOut:
-    """The rows that a checkpoint's run left out, as rank 0 reads it; all processes call it.
+def read_left_out(directory: Path | None) -> LeftOut | None:
+    """The rows that a checkpoint's run left out, as rank 0 reads it; None where there is no checkpoint. All processes
+    call it.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, or damaged.
     """
-    refuse_unwritten(directory)
-    return object_of_rank_0(read_json(_File, directory / STATE_FILE, DAMAGED).state.left_out)
+    found = None
+    if directory is not None and directory.is_dir():  # of one that is not there transformers tells
+        refuse_unwritten(directory)
+        found = read_json(_File, directory / STATE_FILE, DAMAGED).state.left_out
+    return object_of_rank_0(found)
 
 
 def checkpoint_directory(run: Path, state: TrainerState) -> Path:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, dropwhile, islice
 from typing import Any
 
@@ -25,10 +26,10 @@ from spf.text.generation import pad_id
 LOOKED_AT = 16
 """So many rows, spread over the data, are collated before the first step; of a stream the first ones."""
 
-PER_TOKEN = ("input_ids", "labels", "completion_mask", "assistant_masks", "position_ids")
-"""Of a batch, what says which tokens are the answers."""
-
 MARKS = ("labels", "completion_mask", "assistant_masks")
+"""What says which tokens are the answers."""
+
+PER_TOKEN = ("input_ids", *MARKS, "position_ids")
 
 ROW_TOKENS = ("prompt_ids", "input_ids", "completion_ids", "chosen_ids", "rejected_ids", "answer_ids")
 
@@ -98,26 +99,33 @@ class _Rows:
     """What the rows of a batch teach. why: some could not be read."""
 
     def __init__(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None):
-        self.tokenizer, self.options = tokenizer, options
+        self.rows, self.tokenizer, self.options = rows, tokenizer, options
+        self.why = ""
         each = [_tokens(row) for row in rows]
         # without padding all rows of a batch are one sequence
         every = [[token for tokens in each for token in tokens[0]], *(tokens for some in each for tokens in some)]
         self.own = "\n".join(map(_text, every))
         self.learned = "\n".join([_text(chain(*map(_learned, rows))), *(_text(_learned(row)) for row in rows)])
         self.all_learned = not any(isinstance(row, Mapping) and row.keys() & set(MARKS) for row in rows)
+
+    @cached_property
+    def taught(self) -> dict[tuple[int, ...], set[str]]:
+        """By prompt the answers; read only where tokens do not tell."""
+        given = dict(self.options or {})
         # a collator may render with the template's own switches of thinking
-        on = dict(options or {}) | dict.fromkeys(chat_options(tokenizer, None), True)
-        self.taught: dict[tuple[int, ...], set[str]] = defaultdict(set)
-        for variables in (options, on):
-            examples = read_examples(rows, tokenizer, variables)
+        on = given | dict.fromkeys(chat_options(self.tokenizer, None), True)
+        taught: dict[tuple[int, ...], set[str]] = defaultdict(set)
+        for variables in (given, on) if on != given else (given,):
+            examples = read_examples(self.rows, self.tokenizer, variables)
             self.why = examples.why
             for example in examples.examples:
-                self.taught[self._bare(example.prompt_ids)].add(example.target.strip())
+                taught[self._bare(example.prompt_ids)].add(example.target.strip())
+        return taught
 
     def has_not(self, sequence: Mapping[str, list[int]]) -> bool | None:
         """Whether a sequence teaches what is not in the rows; None if that cannot be told."""
         ids, labels = sequence["input_ids"], sequence.get("labels")
-        if labels is not None and any(label not in (-100, token) for label, token in zip(labels, ids, strict=True)):
+        if labels is not None and not _are_of(labels, ids):
             return True
         if labels is not None and all(label == -100 for label in labels):
             return False
@@ -218,15 +226,18 @@ def _placed(labels: list[int], ids: list[int], pad: int) -> list[int]:
     """Labels where their tokens are, also if they were moved; where chats are padded with the token that ends a turn,
     collators take the ends of learned turns for padding."""
     moved = [-100, *labels[:-1]]
-    if any(label not in (-100, token) for label, token in zip(labels, ids, strict=True)) and all(
-        label in (-100, token) for label, token in zip(moved, ids, strict=True)
-    ):
+    if not _are_of(labels, ids) and _are_of(moved, ids):
         labels = moved
     placed: list[int] = []
     for label, token in zip(labels, ids, strict=True):
         is_end = label == -100 and token == pad and placed and placed[-1] != -100
         placed.append(token if is_end else label)
     return placed
+
+
+def _are_of(labels: Sequence[int], ids: Sequence[int]) -> bool:
+    """Whether what is learned are these tokens."""
+    return all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
 
 
 def _is_no_text(value: torch.Tensor, ids: torch.Tensor) -> bool:

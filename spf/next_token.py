@@ -22,6 +22,9 @@ from spf.shared_prefix import NextToken
 
 T = TypeVar("T")
 
+Answered = dict[tuple[int, ...], tuple[float, int]]
+"""By prompt the probability that one of its tokens comes next, and the likeliest next token."""
+
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 TOGETHER, TOKENS = 64, 2048
@@ -80,10 +83,10 @@ class Known:
     def name(prompt: Sequence[int]) -> str:
         return hashlib.sha256(repr(tuple(prompt)).encode()).hexdigest()[:32]
 
-    def put(self, found: Mapping[tuple[int, ...], tuple[float, int]]) -> None:
+    def put(self, found: Answered) -> None:
         self.answers |= {self.name(prompt): list(answer) for prompt, answer in found.items()}
 
-    def add(self, found: Iterable[Mapping[tuple[int, ...], tuple[float, int]]]) -> None:
+    def add(self, found: Iterable[Answered]) -> None:
         for one in found:
             self.put(one)
         if time.monotonic() - self.saved > SAVE_SECONDS:
@@ -175,25 +178,29 @@ def ask(
     with evaluating(model):
         asker = NextToken(model, [(*prompt, guess.token) for prompt in own], own=2) if guess else NextToken(model, own)
 
-        def read(batch: Sequence[int]) -> list[dict[tuple[int, ...], tuple[float, int]]]:
-            some, chosen = [tuple(prompts[i]) for i in batch], [tokens[i] for i in batch]
-            if guess is None:
-                return [{prompt: answer} for prompt, answer in zip(some, asker.ask(some, chosen), strict=True)]
-            begun = [(*prompt, guess.token) for prompt in some]
-            found = []
-            for p, b, first, second in zip(some, begun, *asker.ask_twice(begun, chosen, guess.follow), strict=True):
-                found.append({p: first, b: second} if first[1] == guess.token else {p: first})
-            return found
-
-        def read_and_kept(batch: Sequence[int]) -> list[dict[tuple[int, ...], tuple[float, int]]]:
-            found = read(batch)
+        def read(batch: Sequence[int]) -> list[Answered]:
+            found = _answered(asker, [tuple(prompts[i]) for i in batch], [tokens[i] for i in batch], guess)
             known.add(found)
             return found
 
-        for i, answered in shared_out(model, prompts, left, read_and_kept, progress, what).items():
+        for i, answered in shared_out(model, prompts, left, read, progress, what).items():
             answers[i] = answered[tuple(prompts[i])]
             known.put(answered)
     return [answer for answer in answers if answer is not None]
+
+
+def _answered(
+    asker: NextToken, prompts: Sequence[tuple[int, ...]], tokens: Sequence[Sequence[int]], guess: Guess | None
+) -> list[Answered]:
+    """What was answered to each prompt, and where a guess is right to the prompt with it, too."""
+    if guess is None:
+        return [{prompt: answer} for prompt, answer in zip(prompts, asker.ask(prompts, tokens), strict=True)]
+    begun = [(*prompt, guess.token) for prompt in prompts]
+    kinds = asker.ask_twice(begun, tokens, guess.follow)
+    return [
+        {prompt: first, longer: second} if first[1] == guess.token else {prompt: first}
+        for prompt, longer, first, second in zip(prompts, begun, *kinds, strict=True)
+    ]
 
 
 def in_batches(lengths: Mapping[int, int], ranks: int = 1) -> list[list[int]]:

@@ -133,7 +133,7 @@ class TrainingData:
             self._read = trainer._remove_unused_columns(whole)
         if not self.leaves_out:
             return
-        was = read_left_out(checkpoint) if checkpoint is not None and checkpoint.is_dir() else None
+        was = read_left_out(checkpoint)
         self.obstacle = self._or_refuse(obstacle_in(trainer, asks=self.earlier is None))
         short: Dataset | None = None
         if was is not None:

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from spf import SPF, NullSpace, SafetyCallback, SafetyDataError, SafetySubspace
-from spf.checkpoint import write_bases
+from spf.checkpoint import read_left_out, write_bases
 from tests.conftest import REFUSAL, make_model
 from tests.test_callback import make_trainer, safety_data
 
@@ -193,6 +193,15 @@ def test_two_runs_in_a_directory_name_their_own_bases(tmp_path, monkeypatch):
     for named, subspace in zip(wrote, (other, one), strict=True):
         assert torch.equal(SafetySubspace.load(tmp_path / named["file"]).right["w"], subspace.right["w"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(named["file"] for named in wrote)
+
+
+def test_every_process_takes_part_in_reading_what_was_left_out(tmp_path, monkeypatch):
+    """One whose machine has no such directory did not, and the first waited for it."""
+    taken = []
+    monkeypatch.setattr("spf.checkpoint.object_of_rank_0", taken.append)
+    for directory in (None, tmp_path / "not there"):
+        read_left_out(directory)
+    assert taken == [None, None]
 
 
 def test_other_safety_data_are_refused(made, tokenizer, rows):

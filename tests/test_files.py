@@ -81,3 +81,15 @@ def test_a_directory_is_held_by_one_run_and_freed_when_that_is_killed(tmp_path):
     with directory_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".spf.pid").read_text()
     assert not (tmp_path / ".spf.pid").exists()
+
+
+def test_two_writers_of_one_name_do_not_share_a_temporary_file(tmp_path):
+    """Processes of several machines may have one number: the first took the second's half for its own."""
+    path = tmp_path / "file"
+    with atomic_path(path) as first:
+        first.write_text("first")
+        with atomic_path(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -391,6 +391,23 @@ def samples_of(monkeypatch, prompts):
     return spf.over_refusal.Samples(None, Frame((), (7,)), known, [True, False] * 12)
 
 
+def test_what_several_processes_share_out_is_read_by_all_of_them(monkeypatch):
+    """One that kept a prompt's states would make fewer passes than the others, which wait for it."""
+    prompts = [of(-1, 24, 100 + i, task=True) for i in range(4)]
+    for ranks, passes in ((1, 4), (2, 8)):
+        monkeypatch.setattr(spf.over_refusal, "rank_and_ranks", lambda ranks=ranks: (0, ranks))
+        read, samples = [], samples_of(monkeypatch, prompts)
+        once = spf.over_refusal.middle_states
+        monkeypatch.setattr(
+            spf.over_refusal,
+            "middle_states",
+            lambda model, asked, *rest, once=once, read=read: (read.extend(asked), once(model, asked, *rest))[1],
+        )
+        for _ in range(2):
+            samples._read([(i, 7) for i in range(4)], len, False)
+        assert len(read) == passes
+
+
 @pytest.mark.parametrize(("tasks", "like_it"), [(9, "unclear"), (2, "harmful")])
 def test_beside_a_task_what_is_like_it_but_for_a_stretch_is_unclear(monkeypatch, tasks, like_it):
     """Two summaries of 206 that stayed held flipped while the others were learned, so more and more was held: ROUGE-L
