@@ -48,8 +48,8 @@ def refuse_unfit(rule: Rule, args: TrainingArguments, goes_on: bool) -> None:
         )
     if vars(args).get("enable_jit_checkpoint"):
         raise UnsupportedSetupError(
-            "enable_jit_checkpoint writes checkpoints without an event, so without what is held, and nothing could go "
-            "on from them; save every so many steps instead (save_steps)"
+            "enable_jit_checkpoint writes checkpoints in the middle of a step, where it cannot be checked that the "
+            "model is held; save every so many steps instead (save_steps)"
         )
     if goes_on and not rule.resumable:
         raise UnsupportedSetupError(

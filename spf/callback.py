@@ -135,6 +135,8 @@ class SafetyCallback(TrainerCallback):
         """Whether the run has said, at any of its steps, that refusals are being lost."""
         self._resume: str | bool | None = None
         self._saved: Saved | None = None
+        self._written: Path | None = None
+        """The last checkpoint that has its state."""
 
     @property
     def audit(self) -> Audit | None:
@@ -169,7 +171,7 @@ class SafetyCallback(TrainerCallback):
         refuse_unfit(self.rule, args, goes_on)
         self._saved = read_checkpoint(resumed_from(args, state, self._resume)) if goes_on else None
         begun = begin(self, self._saved, args, model, optimizer, tokenizer, kwargs["train_dataloader"])
-        self.warned = False
+        self.warned, self._written = False, None
         if is_first():
             self.card.begin(begun.lines, Path(str(args.output_dir)))
             for line in [*begun.places, *begun.lines]:
@@ -204,12 +206,9 @@ class SafetyCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._running.verify(final=True)  # once more: another callback may have put other weights in
-        subspace = self._running.whole_subspace()
-        if not is_first():
-            return
-        state_dict = self._running.state_dict() | self.data.entries() | {"kept": self.keep.entry}
         directory = checkpoint_directory(run_directory(args, calling_trainer()), state)
-        self._saved = write_checkpoint(directory, state_dict, self.samples.rows, subspace, self._saved)
+        if self._written != directory:  # added after the trainer was made, or a library wrote it elsewhere and moved it
+            _write(self, directory)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -269,8 +268,22 @@ def _heed(callback: SafetyCallback, step: int) -> bool:
     return callback.stopped
 
 
-def _left(callback: SafetyCallback, trainer: Any, place: Path) -> None:
-    """A model was written there that is no checkpoint's."""
+def _write(callback: SafetyCallback, directory: Path) -> None:
+    """Write into a checkpoint's directory what the run goes on with. All processes call it."""
+    running = callback._running
+    subspace = running.whole_subspace()
+    callback._written = directory
+    if is_first():
+        state = running.state_dict() | callback.data.entries() | {"kept": callback.keep.entry}
+        callback._saved = write_checkpoint(directory, state, callback.samples.rows, subspace, callback._saved)
+
+
+def _left(callback: SafetyCallback, trainer: Any, place: Path, checkpoint: bool) -> None:
+    """A model was written there; the callback may have been taken off the trainer."""
+    if checkpoint:
+        if callback in trainer.callback_handler.callbacks:
+            _write(callback, place)
+        return
     for said in leave(callback.attachment, trainer.model, place, is_first()):
         logger.warning(f"spf: {said}")
 

@@ -20,6 +20,9 @@ from spf.sharding import object_of_rank_0
 from spf.subspace import SafetySubspace
 
 STATE_FILE = "spf_state.json"
+TRAINER_FILE = "trainer_state.json"
+"""The Trainer writes it last, when a checkpoint is whole."""
+
 SUBSPACE_FILE = "spf_subspace-{hash}.safetensors"
 """The bases of a run, beside its checkpoints: they seldom change, and are written when they do."""
 
@@ -236,6 +239,10 @@ def read_left_out(directory: Path | None) -> LeftOut | None:
     found = None
     if directory is not None and directory.is_dir():  # of one that is not there transformers tells
         refuse_unwritten(directory)
+        if not (directory / TRAINER_FILE).is_file():
+            raise FileNotFoundError(
+                f"{directory / TRAINER_FILE} is missing: the run was ended while the checkpoint was written; {EARLIER}"
+            )
         found = read_json(_File, directory / STATE_FILE, DAMAGED).state.left_out
     return object_of_rank_0(found)
 
@@ -269,7 +276,7 @@ def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool
     own, named = checkpoint_directory(Path(str(args.output_dir)), state), args.resume_from_checkpoint
     candidates = [own, *([Path(named)] if isinstance(named, str) else [])]
     for candidate in candidates:
-        file = candidate / "trainer_state.json"
+        file = candidate / TRAINER_FILE
         if file.exists() and read_json(dict[str, Any], file, EARLIER).get("global_step") == state.global_step:
             return candidate
     return own

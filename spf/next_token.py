@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -99,37 +100,52 @@ class Known:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the weights; an adapter that changes nothing yet does not count, nor one that is not active, nor do
-    trained rows of tokens."""
+    """A hash of the weights and of the scales of LoRA adapters; an adapter that changes nothing yet does not count, nor
+    one that is not active, nor do trained rows of tokens."""
     weights = dict(model.named_parameters(remove_duplicate=False))
-    idle = _idle(model)
-    return hash_of(
-        parameter
-        for name, parameter in weights.items()
-        if not f"{name}.".startswith(idle) and _counts(name, parameter, weights)
-    )
+    adapters = adapters_of(model)
+    counted = {
+        name: weight
+        for name, weight in weights.items()
+        if (name not in adapters or adapters[name].active) and _counts(name, weight, weights)
+    }
+    return hash_of(counted, adapters)
 
 
-def _idle(model: nn.Module) -> tuple[str, ...]:
-    """How the names of parameters begin that are of adapters that are not active."""
+@dataclass(frozen=True)
+class Adapter:
+    """What a parameter is a part of. scale: what LoRA multiplies the product with; others have none here."""
+
+    name: str
+    active: bool
+    scale: float | None
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """By parameter the adapter that it is a part of."""
+    found = {}
     layers: Iterable[tuple[str, Any]] = ((n, one) for n, one in model.named_modules() if isinstance(one, _ADAPTED))
-    return tuple(
-        f"{place}.{kind}.{adapter}."
-        for place, layer in layers
-        for kind, by_adapter in layer.named_children()
-        if isinstance(by_adapter, nn.ModuleDict | nn.ParameterDict)
-        for adapter in by_adapter
-        if layer.disable_adapters or adapter not in layer.active_adapters
-    )
+    for place, layer in layers:
+        for name, _ in layer.named_parameters(remove_duplicate=False):
+            kind, _, rest = name.partition(".")
+            adapter = rest.partition(".")[0]
+            if isinstance(layer.get_submodule(kind) if rest else None, nn.ModuleDict | nn.ParameterDict):
+                active = not layer.disable_adapters and adapter in layer.active_adapters
+                scale = layer.scaling[adapter] if isinstance(layer, LoraLayer) else None
+                found[f"{place}.{name}"] = Adapter(adapter, active, scale)
+    return found
 
 
-def hash_of(weights: Iterable[Tensor]) -> str:
-    """A hash of some numbers of each, in bfloat16."""
+def hash_of(weights: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> str:
+    """A hash of some numbers of each, in bfloat16, and of the scales of their adapters."""
     digest = hashlib.sha256()
-    for weight in weights:
+    for weight in weights.values():
         numbers = weight.detach().flatten()
         some = numbers[:: max(1, numbers.numel() // 8)].to(torch.bfloat16)
         digest.update(repr(some.float().cpu().tolist()).encode())
+    for name in weights:
+        if name in adapters and adapters[name].scale is not None:
+            digest.update(repr(adapters[name].scale).encode())
     return digest.hexdigest()
 
 

@@ -30,7 +30,7 @@ from trl import (
 
 from spf.arguments import TRAIN_NAMES, SafetyArguments, TrainerArguments
 from spf.callback import SafetyCallback
-from spf.checkpoint import STATE_FILE
+from spf.checkpoint import TRAINER_FILE
 from spf.config import Count, NotNegative, Positive, Seed, Share, Whole, check, read_yaml
 from spf.data import load_safety_rows
 from spf.data.training import load_training_data
@@ -149,15 +149,14 @@ def main(arguments: list[str]) -> None:
     first = is_first()
     refuse_beside(output, ["default"] if model_config.use_peft else [])
     with directory_lock(output) if first else nullcontext():
-        # of a checkpoint, what is written last
-        last = "trainer_state.json" if callback is None else STATE_FILE
-        files, before = _times(output, "[!.]*"), _times(output, f"checkpoint-*/{last}")
+        checkpoints = f"checkpoint-*/{TRAINER_FILE}"
+        files, before = _times(output, "[!.]*"), _times(output, checkpoints)
         saving: list[str] = []
 
         def kept() -> str:
             if saving:
                 return f"the model in {output} may not be whole"
-            if new := dict(_times(output, f"checkpoint-*/{last}").items() - before.items()):
+            if new := dict(_times(output, checkpoints).items() - before.items()):
                 place = max(new, key=lambda path: new[path]).parent
                 return f"--resume_from_checkpoint {place} goes on from the last whole checkpoint"
             # what an adapter was merged into, the audit, a checkpoint in part

@@ -59,12 +59,12 @@ def around(
     begin: Callable[[Trainer, str | bool | None], None],
     end: Callable[[Trainer], None],
     saves: Callable[[], None],
-    saved: Callable[[Trainer, Path], None],
+    saved: Callable[[Trainer, Path, bool], None],
 ) -> None:
     """Have `train` call `begin` with what it goes on from, and `end` however it ends: an error calls no event.
 
-    saves: called before a checkpoint's model is written. saved: called with its directory when `save_model` has written
-    a model that is no checkpoint's.
+    saves: called before a checkpoint's model is written. saved: called with its directory, and whether it is a
+    checkpoint's, when `save_model` has written a model.
     """
     train, save = trainer.train, trainer.save_model
 
@@ -78,13 +78,14 @@ def around(
 
     @functools.wraps(save)
     def saving(output_dir: str | None = None, _internal_call: bool = False) -> None:
-        checkpoint = _internal_call and trainer.is_in_train
+        # without a directory it is `push_to_hub`'s
+        checkpoint = _internal_call and trainer.is_in_train and output_dir is not None
         if checkpoint:
             saves()
         with nullcontext() if checkpoint else whole_model(trainer):
             save(output_dir, _internal_call)
-        if not checkpoint:  # before it is pushed to the hub, too
-            saved(trainer, Path(str(output_dir or trainer.args.output_dir)))
+        # before it is pushed to the hub, and before earlier checkpoints are removed
+        saved(trainer, Path(str(output_dir or trainer.args.output_dir)), checkpoint)
 
     trainer.train, trainer.save_model = guarded, saving  # type: ignore[method-assign]
 

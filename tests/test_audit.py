@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset, interleave_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
@@ -1016,16 +1017,17 @@ def saves(tmp_path, tokenizer, refusing, rows, conflicts="hold"):
     return pairs, callback, str(tmp_path / "run" / "checkpoint-2")
 
 
+@pytest.mark.parametrize("missing", ["spf_state.json", "trainer_state.json"])
 def test_a_checkpoint_that_was_not_written_whole_is_named_before_the_audit(
-    tmp_path, tokenizer, refusing, rows, monkeypatch
+    tmp_path, tokenizer, refusing, rows, monkeypatch, missing
 ):
     """A run that is killed while it writes one leaves the model without what is held; minutes went by before that was
     said."""
     pairs, _, checkpoint = saves(tmp_path, tokenizer, refusing, rows)
-    Path(checkpoint, "spf_state.json").unlink()
+    Path(checkpoint, missing).unlink()
     monkeypatch.setattr("spf.training_data.audit_data", lambda *_, **__: pytest.fail("asked"))
     trainer, _ = run(tmp_path, tokenizer, refusing, rows, pairs, max_steps=6)
-    with pytest.raises(FileNotFoundError, match=r"ended while it was written; go on from an earlier checkpoint"):
+    with pytest.raises(FileNotFoundError, match=rf"{missing} is missing.* ended while .* was written; go on from an"):
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
@@ -1587,6 +1589,29 @@ def test_weights_of_an_adapter_count_as_soon_as_it_changes_something(refusing):
             assert fingerprint(model) != base
             parameter.copy_(before)
             assert fingerprint(model) == base
+
+
+@pytest.mark.parametrize(
+    ("kind", "begins_with_nothing"),
+    [
+        (LoraConfig(r=2, target_modules=["q_proj"]), True),
+        (LoraConfig(r=2, target_modules=["embed_tokens"]), True),
+        (AdaLoraConfig(target_modules=["q_proj"], total_step=10), False),
+    ],
+)
+def test_the_scale_of_an_adapter_counts_with_what_it_has_learned(refusing, kind, begins_with_nothing):
+    """With another `lora_alpha` the same weights were taken for the model that had been asked."""
+    model = get_peft_model(copy.deepcopy(refusing), kind)
+    base = fingerprint(model)
+    layer = next(one for one in model.modules() if isinstance(one, LoraLayer))
+    layer.scaling["default"] = 2
+    assert (fingerprint(model) == base) == begins_with_nothing
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            parameter.data += 0.1
+    prints = {fingerprint(model)}
+    layer.scaling["default"] = 2.002
+    assert len(prints | {base, fingerprint(model)}) == 3
 
 
 @pytest.mark.parametrize("part", [".lora_B.", "lm_head"])

@@ -3,15 +3,19 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from spf import SPF, NullSpace, SafetyCallback, SafetyDataError, SafetySubspace
 from spf.checkpoint import read_left_out, write_bases
+from spf.going_on import earlier_subspace
 from tests.conftest import REFUSAL, make_model
 from tests.test_callback import make_trainer, safety_data
 
@@ -176,6 +180,69 @@ def test_missing_and_truncated_files_are_named(made, tokenizer, rows):
     refuses(ValueError, r"spf_state\.json: not a JSON file; damaged")
     state.write_text('{"steps": 2}')
     refuses(ValueError, "written by another version of spf")
+
+
+def test_an_earlier_checkpoint_goes_only_when_the_new_one_is_whole(tmp_path, tokenizer, rows, monkeypatch):
+    """Transformers removed it before the callback had written its state: killed there, none was left to go on from."""
+    remove = transformers.trainer.rotate_checkpoints
+
+    def killed(**kwargs):
+        remove(**kwargs)
+        if (tmp_path / "checkpoint-4").is_dir():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", killed)
+    trainer, _ = run(tmp_path, tokenizer, rows, lora(), max_steps=6, save_total_limit=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    monkeypatch.undo()
+    trainer, callback = run(tmp_path, tokenizer, rows, lora(), max_steps=6)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.attachment.steps == 6
+
+
+def test_a_callback_that_was_added_later_writes_its_state_too(tmp_path, tokenizer, rows):
+    """Nothing of it is called when a model is written, only when its checkpoint is."""
+    trainer, callback = run(tmp_path, tokenizer, rows, lora())
+    trainer.remove_callback(callback)
+    trainer = make_trainer(tmp_path, tokenizer, None, lora(), max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.add_callback(callback)
+    for _ in range(2):
+        trainer.train()
+        (tmp_path / "checkpoint-2" / "spf_state.json").unlink()
+
+
+def test_what_is_pushed_in_the_middle_of_a_run_is_no_checkpoint(tmp_path, tokenizer, rows):
+    """`push_to_hub` says that it saves for itself: the state of a run, older than its end, lay in output_dir and was
+    read for it; its bases lay outside."""
+
+    class Push(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.save_model(_internal_call=True)
+
+    trainer, _ = run(tmp_path / "run", tokenizer, rows, lora(), save_strategy="no")
+    trainer.add_callback(Push())
+    trainer.train()
+    assert [path.parent for path in tmp_path.rglob("spf_*ta*")] == []
+    assert Path(earlier_subspace(lora(), str(tmp_path / "run"), None, tmp_path).where).parent == tmp_path / "run"
+
+
+def test_a_checkpoint_that_was_written_elsewhere_and_moved_has_its_bases(tmp_path, tokenizer, rows):
+    """They stayed where it was written."""
+    trainer, _ = run(tmp_path / "run", tokenizer, rows, lora())
+    save = trainer.save_model
+
+    def move(output_dir=None, _internal_call=False):
+        save(str(tmp_path / "scratch" / "new"), _internal_call)
+        shutil.move(tmp_path / "scratch" / "new", output_dir)
+
+    trainer.save_model = move
+    trainer.train()
+    shutil.rmtree(tmp_path / "scratch")
+    trainer, callback = run(tmp_path / "run", tokenizer, rows, lora(), max_steps=6)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.attachment.steps == 6
 
 
 def test_two_runs_in_a_directory_name_their_own_bases(tmp_path, monkeypatch):

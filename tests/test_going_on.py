@@ -21,6 +21,8 @@ from spf import NullSpace, SafetyCallback, SafetyDataError, UnsupportedModelErro
 from spf.checkpoint import SUBSPACE_FILE
 from spf.going_on import add_adapter, earlier_subspace, leave
 from spf.models import beside, load_model
+from spf.next_token import fingerprint
+from spf.rules.frozen import frozen_fingerprint
 from spf.subspace import SafetySubspace
 from spf.train import save_base
 from tests.conftest import make_model
@@ -333,8 +335,8 @@ def test_an_adapter_on_a_tied_layer_is_refused(tmp_path, tokenizer, rows):
         run(tmp_path, tokenizer, keep(rows), model)
 
 
-def test_checkpoints_that_are_written_without_an_event_are_refused(tmp_path, tokenizer, rows):
-    with pytest.raises(UnsupportedSetupError, match=r"enable_jit_checkpoint writes checkpoints without .*save_steps"):
+def test_checkpoints_that_are_written_in_the_middle_of_a_step_are_refused(tmp_path, tokenizer, rows):
+    with pytest.raises(UnsupportedSetupError, match=r"writes checkpoints in the middle of a step, .*save_steps"):
         run(tmp_path, tokenizer, keep(rows), lora(), enable_jit_checkpoint=True)
 
 
@@ -468,3 +470,57 @@ def test_another_model_below_the_adapter_is_said(saved, tmp_path, tokenizer, row
         said = [line for line in callback.card.begun if "the weights below the adapter are not those" in line]
         assert len(said) == (seed != 0)
         assert ("the weights below the adapter" in caplog.text) == (seed != 0)
+
+
+@pytest.mark.parametrize("change", ["", "weights", "scale"])
+def test_another_adapter_below_the_adapter_is_said(tmp_path, tokenizer, rows, change):
+    """It counted as little as one that is trained: retrained, what was held were another model's answers, unsaid."""
+    model = lora()
+    run(tmp_path / "elsewhere", tokenizer, None, model)
+    add_adapter(model)
+    run(tmp_path / "first", tokenizer, keep(rows), model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    if change == "weights":
+        layer.lora_B["default"].weight.data += 0.1
+    elif change == "scale":
+        layer.set_scale("default", 1.002)
+    callback = keep(rows)
+    run(tmp_path / "second", tokenizer, callback, model)
+    begun = callback.card.begun
+    assert any(line.startswith("held to the directions of an earlier run") for line in begun)
+    assert any("the weights below the adapter are not those" in line for line in begun) == bool(change)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+    ],
+)
+def test_a_copy_that_is_not_active_is_nothing_below_an_adapter(parts):
+    """TRL makes one for its reference: a run would be told that another model is below."""
+    model = get_peft_model(make_model(), LoraConfig(r=4, **parts))
+    before = frozen_fingerprint(model), fingerprint(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    assert (frozen_fingerprint(model), fingerprint(model)) == before
+    model.requires_grad_(requires_grad=False)
+    assert frozen_fingerprint(model) != before[0]
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "layers.0"])
+def test_what_is_not_trained_of_an_adapter_is_not_below_it(tmp_path, tokenizer, rows, frozen):
+    """LoRA-FA first, then both: nothing below has changed."""
+    model = lora()
+    parts = [p for name, p in model.named_parameters() if ".lora_A." in name and frozen in name]
+    for part in parts:
+        part.requires_grad_(False)
+    run(tmp_path / "first", tokenizer, keep(rows), model)
+    for part in parts:
+        part.requires_grad_(True)
+    callback = keep(rows)
+    run(tmp_path / "second", tokenizer, callback, model)
+    assert any(line.startswith("held to the directions of an earlier run") for line in callback.card.begun)
+    assert not any("the weights below the adapter are not those" in line for line in callback.card.begun)

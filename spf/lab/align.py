@@ -12,6 +12,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from spf.arguments import AlignArguments
+from spf.checkpoint import TRAINER_FILE
 from spf.config import read_json
 from spf.data import ENOUGH, packaged_prompts
 from spf.errors import keeping, working
@@ -64,7 +65,7 @@ def align(args: AlignArguments) -> Path:
 
 def _last_checkpoint(output: Path) -> str | None:
     """The last whole one: the Trainer writes its state last."""
-    there = (output / "trainer").glob("checkpoint-*/trainer_state.json")
+    there = (output / "trainer").glob(f"checkpoint-*/{TRAINER_FILE}")
     places = sorted((path.parent for path in there), key=lambda path: int(path.name.rpartition("-")[2]))
     return str(places[-1]) if places else None
 

@@ -185,16 +185,21 @@ class Constraint:
             )
 
     def whole(self) -> SafetySubspace:
-        """The subspace with the targets of all rows, from every process's own. All of them have to call it."""
+        """The subspace with the targets of all rows, from every process's own. All of them have to call it, unless only
+        an adapter is held."""
         run = self.run
         if not run.sharding.split:
             return self.subspace
         device = next(iter(self.subspace.target.values())).device
+
+        def whole_of(name: str, rows: Tensor) -> Tensor:
+            height = run.sharding.parts[name].shape[0]
+            if run.matrices[name].is_lora_a:  # zeros: nobody is asked, as a process may write an adapter alone
+                return torch.zeros(height, rows.shape[1])
+            return run.sharding.gather_rows(name, rows.to(device), height).cpu()
+
         target, reserve_target = (
-            {
-                name: run.sharding.gather_rows(name, rows.to(device), run.sharding.parts[name].shape[0]).cpu()
-                for name, rows in own.items()
-            }
+            {name: whole_of(name, rows) for name, rows in own.items()}
             for own in (self.subspace.target, self.subspace.reserve_target)
         )
         own = self.subspace  # which may grow further

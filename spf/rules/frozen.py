@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from spf.next_token import hash_of
+from spf.next_token import adapters_of, hash_of
 from spf.run import Run
 from spf.sharding import at_rest, reshard
 
@@ -65,13 +65,17 @@ def differing(run: Run, before: Mapping[str, Tensor], now: Mapping[str, Tensor])
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
-    """A hash of some numbers of every weight that is neither trained nor an adapter's, in bfloat16.
+    """A hash of some numbers of every weight that is not trained, in bfloat16, and of the scales of LoRA adapters.
 
-    TRL copies adapters for its reference model.
+    Of adapters those count that are active, since TRL copies one for its reference model, and no part of which is
+    trained.
     """
-    adapters = ("lora_", "trainable_tokens", "modules_to_save.")
-    return hash_of(
-        parameter
-        for name, parameter in model.named_parameters()
-        if not (parameter.requires_grad or parameter.is_meta or any(part in name for part in adapters))
-    )
+    adapters, weights = adapters_of(model), dict(model.named_parameters())
+    own = {adapters[name].name for name, weight in weights.items() if weight.requires_grad and name in adapters}
+    frozen = {
+        name: weight
+        for name, weight in weights.items()
+        if not (weight.requires_grad or weight.is_meta)
+        and (name not in adapters or (adapters[name].active and adapters[name].name not in own))
+    }
+    return hash_of(frozen, adapters)

@@ -46,6 +46,7 @@ import spf.training_data
 from spf import SPF, CorrectionError, NullSpace, Rank1, SafetyCallback, UnsupportedSetupError
 from spf.data import Anchor
 from spf.data.examples import IGNORED, Example, Examples, read_examples
+from spf.going_on import _ENDED
 from spf.next_token import Known, fingerprint
 from spf.over_refusal import PROBE, Frame, middle_states
 from spf.probe import SafetyProbe, Watched
@@ -579,12 +580,16 @@ def after(case: Case, directory: Path, anew: bool = False) -> dict[str, Any]:
             result["said_alone"] = list(said)
             result["alone"] = sorted(path.name for path in (directory / "alone").iterdir())
             if case.lora:
-                one, other = (
+                ended = _ENDED.pop(running)
+                trainer.save_model(str(directory / "broken off"))
+                _ENDED[running] = ended
+                one, *others = (
                     SafetySubspace.load(next((directory / place).glob("spf_subspace-*")))
-                    for place in ("saved", "alone")
+                    for place in ("saved", "alone", "broken off")
                 )
                 result["apart"] = max(
                     float((part[n] - tensor).abs().max())
+                    for other in others
                     for part, whole in ((one.right, other.right), (one.target, other.target))
                     for n, tensor in whole.items()
                 )
