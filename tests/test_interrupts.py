@@ -135,6 +135,8 @@ def test_align_does_not_take_over_an_adapter_it_did_not_make(workspace, capsys):
 def test_overwrite_with_a_mistyped_model_removes_nothing(command, name, lockspace, monkeypatch, capsys):
     w = lockspace
     monkeypatch.chdir(w)
+    # "modle" is a hub's; without a network it is asked again and again
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     LoraConfig(base_model_name_or_path=str(w / "gone")).save_pretrained(w / "adapter")
     (w / "results").mkdir()
     names = ["settings.json", "adapter_config.json", "sweep.json", "lock.safetensors", "benign_answers.json"]

@@ -67,6 +67,9 @@ OUTPUT = sys.argv[1]
 MODE, WORLD, RANK = "", 1, 0
 """Of a process that trains: set when it is forked."""
 
+# every run asks the model for its refusals, a pass a token
+refusals.ask_refusals.__kwdefaults__["max_new_tokens"] = 4
+
 STEPS = 4
 TIMEOUT = 480
 """Seconds after which a process is ended."""
