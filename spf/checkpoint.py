@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import MinLen
 from pydantic import BaseModel, Field
 from transformers import TrainerState, TrainingArguments
@@ -15,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from spf.config import STRICT, Conflicts, File, NotNegative, Positive, Share, Whole, read_json
 from spf.data import SafetyDataError, SafetyRow
-from spf.files import write_json
+from spf.files import read_tensors, write_json
 from spf.sharding import object_of_rank_0
 from spf.subspace import SafetySubspace
 
@@ -283,16 +284,34 @@ def resumed_from(args: TrainingArguments, state: TrainerState, given: str | bool
 
 
 def write_bases(run: Path, subspace: SafetySubspace) -> dict[str, str]:
-    """Write SUBSPACE_FILE into a directory; its name and sha256."""
+    """Write SUBSPACE_FILE into a directory, unless there is one that holds the same; its name and sha256."""
     run.mkdir(parents=True, exist_ok=True)
+    there = list(run.glob(SUBSPACE_FILE.format(hash="*")))
     # under a name of its own: another run in the directory may write at the same time
     with tempfile.TemporaryDirectory(dir=run, prefix=".spf_") as own:
         unnamed = Path(own) / "subspace"
         subspace.save(unnamed)
+        path = next((path for path in there if _hold_the_same(path, unnamed)), None)
+        if path is not None:
+            path.touch()  # where adapters cannot be compared, the newest is taken
+            return {"file": path.name, "sha256": _sha256(path)}
         digest = _sha256(unnamed)
         path = run / SUBSPACE_FILE.format(hash=digest[:12])
         unnamed.replace(path)
     return {"file": path.name, "sha256": digest}
+
+
+def _hold_the_same(one: Path, other: Path) -> bool:
+    """Whether two files do; the entries of their headers come in any order."""
+    try:
+        if one.stat().st_size != other.stat().st_size:
+            return False
+        (tensors, header), (others, about) = (read_tensors(path, "a safety subspace", EARLIER) for path in (one, other))
+    except (OSError, ValueError):
+        return False  # removed meanwhile, or damaged
+    return (
+        header == about and tensors.keys() == others.keys() and all(torch.equal(tensors[n], others[n]) for n in tensors)
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Going on from a checkpoint: what is compared before anything is changed, and what a checkpoint holds."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -260,6 +261,22 @@ def test_two_runs_in_a_directory_name_their_own_bases(tmp_path, monkeypatch):
     for named, subspace in zip(wrote, (other, one), strict=True):
         assert torch.equal(SafetySubspace.load(tmp_path / named["file"]).right["w"], subspace.right["w"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(named["file"] for named in wrote)
+
+
+def test_the_same_bases_are_written_once_however_often_a_model_is_saved(tmp_path, tokenizer, rows):
+    """The entries of a file's header come in any order, so each save wrote another file, of a gigabyte at 7B."""
+    trainer, _ = run(tmp_path / "run", tokenizer, rows, lora(), save_strategy="no")
+    trainer.train()
+    for _ in range(6):
+        trainer.save_model(str(tmp_path / "latest"))
+    path = bases_of(tmp_path / "latest")
+    os.utime(path, (1, 1))
+    subspace = SafetySubspace.load(path)
+    assert write_bases(tmp_path / "latest", subspace)["file"] == path.name
+    assert path.stat().st_mtime > 1  # the newest
+    path.write_bytes(b"\0" * path.stat().st_size)  # damaged
+    (name,) = {write_bases(tmp_path / "latest", subspace)["file"] for _ in range(6)}
+    assert SafetySubspace.load(tmp_path / "latest" / name).directions == subspace.directions
 
 
 def test_every_process_takes_part_in_reading_what_was_left_out(tmp_path, monkeypatch):

@@ -67,8 +67,8 @@ OUTPUT = sys.argv[1]
 MODE, WORLD, RANK = "", 1, 0
 """Of a process that trains: set when it is forked."""
 
-# every run asks the model for its refusals, a pass a token
-refusals.ask_refusals.__kwdefaults__["max_new_tokens"] = 4
+# every run asks the model for its refusals, a pass a token; some read its answers
+refusals.ask_refusals.__kwdefaults__["max_new_tokens"] = refusals.READ_TOKENS = 4
 
 STEPS = 4
 TIMEOUT = 480
@@ -678,6 +678,7 @@ def train(only: list[str]) -> None:
     if MODE.startswith("zero"):
         # a kernel for shared memory that g++ would have to compile; gloo does without (deepspeed.comm.torch is torch)
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # marks for a profiler, a fifth of the time
     if MODE not in ("single", "ddp"):
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     watch_hooks()
