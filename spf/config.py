@@ -24,6 +24,7 @@ Weight = Annotated[float, Gt(0), Le(1e6)]
 """Of a token; more would leave the others nothing in float32."""
 Name = Annotated[str, MinLen(1)]
 Share = Annotated[float, Ge(0), Le(1)]
+BelowOne = Annotated[float, Ge(0), Lt(1)]
 _ORDERED = AfterValidator(lambda ends: ends if ends[0] <= ends[1] else _refuse("[low, high] in this order"))
 Ends = Annotated[list[float], MinLen(2), MaxLen(2), _ORDERED]
 Interval = Annotated[list[Share], MinLen(2), MaxLen(2), _ORDERED]

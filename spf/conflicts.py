@@ -94,6 +94,7 @@ class Audit:
     aligned model. conflicts: one an example, in the order of the rows. leaning: the same of prompts that the model does
     not refuse, though it might (`LEANING`). seconds: that it took. stream: these rows are what one pass gives first.
     refuses: the model refuses at least one of the safety prompts; else nothing can be found.
+    refusing: so many answers to refused prompts begin as refusals do.
     answers: how many answers each row, or document of a packed one, teaches, of those that could be read. unlike: how
     many prompts are in a script that no refusal has by which others are told. new: no run has begun with it.
     source: the directory of the earlier audit that it was taken from, if any; other_weights: which asked a model with
@@ -112,6 +113,7 @@ class Audit:
     seconds: float = 0.0
     stream: bool = False
     refuses: bool = True
+    refusing: int = 0
     answers: Counter[Place] = field(default_factory=Counter, repr=False)
     unlike: Counter[str] = field(default_factory=Counter)
     new: bool = True

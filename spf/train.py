@@ -36,6 +36,7 @@ from spf.data import load_safety_rows
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
 from spf.files import directory_lock
+from spf.loaded import whole_model_of
 from spf.models import ADAPTER_CONFIG, above, load_model, refuse_beside, refuse_missing, save_whole
 from spf.named import make_callback
 from spf.next_token import fingerprint
@@ -237,19 +238,20 @@ def _load_model(training: Any, model_config: Any) -> tuple[PreTrainedModel, PreT
         dtype: Any = wanted if wanted == "auto" else getattr(torch, wanted)
         return load_model(name, dtype)
     source = {
-        "pretrained_model_name_or_path": name,
         "revision": model_config.model_revision,
         # TRL's switch, off unless the user says so
         "trust_remote_code": training.trust_remote_code,
     }
-    model = AutoModelForCausalLM.from_pretrained(
+    model = whole_model_of(
+        AutoModelForCausalLM,
+        name,
         **source,
         dtype=model_config.dtype,
         attn_implementation=model_config.attn_implementation,
         # packed weights go to this process's own device by themselves, so no device map is needed
         quantization_config=packed,
     )
-    return model, AutoTokenizer.from_pretrained(**source)
+    return model, AutoTokenizer.from_pretrained(name, **source)
 
 
 def _is_adapter(name: str) -> bool:

@@ -1289,6 +1289,50 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch, tokenizer):
     assert main(["audit", str(data)]) == 2
 
 
+def test_what_the_command_cannot_say_is_no_success(saved, tmp_path, capsys, monkeypatch, tokenizer):
+    """A column `label` and polite beginnings passed `--fail_over`; `--clean` kept what was not read, unsaid."""
+    monkeypatch.chdir(tmp_path)
+    data, safety = tmp_path / "data.jsonl", tmp_path / "safety.jsonl"
+    safety.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in HARMFUL[:12]))
+    command = ["audit", "data.jsonl", "--model", str(saved), "--safety_data", "safety.jsonl", "--output", "out"]
+
+    def audited(rows, *more):
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code = main([*command, *more])
+        return code, capsys.readouterr()
+
+    labelled = [{"prompt": p, "completion": COMPLIES, "label": 0} for p in HARMFUL[:4]]
+    chats = [{"prompt": [user(row["prompt"])], "completion": [answered(COMPLIES)], "label": False} for row in labelled]
+    code, told = audited(chats, "--fail_over", "0")
+    assert code == 2
+    assert "for --fail_over say --label kto if it is that, or --label none" in told.err
+    assert audited(chats, "--fail_over", "0", "--label", "kto")[0] == 0
+    assert audited(chats, "--fail_over", "0", "--label", "none")[0] == 1
+    assert audited(chats)[0] == 0  # it is said
+    polite = [{"messages": [user(p), answered("Sorry to keep you waiting! Sure.")]} for p in HARMFUL[:4]]
+    code, told = audited(polite)
+    assert "4 training answers to refused prompts begin as refusals do, and are taken for such: how" in told.out
+    other = {
+        "messages": [user(HARMFUL[0]), answered(REFUSAL), user("And?"), {"role": "Assistant", "content": COMPLIES}]
+    }
+    code, told = audited([*polite, other], "--clean", "clean.jsonl")
+    assert "1 rows could not be audited (row 4: a message of the role 'Assistant'" in told.out
+    assert "; WITH 1 that could not be audited: clean.jsonl" in told.out
+    before = data.read_text()
+    assert audited([*polite, other], "--clean", "./data.jsonl")[0] == 2
+    assert data.read_text() == before
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "train.jsonl").write_text(before)
+    assert main(["audit", "many", *command[2:], "--clean", "many/train.jsonl"]) == 2
+    assert "many/train.jsonl: is of the data that are audited; name another" in capsys.readouterr().err
+    make_model().save_pretrained("willing")
+    tokenizer.save_pretrained("willing")
+    safety.write_text("".join(json.dumps({"prompt": p, "refusal": REFUSAL}) + "\n" for p in HARMFUL[:12]))
+    command[3] = "willing"
+    assert audited(polite, "--clean", "all.jsonl")[0] == 2
+    assert not (tmp_path / "all.jsonl").exists()
+
+
 def test_clean_rows_are_written_where_they_can_be_read_again(tmp_path, capsys):
     """JSON lines in a .csv were read by nothing, and the audit's own list was overwritten."""
     (tmp_path / "data.csv").write_text("prompt,completion\nHi,Hello\n")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -389,3 +390,56 @@ def test_a_suffix_in_capitals_is_that_of_training_data_too(tmp_path):
     assert load_training_data(str(tmp_path / "DATA.CSV"))["train"][0] == {"prompt": "Hi", "completion": "Hello"}
     with pytest.raises(FileNotFoundError, match="no such training data file"):
         load_training_data(str(tmp_path / "GONE.CSV"))
+
+
+def row(text):
+    return json.dumps({"prompt": text}) + "\n"
+
+
+def test_training_data_that_changed_are_read_anew(tmp_path):
+    """They were known by name and time: what a file said before was audited and trained on."""
+    for place in (tmp_path / "a.jsonl", tmp_path / "many"):
+        file = place if place.suffix else place / "train.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        for text in ("first", "other"):
+            file.write_text(row(text))
+            os.utime(file, (1, 1))
+            assert load_training_data(str(place))["train"]["prompt"][:] == [text]
+
+
+def test_training_data_are_those_that_were_named(tmp_path):
+    """A name with a bracket was read as a pattern, which another file fits."""
+    (tmp_path / "data[1].jsonl").write_text(row("named"))
+    (tmp_path / "data1.jsonl").write_text(row("other"))
+    assert load_training_data(str(tmp_path / "data[1].jsonl"))["train"]["prompt"][:] == ["named"]
+    (tmp_path / "run[1]").mkdir()
+    (tmp_path / "run[1]" / "a.jsonl").write_text(row("named"))
+    with pytest.raises(SafetyDataError, match=r"run\[1\]: \[, \* and \? in its name are read as a pattern"):
+        load_training_data(str(tmp_path / "run[1]"))
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        (["train.jsonl", "customer.jsonl"], "customer.jsonl"),
+        (["a.jsonl", "b.jsonl", "c.csv"], "c.csv"),
+        (["customers.jsonl", "my-test-set.jsonl"], "customers.jsonl"),
+        (["A.JSONL", "b.jsonl"], "A.JSONL"),
+        (["a.jsonl", "b.jsonl"], ""),
+        (["train.jsonl", "test.jsonl"], ""),
+        (["train-1.jsonl", "train-2.jsonl", "deep/train-3.jsonl", ".hidden.jsonl"], ""),
+        (["train.jsonl", "customer.jsonl", "README.md"], ""),
+    ],
+)
+def test_a_directory_is_read_whole_or_refused(tmp_path, names, left):
+    """Of several kinds of file one is read, and where a name names a split those alone."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n" if "README" in name else ""
+        (tmp_path / name).write_text(content or ("prompt\na\n" if name.endswith(".csv") else row("a")))
+    if left:
+        with pytest.raises(SafetyDataError, match=rf": 1 of its files would not be read, {left} among them .*name one"):
+            load_training_data(str(tmp_path))
+    else:
+        read = load_training_data(str(tmp_path))
+        assert sum(map(len, read.values())) == (1 if "README.md" in names else len(names) - (".hidden.jsonl" in names))

@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal, wilson_interval
+from spf.text.chat import render_chat
 from spf.text.generation import context_length, pad_id
 from spf.text.refusal import ADVBENCH_PREFIXES, EXTRA_PREFIXES
 from tests.conftest import make_model, make_tokenizer
@@ -165,6 +167,42 @@ def test_answers_are_greedy_whatever_a_checkpoint_ships_with(tokenizer):
         shipped.eos_token_id = [tokenizer.eos_token_id, first]
         short = generate_answers(model, tokenizer, prompts[:1], max_new_tokens=12, progress=False)
         assert len(short[0]) < len(plain[0])
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_thoughts_are_not_the_answer_where_their_marks_are_special_tokens(monkeypatch, special):
+    """The marks were taken out before they were looked for: what was judged were the thoughts."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=special) for mark in ("<think>", "</think>")])
+    model = make_model()
+    model.resize_token_embeddings(len(tokenizer))
+    said = "<think> Sure, here is how to do that. </think> I'm sorry, but I can't help with that request. </s>"
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+
+    def generate(input_ids, max_new_tokens, **others):
+        return torch.cat([input_ids, torch.tensor([ids[:max_new_tokens]] * len(input_ids))], 1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    (answer,) = generate_answers(model, tokenizer, ["How do I"], max_new_tokens=64)
+    assert answer == "I ' m sorry , but I can ' t help with that request ."
+    with pytest.raises(ValueError, match=r"thinks before it answers \(<think>\) and had not come to an end"):
+        generate_answers(model, tokenizer, ["How do I"], max_new_tokens=4)
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
+    """Past the context figures came of it."""
+    model, tokenizer = make_model(), make_tokenizer()
+    prompt = " ".join(["request"] * 235)
+    taken = len(
+        tokenizer(render_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True))["input_ids"]
+    )
+    room = 256 - taken
+    assert 0 < room < 20
+    generate_answers(model, tokenizer, [prompt, "request"], max_new_tokens=room)
+    with pytest.raises(
+        ValueError, match=f"a prompt has {taken} tokens, so {room + 1} of an answer have no room in the 256"
+    ):
+        generate_answers(model, tokenizer, [prompt, "request"], max_new_tokens=room + 1)
 
 
 def test_thoughts_are_not_the_answer(monkeypatch):

@@ -254,9 +254,9 @@ def test_first_token_judge_takes_one_token(workspace):
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        ("asr > 100, over_refusal > +0", None),
-        ("asr < +75, asr/prefill < -10", None),
-        ("asr > +74.9", "asr is 100.0%, +75.0 points against the reference (--fail_if 'asr > +74.9')"),
+        ("asr < 100, over_refusal > +0", None),
+        ("asr < +80, asr/prefill < -10", None),
+        ("asr > +79.9", "asr is 100.0%, +80.0 points against the reference (--fail_if 'asr > +79.9')"),
         ("over_refusal<-10,asr > 99.9", "over_refusal is 0.0%, -25.0 points against the reference"),
     ],
 )
@@ -265,7 +265,9 @@ def test_eval_has_an_exit_code(workspace, capsys, limits, said):
     command = ["eval", "model", *SUITES, "--transforms", "prefill", "--output"]
     assert cli.main([*command, "base.json"]) == 0
     base = json.loads((workspace / "base.json").read_text())
-    base |= {"asr": 0.25, "asr/prefill": 0.26, "over_refusal": 0.25}  # a random model refuses nothing
+    base |= {"asr": 0.2, "asr/prefill": 0.2, "over_refusal": 0.25}  # a random model refuses nothing
+    refused = [True] * 4 + [False]
+    base["refused"] = {"asr": refused, "asr/prefill": refused, "over_refusal": [True] + [False] * 3}
     (workspace / "base.json").write_text(json.dumps(base))
     capsys.readouterr()
     code = cli.main([*command, "second.json", "--reference", "base.json", "--fail_if", limits])
@@ -298,6 +300,25 @@ def test_eval_has_an_exit_code(workspace, capsys, limits, said):
         (["eval", "model", *SUITES, "--judge", "first-token", "--reference", "ref.json"], "ref.json: measured with ju"),
         (["eval", "model", *SUITES[2:], "--reference", "ref.json"], "ref.json: measured on other harmful prompts"),
         (["eval", "model", *SUITES, "--fail_if", "asr >= 2"], "--fail_if: 'asr >= 2' is not FIGURE > NUMBER"),
+        (
+            ["eval", "model", *SUITES, "--fail_if", "asr > 100"],
+            "'asr > 100' can never be so: figures are from 0 to 100",
+        ),
+        (
+            ["eval", "model", *SUITES, "--fail_if", "over_refusal < 0"],
+            "'over_refusal < 0' can never be so: figures are",
+        ),
+        (
+            ["eval", "model", *SUITES, "--reference", "full.json", "--output", "./full.json"],
+            "is the --reference: the n",
+        ),
+        (["eval", "model", *SUITES, "--reference", "edited.json"], "edited.json: `asr` is not what `refused.asr` says"),
+        (["eval", "model", *SUITES, "--reference", "cut.json"], "cut.json: `asr` is not what `refused.asr` says"),
+        (
+            ["eval", "model", "--harmful", "system.jsonl"],
+            "system.jsonl:1: a suite holds single user prompts, not one o",
+        ),
+        (["eval", "model", *SUITES, "--system_prompt", "my prompts/the system.txt"], "the system.txt: no such file"),
         (["eval", "model", *SUITES, "--fail_if", "asr > 2,"], "--fail_if: '' is not FIGURE > NUMBER"),
         (["eval", "model", *SUITES, "--fail_if", "asr/base64 > 2"], "--fail_if: asr/base64 is not measured; asr, over"),
         (["eval", "model", *SUITES, "--fail_if", "asr > +2"], "points against a --reference, which is not given"),
@@ -306,12 +327,12 @@ def test_eval_has_an_exit_code(workspace, capsys, limits, said):
             "points against a --reference, which has no asr",
         ),
         (
-            ["eval", "model", *SUITES, "--reference", "full.json", "--fail_if", "over_refusal > +9, asr > +2"],
-            "--fail_if: 'asr > +2' can never be so: asr of the reference m is 98.1% (it refuses too little to lose",
+            ["eval", "model", *SUITES, "--reference", "full.json", "--fail_if", "over_refusal > +9, asr > +20"],
+            "--fail_if: 'asr > +20' can never be so: asr of the reference m is 80.0% (it refuses too little to lose",
         ),
         (
-            ["eval", "model", *SUITES, "--reference", "full.json", "--fail_if", "over_refusal < -10"],
-            "--fail_if: 'over_refusal < -10' can never be so: over_refusal of the reference m is 10.0%; name the res",
+            ["eval", "model", *SUITES, "--reference", "full.json", "--fail_if", "over_refusal < -25"],
+            "--fail_if: 'over_refusal < -25' can never be so: over_refusal of the reference m is 25.0%; name the res",
         ),
         (["eval", "model", *SUITES, "--system_prompt", "gone.txt"], "--system_prompt: gone.txt: no such file"),
         (["eval", "model", *SUITES, "--system_prompt", "gone/system"], "--system_prompt: gone/system: no such file"),
@@ -328,14 +349,17 @@ def test_mistakes_end_in_one_sentence(workspace, capsys, arguments, message):
     settings = run.settings(Suite("h", HARMFUL, "x"), Suite("b", BENIGN, "y"), "prefix", None, 3)
     (workspace / "ref.json").write_text(json.dumps({"model": "m", "refused": {}, **settings}))
     (workspace / "other.json").write_text('{"arms": 1}')
-    rates = {"asr": 102 / 104, "over_refusal": 0.1}
-    verdicts = {"asr": [False] * 5, "over_refusal": [True] * 4}
+    rates = {"asr": 0.8, "over_refusal": 0.25}
+    verdicts = {"asr": [False] * 4 + [True], "over_refusal": [True] + [False] * 3}
     full = {"model": "m", "refused": verdicts, **settings}
     for name, rate in rates.items():
         full |= {name: rate, f"{name}_ci": [0, 1], f"{name}_count": len(verdicts[name])}
     suites = [run._describe(load_suite(workspace / f"{kind}.jsonl")) for kind in ("harmful", "benign")]
     full["suites"] = dict(zip(("harmful", "benign"), suites, strict=True))
     (workspace / "full.json").write_text(json.dumps(full))
+    (workspace / "edited.json").write_text(json.dumps(full | {"asr": 0.0}))
+    (workspace / "cut.json").write_text(json.dumps({name: what for name, what in full.items() if name != "asr"}))
+    (workspace / "system.jsonl").write_text('{"messages": [{"role": "system", "content": "Be brief."}]}')
     (workspace / "empty.txt").write_text(" \n")
     two = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
     (workspace / "two.jsonl").write_text(json.dumps({"messages": two}))

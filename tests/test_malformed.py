@@ -806,6 +806,7 @@ def of_late():
             REFERENCE
             | evaluation.settings(*suites, "prefix", None, 32)
             | {"refused": verdicts, "perplexity": {"value": 3.0}}
+            | {"asr": 0.0, "asr/base64": 1.0, "over_refusal": 0.0}
         )
         put(p / "ref.json", json.dumps(content).encode())
         return ["eval", str(filled(p) / "model"), "--reference", str(p / "ref.json")]

@@ -21,6 +21,9 @@ IGNORED = -100
 TARGET_TOKENS = 48
 """As much of an answer is read as tells whether it refuses."""
 
+ANSWERING = ("assistant", "gpt", "model", "bot", "chatbot", "ai")
+"""Roles of answers in other data, which some templates render as they stand; TRL learns an assistant's only."""
+
 QUESTION: Messages = [{"role": "user", "content": "QUESTION"}]
 TURN: Messages = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
 
@@ -155,6 +158,9 @@ class _Reader:
         self, conversation: Sequence[Any], first: int, variables: Row
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Every answer from the message `first` on, with what stands before it."""
+        roles = [message["role"] for message in conversation]
+        if other := next((role for role in roles if role != "assistant" and str(role).lower() in ANSWERING), None):
+            raise SafetyDataError(f"a message of the role {other!r}, which is read as no answer; call it assistant")
         for i, message in enumerate(conversation):
             if message["role"] == "assistant" and i >= first:
                 yield self._prompt(_messages(conversation[:i], "user"), variables), self._ids(_content([message]))

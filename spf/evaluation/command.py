@@ -25,6 +25,7 @@ from spf.evaluation.suites import load_suite, read_system_prompt
 from spf.evaluation.transforms import TRANSFORMS
 from spf.evaluation.utility import lm_eval_tasks
 from spf.files import check_output_file, write_json
+from spf.loaded import refuse_not_finite
 from spf.models import load_model, machine_device
 from spf.text.chat import chat_options, parse_options
 
@@ -49,6 +50,10 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
         args.max_new_tokens = 1
     if args.output:
         check_output_file(Path(args.output))
+        if args.reference and Path(args.output).resolve() == Path(args.reference).resolve():
+            raise ValueError(
+                f"--output {args.output} is the --reference: the next run would be compared with this one; name another"
+            )
     transforms, options = parse_transforms(args.transforms), parse_options(args.chat_template_kwargs)
     harmful, benign = load_suite(args.harmful), load_suite(args.benign)
     system = read_system_prompt(args.system_prompt) if args.system_prompt else None
@@ -64,6 +69,7 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
         results["agreement"] = found.as_dict()
     if args.model is not None:
         model, tokenizer = load_model(args.model)
+        refuse_not_finite(model, args.model)
         chat_options(tokenizer, options)  # an unknown one is named before anything is asked
         if system is not None:
             check_system_prompt(tokenizer, system, options)

@@ -17,6 +17,7 @@ from transformers import (
 
 from spf.evaluation.extras import import_extra
 from spf.evaluation.metrics import Rate
+from spf.loaded import whole_model_of
 from spf.models import machine_device
 from spf.progress import tracked
 from spf.text.chat import render_chat
@@ -88,7 +89,7 @@ class ClassifierJudge:
             ValueError: the classifier has no such label.
         """
         self.tokenizer = AutoTokenizer.from_pretrained(model_id)
-        self.model = AutoModelForSequenceClassification.from_pretrained(model_id).eval()
+        self.model = whole_model_of(AutoModelForSequenceClassification, model_id).eval()
         self.model.to(machine_device())
         labels = self.model.config.label2id
         if refusal_label not in labels:
@@ -171,8 +172,8 @@ class LLMJudge:
         self.tokenizer = AutoTokenizer.from_pretrained(model_id)
         if self.family.template is None and self.tokenizer.chat_template is None:
             raise ValueError(f"{model_id}: the judge has no chat template")
-        self.model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto")
-        self.model.to(machine_device())  # type: ignore[arg-type]
+        self.model = whole_model_of(AutoModelForCausalLM, model_id, dtype="auto")
+        self.model.to(machine_device())
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Raises ValueError where the judge writes no verdict."""

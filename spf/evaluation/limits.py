@@ -30,9 +30,9 @@ class Limit:
         broken = found > self.bound if self.above else found < self.bound
         return f"{what} (--fail_if {self.text!r})" if broken else None
 
-    def is_out_of_reach(self, reference: Mapping[str, Any]) -> bool:
-        """Whether no share from 0 to 1 is so many points from the reference's: it would pass whatever is measured."""
-        room = (1.0 if self.above else 0.0) - reference[self.figure]
+    def is_out_of_reach(self, reference: Mapping[str, Any] | None) -> bool:
+        """Whether no share from 0 to 1 breaks it: it would pass whatever is measured."""
+        room = (1.0 if self.above else 0.0) - (reference[self.figure] if reference is not None else 0.0)
         room = round(100 * room, 9)
         return room <= self.bound if self.above else room >= self.bound
 
@@ -70,5 +70,7 @@ def parse_limits(text: str | None, figures: Collection[str], reference: Mapping[
                 f"{reference[limit.figure]:.1%}{why}; name the results of another model, or a bound in percent, "
                 "without a sign"
             )
+        if not limit.relative and limit.is_out_of_reach(None):
+            raise ValueError(f"--fail_if: {part!r} can never be so: figures are from 0 to 100 percent")
         limits.append(limit)
     return limits

@@ -222,7 +222,11 @@ class _Results(File):
             if len(verdicts) != suite.count:
                 raise ValueError(f"`refused.{name}` must be a list of {suite.count}, not of {len(verdicts)}")
             kinds |= {name: Share, f"{name}_ci": Interval, f"{name}_count": Count}
-        check_values(kinds, self.model_extra or {}, "`{}`")
+        found = self.model_extra or {}
+        check_values(kinds, found, "`{}`")
+        for name, verdicts in self.refused.items():
+            if found.get(name) != sum(_hits(name, verdicts)) / len(verdicts):
+                raise ValueError(f"`{name}` is not what `refused.{name}` says")
         return self
 
 

@@ -1,11 +1,15 @@
 """Prompt suites: packaged, from a file, or public ones from the Hugging Face hub."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 from datasets import load_dataset
+
+FILE_NAME = re.compile(r"\S*(/|\.\w)\S*|[^\n]*\.(txt|md|text|prompt|jinja2?|json|ya?ml)", re.IGNORECASE)
+"""What a system prompt is not: the name of a file that is not there."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,11 @@ def load_suite(source: str | Path) -> Suite:
         raise SafetyDataError(f"{name}: neither a file nor a known suite ({known})")
     rows = load_safety_rows(path)
     for row in rows:
-        if (count := len(row.messages)) != 1:
-            remedy = "; give the system message by --system_prompt" * (row.messages[0]["role"] == "system")
-            raise SafetyDataError(f"{row.where}: a suite holds single user prompts, not {count} messages{remedy}")
+        count, role = len(row.messages), row.messages[0]["role"]
+        if count != 1 or role != "user":
+            what = f"{count} messages" if count != 1 else f"one of the role {role}"
+            remedy = "; give the system message by --system_prompt" * (role == "system")
+            raise SafetyDataError(f"{row.where}: a suite holds single user prompts, not {what}{remedy}")
     return Suite(path.stem, [row.messages[0]["content"] for row in rows], name)
 
 
@@ -89,8 +95,8 @@ def read_system_prompt(given: str) -> str:
     except OSError:  # too long for a name
         is_file = False
     if is_file:
-        text = Path(given).read_text("utf-8")
-    elif not any(map(str.isspace, given)) and ("/" in given or Path(given).suffix):
+        text = Path(given).read_text("utf-8-sig")
+    elif FILE_NAME.fullmatch(given.strip()):
         raise FileNotFoundError(f"--system_prompt: {given}: no such file; give the text itself, or the name of a file")
     if not text.strip():
         raise ValueError(f"--system_prompt: {given if is_file else 'it'} says nothing; leave it out")

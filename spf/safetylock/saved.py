@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from spf.config import File, parse_json, read_json
 from spf.files import read_tensors
+from spf.loaded import whole_model_of
 from spf.safetylock.heads import Model, attention_outputs
 from spf.safetylock.lock import SAVED_MARK, applied_shifts
 
@@ -104,7 +105,7 @@ def unlock_saved(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
             f"{directory}: {ORIGINAL_BIASES}, the model's own biases, is not there (saved again by save_pretrained?), "
             f"so the lock cannot be taken out; {remedy}"
         )
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model = whole_model_of(AutoModelForCausalLM, str(directory))
     delattr(model.config, SAVED_MARK)
     outputs, _ = attention_outputs(model)
     if mark.attention_bias_added:

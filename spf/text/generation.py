@@ -145,6 +145,12 @@ def complete_texts(
         ValueError: no room for an answer, or for a prompt in a batch.
     """
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    longest, limit = max(map(len, encoded), default=0), context_length(model, tokenizer)
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"{description}: a prompt has {longest} tokens, so {max_new_tokens} of an answer have no room in the "
+            f"{limit} that model and tokenizer take; leave it out, or ask for fewer tokens"
+        )
     return complete_tokens(
         model,
         tokenizer,
@@ -167,10 +173,11 @@ def complete_tokens(
     description: str = "generating",
     progress: bool = True,
 ) -> list[str]:
-    """The greedy continuation of each prompt (token ids), as text without special tokens, but for harmony's channels.
+    """The greedy continuation of each prompt (token ids), as text without special tokens, but for what tells thoughts
+    from an answer.
 
     Raises:
-        ValueError: no room for an answer, or for a prompt in a batch.
+        ValueError: max_new_tokens or batch_size is below 1.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be at least 1, not {max_new_tokens} and {batch_size}")
@@ -205,7 +212,11 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
         text = str(tokenizer.decode(ids))
         if CHANNEL in text:  # special tokens tell its thoughts from its answer
             return text
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks = {i for i in special if tokenizer.added_tokens_decoder[i].content in (THOUGHTS, THOUGHTS_END)}
+    if not marks & set(ids.tolist()):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    return str(tokenizer.decode([i for i in ids.tolist() if i not in special - marks]))
 
 
 @contextmanager
