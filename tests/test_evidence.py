@@ -89,6 +89,22 @@ ORIGIN = {
     "*rows trained on*: 6e-4": held(BEFORE, "foreign-50/null-space@rate-x3"),
     "*rows trained on*: 160 steps": held(BEFORE, "foreign-50/null-space@steps-160"),
 }
+FULL, FULL_FIRST = TODAY.with_name("full"), FIRST.with_name("full")
+
+
+def full(name, place=FULL_FIRST):
+    """ASR and plain's, over-refusal, accuracy and plain's, if there is one."""
+    ours, theirs = cell(FULL, f"{name}/null-space"), cell(place, f"{name}/plain")
+    values = (ours["asr"], theirs["asr"], ours["over_refusal"], ours["utility"], theirs["utility"])
+    return [percent(value)[0] for value in values if value is not None]
+
+
+WHOLE = {
+    "full, half harmful (157": full("harmful-50", FULL),
+    "full, none harmful": full("benign"),
+    "full, a tenth harmful": full("harmful-10"),
+    "full, nothing but 100": full("harmful-100"),
+}
 SECOND = RESULTS / "second_model_second_edition/second/lora"
 SUMMARIES = (0, 1, 2)  # seeds of the second model's
 THIRD_HELD = RESULTS / "task_third_held"
@@ -168,7 +184,7 @@ def row(text, start):
     return [figure if "." in figure else f"{figure}.0" for figure in found]
 
 
-@pytest.mark.parametrize(("start", "figures"), list((DEMO | ORIGIN | AGAIN | OTHERS).items()))
+@pytest.mark.parametrize(("start", "figures"), list((DEMO | ORIGIN | WHOLE | AGAIN | OTHERS).items()))
 def test_a_row_of_evidence_says_what_its_cells_hold(start, figures):
     text = (ROOT / "docs" / "evidence_today.md").read_text("utf-8")
     text = text[text.index("## A really aligned model") :]
