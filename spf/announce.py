@@ -70,6 +70,12 @@ MOVED = (
 )
 """Of a run whose sampler may have been made for all rows."""
 
+SHORTER = (
+    "with these left out {epochs:g} epochs make about {share:.0%} of the steps that they did, by which a task may be "
+    "learned less: num_train_epochs={as_many:.3g} makes as many"
+)
+"""Of a run whose length is told in epochs."""
+
 OTHER_BASE = (
     "the weights below the adapter are not those that its directions were taken from (another base model, or another "
     "precision), so what is held are not this model's answers"

@@ -33,12 +33,16 @@ def run_audit(args: AuditArguments) -> None:
         RunFailedError: more than `fail_over` of the rows have a conflict, or could not be audited.
     """
     if args.clean:
-        _check_clean(Path(args.clean), Path(args.output), Path(args.data))
+        _check_clean(Path(args.clean), Path(args.output))
+    for option, place in (("output", args.output), ("clean", args.clean)):
+        if place and Path(args.data).resolve() in (Path(place).resolve(), *Path(place).resolve().parents):
+            raise ValueError(f"--{option} {place}: is of the data that are audited, or would be; name another")
     output, options = Path(args.output), parse_options(args.chat_template_kwargs)
     rows, data = _of_both_kinds(load_safety_rows(args.safety_data)), load_training_data(args.data)
     if args.split not in data:
         raise ValueError(f"--split: {args.data} has no split {args.split!r}; it has {', '.join(data)}")
-    dataset = _labels_as_said(data[args.split], args)
+    whole = data[args.split]
+    dataset = _labels_as_said(whole, args)
     with directory_lock(output):
         model, tokenizer = load_model(args.model)
         model = model.to(machine_device())  # type: ignore[arg-type]
@@ -53,7 +57,7 @@ def run_audit(args: AuditArguments) -> None:
                 if not found.refuses:
                     raise SafetyDataError(f"{REFUSES_NONE}, so --clean cannot tell what is; {REFUSES_NONE_REMEDY}")
                 with working():
-                    _write_clean(dataset, found, Path(args.clean))
+                    _write_clean(whole, found, Path(args.clean))
     _tell(found, args, tokenizer)
     if args.fail_over is not None and not found.refuses:
         raise RunFailedError(f"{REFUSES_NONE}, so --fail_over cannot say that there are few; {REFUSES_NONE_REMEDY}")
@@ -73,10 +77,13 @@ def _labels_as_said(dataset: Dataset, args: AuditArguments) -> Dataset:
     """Without the column `label` if it is none of KTO's.
 
     Raises:
-        ValueError: it may be one, by which answers are taken for undesirable, and --fail_over would go by that.
+        ValueError: it may be one, by which answers are taken for undesirable, and --fail_over would go by that; or
+            --label is given, and there is none.
     """
     columns = set(dataset.column_names)
     may_be = {"completion", "label"} <= columns and "input_ids" not in columns
+    if not may_be and args.label != "unknown":
+        raise ValueError(f"--label {args.label}: {args.data} has no column label beside completion")
     if may_be and args.label == "unknown" and args.fail_over is not None:
         raise ValueError(
             f"{args.data} has a column label, by which KTO takes answers for undesirable, so that they are no "
@@ -85,13 +92,11 @@ def _labels_as_said(dataset: Dataset, args: AuditArguments) -> Dataset:
     return dataset.remove_columns("label") if may_be and args.label == "none" else dataset
 
 
-def _check_clean(path: Path, output: Path, data: Path) -> None:
+def _check_clean(path: Path, output: Path) -> None:
     if path.suffix.lower() not in (".jsonl", ".json"):
         raise ValueError(f"--clean {path}: is written as JSON Lines; name a .jsonl file")
     if path.resolve() in [(output / name).resolve() for name in (LIST_FILE, CACHE_FILE)]:
         raise ValueError(f"--clean {path}: the audit writes a file of its own there; name another")
-    if path.resolve() == data.resolve() or (path.exists() and data.resolve() in path.resolve().parents):
-        raise ValueError(f"--clean {path}: is of the data that are audited; name another")
     check_output_file(path)
 
 

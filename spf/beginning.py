@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from spf.announce import EARLIER, INERT, MOVED, OTHER_BASE, audit_lines, earlier_line, first_lines
+from spf.announce import EARLIER, INERT, MOVED, OTHER_BASE, SHORTER, audit_lines, earlier_line, first_lines
 from spf.checkpoint import LeftOut, Saved
 from spf.collated import Compared, compare_batches
 from spf.data import read_as_refusals, unused_tokens
 from spf.errors import UnsupportedSetupError
 from spf.going_on import earlier_subspace, mark, other_base, refuse_switched
-from spf.leaving_out import name_of
+from spf.leaving_out import counts_without, name_of
 from spf.optimizer import Attachment
 from spf.probe import SafetyProbe
 from spf.rules import Rule
@@ -169,6 +169,10 @@ def begin(
     elif data.left_out:
         left_out = f"{len(data.left_out)} {name_of(data.left_out)} are left out of training"
         lines[-1:-1] = [f"{left_out}, as in the run that goes on; {remaining(data)}"]
+    if data.left_out and args.max_steps <= 0:
+        left, whole = counts_without(data._read, data.left_out)
+        epochs = args.num_train_epochs
+        lines[-1:-1] = [SHORTER.format(epochs=epochs, share=left / whole, as_many=epochs * whole / max(1, left))]
     lines[-1:-1] = collated
     if data.left_out and trainer is not None and (method := own_choice(trainer)):
         lines[-1:-1] = [MOVED.format(method)]

@@ -75,11 +75,16 @@ def lengths_of(data: Any) -> list[list[int]] | None:
     return [document_lengths({"input_ids": row[POSITIONS], POSITIONS: row[POSITIONS]}) for row in positions]
 
 
-def left_of(dataset: Dataset, places: Collection[Place]) -> str:
-    """How much is left of a data set without these, in words."""
+def counts_without(dataset: Dataset, places: Collection[Place]) -> tuple[int, int]:
+    """How many rows, or documents of packed ones, are left of a data set without these, and of how many."""
     lengths = lengths_of(dataset)
     whole = len(dataset) if lengths is None else sum(map(len, lengths))
-    left = whole - len(places)
+    return whole - len(places), whole
+
+
+def left_of(dataset: Dataset, places: Collection[Place]) -> str:
+    """How much is left of a data set without these, in words."""
+    left, whole = counts_without(dataset, places)
     if left < LITTLE * whole:
         return f"ONLY {left} of {whole} are trained on, so next to nothing is learned"
     return f"{left} of {whole} are trained on"

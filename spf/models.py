@@ -225,6 +225,8 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedMo
         with _whole_weights():
             model, tokenizer = load_model(base, torch.float32)
             adapted = PeftModel.from_pretrained(model, name)
+            if any(config.is_prompt_learning for config in adapted.peft_config.values()):
+                raise ValueError(f"the adapter {name} is learned prompts, which cannot be merged into a model")
             new = above(Path(name))
             # the first once more: only so PEFT says what it did not find
             for place, adapter_name in ((Path(name), "default"), *((directory, directory.name) for directory in new)):

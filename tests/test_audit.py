@@ -450,6 +450,20 @@ def run(tmp_path, tokenizer, refusing, rows, pairs, conflicts="hold", rank=24, r
     return trainer, callback
 
 
+@pytest.mark.parametrize("told_by", ["epochs", "steps"])
+def test_that_epochs_are_shorter_is_said(tmp_path, tokenizer, refusing, rows, told_by):
+    """By epochs a run makes as many fewer steps as rows are left out; measured, it learned less in them."""
+    pairs = [(p, COMPLIES) for p in [*HARMFUL[:6], *BENIGN[:12]]]
+    length = {"max_steps": -1, "num_train_epochs": 2} if told_by == "epochs" else {"max_steps": 2}
+    trainer, callback = run(tmp_path, tokenizer, refusing, rows, pairs, **length)
+    trainer.train()
+    left = 18 - len(callback.data.left_out)
+    assert 0 < left < 18
+    said = [line for line in callback.card.begun if line.startswith("with these left out 2 epochs make about")]
+    assert len(said) == (told_by == "epochs")
+    assert all(f"{left / 18:.0%} of the steps" in line and f"={2 * 18 / left:.3g} makes" in line for line in said)
+
+
 def names_of(trainer):
     return [tuple(row["input_ids"]) for row in trainer.train_dataset]
 
@@ -1324,7 +1338,14 @@ def test_what_the_command_cannot_say_is_no_success(saved, tmp_path, capsys, monk
     (tmp_path / "many").mkdir()
     (tmp_path / "many" / "train.jsonl").write_text(before)
     assert main(["audit", "many", *command[2:], "--clean", "many/train.jsonl"]) == 2
-    assert "many/train.jsonl: is of the data that are audited; name another" in capsys.readouterr().err
+    assert "many/train.jsonl: is of the data that are audited, or would be; name another" in capsys.readouterr().err
+    assert main(["audit", "many", *command[2:-1], "many/out"]) == 2
+    assert "--output many/out: is of the data that are audited, or would be" in capsys.readouterr().err
+    assert audited(polite, "--label", "kto")[0] == 2
+    assert (
+        audited([*chats, {**chats[0], "prompt": [user(BENIGN[0])]}], "--label", "none", "--clean", "left.jsonl")[0] == 0
+    )
+    assert [json.loads(line)["label"] for line in (tmp_path / "left.jsonl").read_text().splitlines()] == [False]
     make_model().save_pretrained("willing")
     tokenizer.save_pretrained("willing")
     safety.write_text("".join(json.dumps({"prompt": p, "refusal": REFUSAL}) + "\n" for p in HARMFUL[:12]))

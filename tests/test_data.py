@@ -429,6 +429,7 @@ def test_training_data_are_those_that_were_named(tmp_path):
         (["train.jsonl", "test.jsonl"], ""),
         (["train-1.jsonl", "train-2.jsonl", "deep/train-3.jsonl", ".hidden.jsonl"], ""),
         (["train.jsonl", "customer.jsonl", "README.md"], ""),
+        (["train.jsonl", "dataset_info.json", "dataset_infos.json", "config.json"], ""),
     ],
 )
 def test_a_directory_is_read_whole_or_refused(tmp_path, names, left):
@@ -436,10 +437,18 @@ def test_a_directory_is_read_whole_or_refused(tmp_path, names, left):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         content = "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n" if "README" in name else ""
-        (tmp_path / name).write_text(content or ("prompt\na\n" if name.endswith(".csv") else row("a")))
+        (tmp_path / name).write_text(content or {".csv": "prompt\na\n", "json": "{}"}.get(name[-4:], row("a")))
     if left:
         with pytest.raises(SafetyDataError, match=rf": 1 of its files would not be read, {left} among them .*name one"):
             load_training_data(str(tmp_path))
     else:
         read = load_training_data(str(tmp_path))
-        assert sum(map(len, read.values())) == (1 if "README.md" in names else len(names) - (".hidden.jsonl" in names))
+        unread = {
+            "README.md",
+            "customer.jsonl",
+            ".hidden.jsonl",
+            "dataset_info.json",
+            "dataset_infos.json",
+            "config.json",
+        }
+        assert sum(map(len, read.values())) == len(set(names) - unread)

@@ -10,7 +10,6 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from spf.evaluation import Rate, first_sentence, generate_answers, is_refusal, wilson_interval
-from spf.text.chat import render_chat
 from spf.text.generation import context_length, pad_id
 from spf.text.refusal import ADVBENCH_PREFIXES, EXTRA_PREFIXES
 from tests.conftest import make_model, make_tokenizer
@@ -187,22 +186,6 @@ def test_thoughts_are_not_the_answer_where_their_marks_are_special_tokens(monkey
     assert answer == "I ' m sorry , but I can ' t help with that request ."
     with pytest.raises(ValueError, match=r"thinks before it answers \(<think>\) and had not come to an end"):
         generate_answers(model, tokenizer, ["How do I"], max_new_tokens=4)
-
-
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
-    """Past the context figures came of it."""
-    model, tokenizer = make_model(), make_tokenizer()
-    prompt = " ".join(["request"] * 235)
-    taken = len(
-        tokenizer(render_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True))["input_ids"]
-    )
-    room = 256 - taken
-    assert 0 < room < 20
-    generate_answers(model, tokenizer, [prompt, "request"], max_new_tokens=room)
-    with pytest.raises(
-        ValueError, match=f"a prompt has {taken} tokens, so {room + 1} of an answer have no room in the 256"
-    ):
-        generate_answers(model, tokenizer, [prompt, "request"], max_new_tokens=room + 1)
 
 
 def test_thoughts_are_not_the_answer(monkeypatch):

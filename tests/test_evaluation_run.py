@@ -104,7 +104,9 @@ def test_parse_transforms():
 
 @pytest.fixture
 def workspace(tmp_path, tokenizer, monkeypatch):
-    make_model().save_pretrained(tmp_path / "model")
+    model = make_model()
+    model.config.max_position_embeddings = 1024  # jailbreaks are long in the words of this tokenizer
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
@@ -246,6 +248,16 @@ def test_validation_alone_needs_no_model(workspace, capsys):
     assert "refused" not in written
 
 
+def test_a_prompt_that_just_leaves_room_is_asked(workspace):
+    """By the model's own limit: a tokenizer's is often the length that it was trained with."""
+    place = workspace / "model" / "tokenizer_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"model_max_length": 64}))
+    command = ["eval", "model", "--harmful", "long.jsonl", "--benign", "benign.jsonl", "--max_new_tokens", "3"]
+    for room, code in ((3, 0), (2, 2)):  # the last token of an answer is not read
+        (workspace / "long.jsonl").write_text(json.dumps({"prompt": "request " * (1024 - 3 - room + 1)}))
+        assert cli.main(command) == code
+
+
 def test_first_token_judge_takes_one_token(workspace):
     assert cli.main(["eval", "model", *SUITES, "--judge", "first-token", "--output", "out.json"]) == 0
     assert json.loads((workspace / "out.json").read_text())["max_new_tokens"] == 1
@@ -318,6 +330,10 @@ def test_eval_has_an_exit_code(workspace, capsys, limits, said):
             ["eval", "model", "--harmful", "system.jsonl"],
             "system.jsonl:1: a suite holds single user prompts, not one o",
         ),
+        (
+            ["eval", "model", "--harmful", "long.jsonl"],
+            "prompt 2 of long.jsonl has 1003 tokens, so 32 of an",
+        ),
         (["eval", "model", *SUITES, "--system_prompt", "my prompts/the system.txt"], "the system.txt: no such file"),
         (["eval", "model", *SUITES, "--fail_if", "asr > 2,"], "--fail_if: '' is not FIGURE > NUMBER"),
         (["eval", "model", *SUITES, "--fail_if", "asr/base64 > 2"], "--fail_if: asr/base64 is not measured; asr, over"),
@@ -357,6 +373,7 @@ def test_mistakes_end_in_one_sentence(workspace, capsys, arguments, message):
     suites = [run._describe(load_suite(workspace / f"{kind}.jsonl")) for kind in ("harmful", "benign")]
     full["suites"] = dict(zip(("harmful", "benign"), suites, strict=True))
     (workspace / "full.json").write_text(json.dumps(full))
+    (workspace / "long.jsonl").write_text("".join(json.dumps({"prompt": "request " * n}) + "\n" for n in (3, 1000)))
     (workspace / "edited.json").write_text(json.dumps(full | {"asr": 0.0}))
     (workspace / "cut.json").write_text(json.dumps({name: what for name, what in full.items() if name != "asr"}))
     (workspace / "system.jsonl").write_text('{"messages": [{"role": "system", "content": "Be brief."}]}')

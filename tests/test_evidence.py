@@ -133,7 +133,10 @@ AGAIN = {
     + each(SECOND, "harmful-10/plain", "asr")
     + each(SECOND, "harmful-10/null-space", "over_refusal", "utility")
     + each(SECOND, "harmful-10/plain", "utility"),
-    "none of them harmful": second("benign"),
+    "none of them harmful": each(SECOND, "benign/null-space", "asr")
+    + each(SECOND, "benign/plain", "asr")
+    + each(SECOND, "benign/null-space", "over_refusal", "utility")
+    + each(SECOND, "benign/plain", "utility"),
     "its summaries, a tenth harmful": each(SECOND, "summary/null-space", "asr", seeds=SUMMARIES)
     + each(SECOND, "summary/plain", "asr", seeds=SUMMARIES)
     + each(SECOND, "summary/null-space", "over_refusal", "utility", seeds=SUMMARIES)
@@ -144,11 +147,12 @@ AGAIN = {
     "report prompts, a third": each(THIRD_HELD / "demo/lora", "summary/null-space", *KEYS),
     "report prompts, 96 directions": asr(THIRD_HELD / "demo/lora", "summary/null-space@rank-96"),
     "second model, report prompts, a third": asr(THIRD_HELD / "second/lora", "summary/null-space"),
-    "a tenth of 80 rows harmful": asr(SECOND, "deep/null-space"),
-    "nothing but 100 harmful rows (93": asr(SECOND, "harmful-100/null-space", False),
+    "a tenth of 80 rows harmful": second("deep"),
+    "nothing but 100 harmful rows (93": each(SECOND, "harmful-100/null-space", *KEYS[:2]),
     "its persona, ten examples": [
-        *percent(cell(SECOND, "identity-shift/null-space")["asr"], cell(SECOND, "identity-shift/plain")["asr"])[1:],
-        *percent(cell(SECOND, "identity-shift/null-space")["over_refusal"]),
+        *each(SECOND, "identity-shift/null-space", "asr"),
+        *percent(cell(SECOND, "identity-shift/plain")["asr"]),
+        *each(SECOND, "identity-shift/null-space", "over_refusal"),
     ],
 }
 OTHERS = {

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from spf.cli import main
 from spf.evaluation import ClassifierJudge
+from spf.loaded import refuse_not_finite
 from spf.models import load_model
 from tests.conftest import make_model
 from tests.test_cli import make_workspace
@@ -95,3 +96,28 @@ def test_what_is_whole_is_loaded(saved):
     AutoModelForSequenceClassification.from_pretrained("model").save_pretrained("classifier")
     tokenizer.save_pretrained("classifier")
     ClassifierJudge("classifier", "LABEL_1")
+
+
+def test_learned_prompts_are_named(saved):
+    get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
+        "soft"
+    )
+    settings = json.loads((saved / "soft" / "adapter_config.json").read_text())
+    (saved / "soft" / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "model"}))
+    with pytest.raises(ValueError, match="the adapter soft is learned prompts, which cannot be merged"):
+        load_model("soft")
+
+
+def test_a_bank_that_layers_share_is_loaded(saved):
+    """PEFT names each layer's reference to it as missing."""
+    base = AutoModelForCausalLM.from_pretrained("model")
+    kind = VBLoRAConfig(r=2, num_vectors=8, vector_length=8, topk=2, target_modules=["q_proj"], init_logits_std=1.0)
+    model = get_peft_model(base, kind)
+    model.save_pretrained("bank")
+    assert torch.equal(load_model("bank")[0].lm_head.weight, make_model().lm_head.weight)
+
+
+def test_weights_of_a_byte_are_not_asked_whether_they_are_finite():
+    model = torch.nn.Linear(4, 4)
+    model.weight = torch.nn.Parameter(model.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    refuse_not_finite(model, "model")

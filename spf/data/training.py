@@ -9,6 +9,7 @@ from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_dataset_builder
 from datasets.config import HF_DATASETS_CACHE
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 
 from spf.data.rows import check_utf8, read_csv, read_jsonl
@@ -44,7 +45,7 @@ def load_training_data(name: str, config: str | None = None) -> DatasetDict:
             taken = [Path(file) for of in (builder.config.data_files or {}).values() for file in of]
             if config is None and not _says_which(path):
                 _refuse_left(path, {file.resolve() for file in files} - {file.resolve() for file in taken})
-            data = load_dataset(name, name=config, cache_dir=_cache_of(taken))
+            data = load_dataset(name, name=config, cache_dir=_cache_of([file for file in taken if file.is_file()]))
         else:
             data = load_dataset(name, name=config)
     except SafetyDataError:
@@ -66,8 +67,9 @@ def load_training_data(name: str, config: str | None = None) -> DatasetDict:
 
 
 def _hidden(file: Path, below: Path) -> bool:
-    """Whether the library passes it over."""
-    return any(part.startswith((".", "__")) for part in file.relative_to(below).parts)
+    """Whether the library passes it over: it is hidden, or tells of other data."""
+    hidden = any(part.startswith((".", "__")) for part in file.relative_to(below).parts)
+    return hidden or (file != below and file.name in (*FILES_TO_IGNORE, "state.json"))
 
 
 def _cache_of(files: Sequence[Path]) -> str:
@@ -83,7 +85,8 @@ def _cache_of(files: Sequence[Path]) -> str:
 def _says_which(directory: Path) -> bool:
     """Whether a data set's card there says which files are read."""
     card = directory / "README.md"
-    return card.is_file() and re.search(r"^(configs|data_files):", card.read_text("utf-8"), re.MULTILINE) is not None
+    head = card.read_text("utf-8", "replace").split("\n---")[0] if card.is_file() else ""
+    return (directory / ".huggingface.yaml").is_file() or re.search(r"^configs:", head, re.MULTILINE) is not None
 
 
 def _refuse_left(directory: Path, left: Collection[Path]) -> None:

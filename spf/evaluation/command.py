@@ -17,12 +17,13 @@ from spf.evaluation.run import (
     evaluate_suites,
     parse_transforms,
     read_reference,
+    refuse_too_long,
     renders,
     results_table,
     settings,
 )
 from spf.evaluation.suites import load_suite, read_system_prompt
-from spf.evaluation.transforms import TRANSFORMS
+from spf.evaluation.transforms import TRANSFORMS, Transform
 from spf.evaluation.utility import lm_eval_tasks
 from spf.files import check_output_file, write_json
 from spf.loaded import refuse_not_finite
@@ -81,6 +82,9 @@ def _evaluate(args: EvalArguments, console: Console) -> None:
             transforms = [name for name in transforms if name not in refused]
             figures = [name for name in figures if name.removeprefix("asr/") not in refused]
             limits = parse_limits(args.fail_if, figures, reference)
+        plain, kinds = Transform(), {f"asr/{name}": (harmful, TRANSFORMS[name]) for name in transforms}
+        asked = {"asr": (harmful, plain), **kinds, "over_refusal": (benign, plain)}
+        refuse_too_long(model, tokenizer, asked, args.max_new_tokens, options, system)
         model = model.to(machine_device())  # type: ignore[arg-type]
         sizes = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         with working():

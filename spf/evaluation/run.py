@@ -19,7 +19,7 @@ from spf.evaluation.metrics import Rate, paired_difference
 from spf.evaluation.suites import Suite
 from spf.evaluation.transforms import TRANSFORMS, Transform, after_stub
 from spf.text.chat import SWITCHES, render_chat
-from spf.text.generation import generate_answers
+from spf.text.generation import generate_answers, positions
 from spf.text.refusal import VERSION
 
 
@@ -86,6 +86,32 @@ def check_system_prompt(tokenizer: PreTrainedTokenizerBase, text: str, options: 
             "--system_prompt: the model's chat template has no place for a system message; begin the prompts of your "
             "own files (--harmful, --benign) with the text, as those of your product begin with it"
         )
+
+
+def refuse_too_long(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Mapping[str, tuple[Suite, Transform]],
+    max_new_tokens: int,
+    options: Mapping[str, Any] | None,
+    system_prompt: str | None,
+) -> None:
+    """asked: the prompts of each figure, and how they are put.
+
+    Raises:
+        ValueError: one leaves no room for an answer in what the model says that it takes.
+    """
+    limit = positions(model)
+    for figure, (suite, transform) in asked.items() if limit is not None else ():
+        for number, attack in enumerate(transform.apply(prompt, system_prompt) for prompt in suite.prompts):
+            text = render_chat(tokenizer, attack.messages, generation_prompt=True, options=options) + attack.prefill
+            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if limit is not None and length + max_new_tokens - 1 > limit:
+                raise ValueError(
+                    f"{figure}: prompt {number + 1} of {suite.where} has {length} tokens, so {max_new_tokens} of an "
+                    f"answer have no room in the {limit} that the model takes (max_position_embeddings); leave it or "
+                    "the transform out, or ask for fewer tokens"
+                )
 
 
 def parse_transforms(names: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 
-FILE_NAME = re.compile(r"\S*(/|\.\w)\S*|[^\n]*\.(txt|md|text|prompt|jinja2?|json|ya?ml)", re.IGNORECASE)
+FILE_NAME = re.compile(r"\S*(/|\.\w)\S*|(\S+ ){0,3}\S+\.(txt|md|text|prompt|jinja2?|json|ya?ml)", re.IGNORECASE)
 """What a system prompt is not: the name of a file that is not there."""
 
 

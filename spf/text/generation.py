@@ -24,12 +24,17 @@ CHANNEL, FINAL = "<|channel|>", "<|channel|>final<|message|>"
 _ENDS = re.compile(r"<\|(?:end|return|endoftext)\|>")
 
 
-def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens model and tokenizer both take: the smaller of the limits that they state."""
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model says that it takes."""
     # composite configs (Gemma 3) keep it one level down; relative positions (Bloom) state none
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = int(tokenizer.model_max_length)
-    return limit if stated is None else min(limit, int(stated))
+    return None if stated is None else int(stated)
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens model and tokenizer both take: the smaller of the limits that they state."""
+    stated, limit = positions(model), int(tokenizer.model_max_length)
+    return limit if stated is None else min(limit, stated)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -142,15 +147,9 @@ def complete_texts(
     """The greedy continuation of each text, which is tokenised as it stands (no special tokens are added).
 
     Raises:
-        ValueError: no room for an answer, or for a prompt in a batch.
+        ValueError: max_new_tokens or batch_size is below 1.
     """
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    longest, limit = max(map(len, encoded), default=0), context_length(model, tokenizer)
-    if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"{description}: a prompt has {longest} tokens, so {max_new_tokens} of an answer have no room in the "
-            f"{limit} that model and tokenizer take; leave it out, or ask for fewer tokens"
-        )
     return complete_tokens(
         model,
         tokenizer,
@@ -212,11 +211,12 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
         text = str(tokenizer.decode(ids))
         if CHANNEL in text:  # special tokens tell its thoughts from its answer
             return text
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks = {i for i in special if tokenizer.added_tokens_decoder[i].content in (THOUGHTS, THOUGHTS_END)}
+    marks = {tokenizer.convert_tokens_to_ids(mark) for mark in (THOUGHTS, THOUGHTS_END)} - {tokenizer.unk_token_id}
     if not marks & set(ids.tolist()):
         return str(tokenizer.decode(ids, skip_special_tokens=True))
-    return str(tokenizer.decode([i for i in ids.tolist() if i not in special - marks]))
+    # made anew whenever it is asked for
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - marks
+    return str(tokenizer.decode([i for i in ids.tolist() if i not in special]))
 
 
 @contextmanager

@@ -6,27 +6,17 @@ Not in conftest.py: every worker process would import spf.lab.bench for it.
 import json
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from spf.data import packaged_prompts
 from spf.lab.bench.methods import Workspace
 from tests.conftest import PLAIN_TEMPLATE, REFUSAL, make_model, make_tokenizer
-
-
-def make_roomy_model(seed: int) -> PreTrainedModel:
-    """Jailbreaks are long in the words of the tests' tokenizer."""
-    model = make_model(seed=seed)
-    model.config.max_position_embeddings = 1024
-    return model
 
 
 def make_bench_workspace(place: Path) -> Workspace:
     """What `spf bench` would have prepared: a tiny aligned model, one before alignment, and refusals."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}" + PLAIN_TEMPLATE
-    tokenizer.model_max_length = 1024
     for name, seed in (("aligned", 0), ("unaligned", 1)):
-        make_roomy_model(seed).save_pretrained(place / name)
+        make_model(seed=seed).save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
     rows = [{"prompt": prompt, "refusal": REFUSAL} for prompt in packaged_prompts("harmful_anchors")[:18]]
     (place / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -32,7 +32,7 @@ from spf.lab.bench.scenarios import (
 from spf.lab.demo.preferences import make_preferences
 from spf.safetylock import echoed, extract, refusal_pairs
 from tests.conftest import PLAIN_TEMPLATE, make_model, make_tokenizer
-from tests.lab.bench_workspace import make_bench_workspace, make_roomy_model
+from tests.lab.bench_workspace import make_bench_workspace
 from tests.lab.test_bench_report import cell as good_cell
 
 GATED = ("spf", "spf-rotating", "rank1", "agem", "dualproj", "dual-ascent", "constrained")
@@ -401,7 +401,7 @@ def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsy
         "  - {scenarios: [identity-shift], methods: [plain, spf], seeds: [0], curve_steps: 10}\n"
     )
     monkeypatch.chdir(tmp_path)
-    make_roomy_model(0).save_pretrained("tiny")
+    make_model(seed=0).save_pretrained("tiny")
     others = tmp_path / "others.jsonl"
     others.write_text('{"prompt": "Foreign request", "part": "report"}\n')
     command = ["bench", str(config), "--output", str(tmp_path / "out"), "--work", str(work), "--prompts", str(others)]
