@@ -70,6 +70,7 @@ DEMO = {
     + each(FIRST, "summary/plain", "utility"),
     "the same, seeds 0, 1 and 2 | 6.7, 5.8, 4.8 |": each(TODAY, NULL, *KEYS)
     + each(FIRST, "harmful-50/plain", "utility"),
+    "as many EPOCHS as plain: 21": each(TODAY, f"{NULL}@steps-21", *KEYS),
     "3e-3, seeds 0, 1 and 2": each(TODAY, f"{NULL}@lr-x3", *KEYS)
     + percent(cell(FIRST, "harmful-50/plain@lr-x3")["utility"])
     + percent(*(cell(TODAY, "harmful-50/plain@lr-x3", seed)["utility"] for seed in (1, 2)))[1:],
