@@ -186,6 +186,11 @@ def test_thoughts_are_not_the_answer_where_their_marks_are_special_tokens(monkey
     assert answer == "I ' m sorry , but I can ' t help with that request ."
     with pytest.raises(ValueError, match=r"thinks before it answers \(<think>\) and had not come to an end"):
         generate_answers(model, tokenizer, ["How do I"], max_new_tokens=4)
+    # which is made anew at each access, of a thousand tokens in some families, and took seconds an answer
+    made = property(lambda self: pytest.fail("made for an answer without thoughts"))
+    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", made)
+    ids = tokenizer("Sure, here is how.", add_special_tokens=False)["input_ids"]
+    assert generate_answers(model, tokenizer, ["How do I"]) == ["Sure , here is how ."]
 
 
 def test_thoughts_are_not_the_answer(monkeypatch):
