@@ -62,8 +62,12 @@ DEMO = {
     "benign (nothing to leave out)": each(TODAY, "benign/null-space", *KEYS) + each(FIRST, "benign/plain", "utility"),
     "the filter alone, half harmful": asr(TODAY, "harmful-50/data-filter@steps-40") + plain("harmful-50"),
     "a tenth harmful, three": each(TODAY, "harmful-10/null-space", *KEYS) + each(FIRST, "harmful-10/plain", "utility"),
-    "80 batches of 4": each(TODAY, f"{NULL}@batch-4", *KEYS) + plain("harmful-50", variant="@batch-4"),
-    "20 batches of 16": each(TODAY, f"{NULL}@batch-16", *KEYS) + plain("harmful-50", variant="@batch-16"),
+    "80 batches of 4": each(TODAY, f"{NULL}@batch-4", *KEYS)
+    + plain("harmful-50", variant="@batch-4")
+    + each(TODAY, "harmful-50/plain@batch-4", "utility", seeds=(1, 2)),
+    "20 batches of 16, half harmful, three": each(TODAY, f"{NULL}@batch-16", *KEYS)
+    + plain("harmful-50", variant="@batch-16")
+    + each(TODAY, "harmful-50/plain@batch-16", "utility", seeds=(1, 2)),
     "nothing but 100 harmful rows (95": each(TODAY, "harmful-100/null-space", *KEYS[:2]),
     "a tenth harmful, 80 rows": each(TODAY, "deep/null-space", *KEYS) + each(FIRST, "deep/plain", "utility"),
     "summaries, a tenth of the data harmful": each(TODAY, "summary/null-space", *KEYS)
@@ -130,6 +134,7 @@ AGAIN = {
     + each(SECOND, "harmful-50/plain@lr-x3", "asr")
     + each(SECOND, f"{NULL}@lr-x3", "over_refusal", "utility")
     + each(SECOND, "harmful-50/plain@lr-x3", "utility"),
+    "20 batches of 16, half harmful | 6.7, 100": second("harmful-50", "@batch-16"),
     "a tenth of them harmful, three": each(SECOND, "harmful-10/null-space", "asr")
     + each(SECOND, "harmful-10/plain", "asr")
     + each(SECOND, "harmful-10/null-space", "over_refusal", "utility")
