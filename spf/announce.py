@@ -77,8 +77,8 @@ SHORTER = (
 """Of a run whose length is told in epochs."""
 
 OTHER_BASE = (
-    "the weights below the adapter are not those that its directions were taken from (another base model, or another "
-    "precision), so what is held are not this model's answers"
+    "the weights below the adapter are not those that its directions were taken from (another base model or "
+    "adapter, or another precision), so what is held are not this model's answers"
 )
 
 INERT = (

@@ -11,6 +11,7 @@ from spf.arguments import AuditArguments
 from spf.audit import CACHE_FILE, LIST_FILE, audit_data
 from spf.conflicts import REFUSES_NONE, REFUSES_NONE_REMEDY, TOLD_BY, Audit, distinct
 from spf.data import SafetyDataError, SafetyRow, ask_refusals, in_turn, load_safety_rows
+from spf.data.examples import may_be_kto
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
 from spf.files import atomic_path, check_output_file, directory_lock
@@ -80,8 +81,7 @@ def _labels_as_said(dataset: Dataset, args: AuditArguments) -> Dataset:
         ValueError: it may be one, by which answers are taken for undesirable, and --fail_over would go by that; or
             --label is given, and there is none.
     """
-    columns = set(dataset.column_names)
-    may_be = {"completion", "label"} <= columns and "input_ids" not in columns
+    may_be = may_be_kto(dataset.column_names)
     if not may_be and args.label != "unknown":
         raise ValueError(f"--label {args.label}: {args.data} has no column label beside completion")
     if may_be and args.label == "unknown" and args.fail_over is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -293,7 +294,7 @@ def write_bases(run: Path, subspace: SafetySubspace) -> dict[str, str]:
         subspace.save(unnamed)
         path = next((path for path in there if _hold_the_same(path, unnamed)), None)
         if path is not None:
-            path.touch()  # where adapters cannot be compared, the newest is taken
+            os.utime(path)  # where adapters cannot be compared, the newest is taken
             return {"file": path.name, "sha256": _sha256(path)}
         digest = _sha256(unnamed)
         path = run / SUBSPACE_FILE.format(hash=digest[:12])

@@ -1320,6 +1320,10 @@ def test_what_the_command_cannot_say_is_no_success(saved, tmp_path, capsys, monk
     code, told = audited(chats, "--fail_over", "0")
     assert code == 2
     assert "for --fail_over say --label kto if it is that, or --label none" in told.err
+    ids = [[tokenizer(text)["input_ids"] for text in (row["prompt"], row["completion"])] for row in labelled]
+    tokens = [{"prompt_ids": prompt, "completion_ids": answer, "label": False} for prompt, answer in ids]
+    code, told = audited(tokens, "--fail_over", "0")
+    assert (code, "for --fail_over say --label kto" in told.err) == (2, True)
     assert audited(chats, "--fail_over", "0", "--label", "kto")[0] == 0
     assert audited(chats, "--fail_over", "0", "--label", "none")[0] == 1
     assert audited(chats)[0] == 0  # it is said

@@ -1,7 +1,7 @@
 """Examples of training data, whatever its form: a prompt as the model is asked it, and what the data answer."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spf.data.columns import document_lengths
 from spf.errors import ChatError, SafetyDataError, kind_of
 from spf.text.chat import Messages, chat_options, render_chat, template_variables
-from spf.text.generation import THOUGHTS, after_thoughts, thinks
+from spf.text.generation import THOUGHTS, after_thoughts, special_ids, thinks
 
 IGNORED = -100
 """Label of a token that is not learned."""
@@ -106,8 +106,7 @@ def read_examples(
 class _Reader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None):
         self.tokenizer, self.options = tokenizer, options
-        added = tokenizer.added_tokens_decoder
-        self.special = {*tokenizer.all_special_ids, *(token for token, what in added.items() if what.special)}
+        self.special = special_ids(tokenizer)
 
     def read(self, row: Row) -> Iterator[tuple[int, list[int], list[int]]]:
         """Which document of the row, its prompt, its answer."""
@@ -313,8 +312,13 @@ def _learned(row: Row, ids: Sequence[int]) -> list[bool]:
 def _undesired(row: Row) -> bool:
     """Whether it is taught not to answer so: KTO's `label`, which may be a number; beside other columns it is none."""
     label = row.get("label")
-    kto = "completion_ids" in row or ("completion" in row and "input_ids" not in row)
-    return kto and isinstance(label, bool | int) and not label
+    return may_be_kto(row) and isinstance(label, bool | int) and not label
+
+
+def may_be_kto(columns: Collection[str]) -> bool:
+    """Whether a column `label` among these may be KTO's."""
+    completion = "completion_ids" in columns or ("completion" in columns and "input_ids" not in columns)
+    return completion and "label" in columns
 
 
 def _plain_row(row: Row) -> Row:

@@ -19,7 +19,7 @@ from spf.evaluation.metrics import Rate, paired_difference
 from spf.evaluation.suites import Suite
 from spf.evaluation.transforms import TRANSFORMS, Transform, after_stub
 from spf.text.chat import SWITCHES, render_chat
-from spf.text.generation import generate_answers, positions
+from spf.text.generation import begun, generate_answers, positions
 from spf.text.refusal import VERSION
 
 
@@ -101,12 +101,13 @@ def refuse_too_long(
     Raises:
         ValueError: one leaves no room for an answer in what the model says that it takes.
     """
-    limit = positions(model)
-    for figure, (suite, transform) in asked.items() if limit is not None else ():
+    if (limit := positions(model)) is None:
+        return
+    for figure, (suite, transform) in asked.items():
         for number, attack in enumerate(transform.apply(prompt, system_prompt) for prompt in suite.prompts):
-            text = render_chat(tokenizer, attack.messages, generation_prompt=True, options=options) + attack.prefill
-            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if limit is not None and length + max_new_tokens - 1 > limit:
+            text = render_chat(tokenizer, attack.messages, generation_prompt=True, options=options)
+            length = len(tokenizer(begun(tokenizer, text, attack.prefill), add_special_tokens=False)["input_ids"])
+            if length + max_new_tokens - 1 > limit:
                 raise ValueError(
                     f"{figure}: prompt {number + 1} of {suite.where} has {length} tokens, so {max_new_tokens} of an "
                     f"answer have no room in the {limit} that the model takes (max_position_embeddings); leave it or "

@@ -45,6 +45,12 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that are no text. The tokenizer makes them anew at each call, which takes long where there are many."""
+    added = tokenizer.added_tokens_decoder
+    return {*tokenizer.all_special_ids, *(token for token, what in added.items() if what.special)}
+
+
 def has_channels(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template is harmony's."""
     return CHANNEL in str(tokenizer.chat_template)
@@ -104,7 +110,7 @@ def generate_answers(
     if prefills is not None:
         if len(prefills) != len(texts):
             raise ValueError(f"generate_answers: {len(prefills)} prefills for {len(texts)} prompts")
-        texts = [_begun(tokenizer, text, prefill) for text, prefill in zip(texts, prefills, strict=True)]
+        texts = [begun(tokenizer, text, prefill) for text, prefill in zip(texts, prefills, strict=True)]
     answers = complete_texts(
         model,
         tokenizer,
@@ -117,7 +123,8 @@ def generate_answers(
     return [_answer(text, answer) for text, answer in zip(texts, answers, strict=True)]
 
 
-def _begun(tokenizer: PreTrainedTokenizerBase, text: str, prefill: str) -> str:
+def begun(tokenizer: PreTrainedTokenizerBase, text: str, prefill: str) -> str:
+    """A rendered prompt with what its answer is made to begin with."""
     return text + (FINAL if prefill and lacks_channel(tokenizer, text) else "") + prefill
 
 
@@ -214,8 +221,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
     marks = {tokenizer.convert_tokens_to_ids(mark) for mark in (THOUGHTS, THOUGHTS_END)} - {tokenizer.unk_token_id}
     if not marks & set(ids.tolist()):
         return str(tokenizer.decode(ids, skip_special_tokens=True))
-    # made anew whenever it is asked for
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - marks
+    special = special_ids(tokenizer) - marks
     return str(tokenizer.decode([i for i in ids.tolist() if i not in special]))
 
 
