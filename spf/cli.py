@@ -6,6 +6,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -123,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     if first == "--version":
         print(", ".join(f"{name} {version(name)}" for name in ("spf", "torch", "transformers", "trl", "peft")))
         return 0
-    former, forget = _raise_on_sigterm(), sys.unraisablehook
+    former, forget = _raise_on_signals(), sys.unraisablehook
     sys.unraisablehook = _again
     try:
         if first == "--print_completion":
@@ -140,15 +141,15 @@ def main(arguments: list[str] | None = None) -> int:
         code, sentence = _verdict(error)
         _end_bars()
         # of several processes that are interrupted together, one speaks
-        if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
+        if not _interrupt_in(error) or os.environ.get("RANK", "0") == "0":
             print(f"spf: {sentence}", file=sys.stderr)
         return code
     except SystemExit as error:  # argparse, after it printed a help text
         return int(error.code or 0)
     finally:
         sys.unraisablehook = forget
-        if former is not None:
-            signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
     return 0
 
 
@@ -227,13 +228,14 @@ def _end_bars() -> None:
     """What broke off left its progress bars open: the sentence stands on a line of its own, and is the last one."""
     if "tqdm" in sys.modules:
         for bar in list(sys.modules["tqdm"].tqdm._instances):
-            bar.close()
+            with suppress(AttributeError):  # of one that was being made when the interrupt came
+                bar.close()
 
 
 def _again(ignored: "sys.UnraisableHookArgs") -> None:
     """Send an interrupt once more that Python has ignored: raised while an object was taken down, it ends nothing."""
     if isinstance(ignored.exc_value, KeyboardInterrupt):
-        number = signal.SIGTERM if isinstance(ignored.exc_value, _Terminated) else signal.SIGINT
+        number = _number_of(ignored.exc_value)
         # not from here, where it would be ignored again
         timer = threading.Timer(SOON, os.kill, (os.getpid(), number))
         timer.daemon = True
@@ -242,16 +244,42 @@ def _again(ignored: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(ignored)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: unwinds like Ctrl-C, so that temporary files and locks are cleaned up."""
+class _Signalled(KeyboardInterrupt):
+    """SIGTERM unwinds like Ctrl-C, so that temporary files and locks are cleaned up.
+
+    Ctrl-C has this class too: where it breaks off an `exec` of text, as dataclasses make their methods, Python ends
+    `python -m spf` by the signal, whatever `main` returns, but only for KeyboardInterrupt itself.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
-def _raise_on_sigterm() -> Any:
+def _raise_on_signals() -> dict[int, Any]:
+    """The handlers that were there; one that is not Python's own for Ctrl-C (or that ignores it) is left."""
+
     def stop(number: int, frame: Any) -> None:
-        raise _Terminated
+        raise _Signalled(number)
 
     # Python sets handlers in the main thread only.
-    return signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    return {number: signal.signal(number, stop) for number in numbers}
+
+
+def _interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """What was being ended when this failed: what breaks off in its middle is not always ended without an error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _number_of(error: KeyboardInterrupt) -> int:
+    return error.number if isinstance(error, _Signalled) else signal.SIGINT
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:
@@ -259,16 +287,20 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     # What was kept is said by the command that knows it, as a note on the exception.
     kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
-        return (143 if isinstance(error, _Terminated) else 130), f"interrupted{kept}"
+        return 128 + _number_of(error), f"interrupted{kept}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    sentence = lines[0] if lines else type(error).__name__
+    sentence, code = (lines[0] if lines else type(error).__name__), 1
     if isinstance(error, YAMLError):
         sentence = " ".join(lines)  # its first line does not say where
     if isinstance(error, CorrectionError | RunFailedError):
-        return 1, sentence + kept
-    if isinstance(error, (ModuleNotFoundError, OSError, ValueError, YAMLError, *INPUT_ERRORS)):
-        return 2, sentence
-    return 1, f"{type(error).__name__}: {sentence} (--traceback shows where)"
+        sentence += kept
+    elif isinstance(error, (ModuleNotFoundError, OSError, ValueError, YAMLError, *INPUT_ERRORS)):
+        code = 2
+    else:
+        sentence = f"{type(error).__name__}: {sentence} (--traceback shows where)"
+    if interrupt := _interrupt_in(error):
+        return 128 + _number_of(interrupt), f"interrupted, and ending it failed: {sentence}"
+    return code, sentence
 
 
 def redraw(args: given.ReportArguments) -> None:

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from spf import cli
+from spf.errors import keeping, working
 from spf.files import write_json
 from spf.models import ADAPTER_CONFIG, load_model
 from spf.monitor import Monitor
@@ -357,6 +359,32 @@ def test_every_error_is_one_sentence_and_a_code(monkeypatch, capsys, error, code
     assert capsys.readouterr().err == sentence
     assert cli.main(["report", "run", "--traceback"]) == code
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_could_not_be_ended_in_order_is_one(number, code, monkeypatch, capsys):
+    """The progress bar of an interrupted run raised; what a supervisor saw was a run that failed."""
+
+    @contextmanager
+    def half_made():
+        try:
+            yield
+        finally:
+            raise AttributeError("no position")
+
+    def run(arguments):
+        with keeping(lambda: "step 4 is kept"), working(), half_made():
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(cli, "redraw", run)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["report", "run"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == (
+        "spf: interrupted, and ending it failed: AttributeError: no position (--traceback shows where)\n"
+    )
 
 
 def test_sigterm_ends_like_an_interrupt(monkeypatch, capsys):

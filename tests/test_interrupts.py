@@ -1,5 +1,6 @@
 """What is said and kept when a run is broken off: by Ctrl-C, and by an error in the middle of it."""
 
+import gc
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tqdm import tqdm
 from trl import SFTTrainer
 
 from spf import cli
@@ -34,7 +36,7 @@ def interrupted(place, arguments, begun):
     spf = subprocess.Popen(
         [sys.executable, "-m", "spf", *map(str, arguments)],
         cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # as here: the same bits
         stdout=subprocess.DEVNULL,
         stderr=(place / "stderr").open("w"),
         text=True,
@@ -314,6 +316,60 @@ class Dying:
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000):  # it is raised here, and ignored
             pass
+
+
+EXECUTED = """
+import os, runpy, signal, sys
+from spf import cli
+def run(name, arguments):
+    exec("os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(10**6): pass")
+cli._run = run
+sys.argv = ["spf", "audit"]
+runpy.run_module("spf", run_name="__main__")
+"""
+
+
+def test_an_interrupt_within_an_exec_has_the_exit_code_too(tmp_path):
+    """CI met it while a dataclass was made: -2, the signal's, after `spf: interrupted` was printed."""
+    (tmp_path / "executed.py").write_text(EXECUTED)
+    done = subprocess.run(
+        [sys.executable, "-m", "executed"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])},
+        capture_output=True,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    assert (done.returncode, done.stderr) == (130, "spf: interrupted\n")
+
+
+def test_an_interrupt_while_a_progress_bar_is_made_ends_in_the_sentence(monkeypatch, capsys):
+    """CI met it: `close` of a bar that has no position raised, and the exit code was 1."""
+
+    def command(first, arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(tqdm, "_get_free_pos", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1))
+            tqdm(range(3))
+
+    monkeypatch.setattr(cli, "_run", command)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["audit"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    gc.collect()
+    assert capsys.readouterr().err.splitlines()[-1] == "spf: interrupted"
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None], ids=["ignored", "another's"])
+def test_a_handler_that_is_not_pythons_own_is_left(handler, monkeypatch):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        monkeypatch.setattr(cli, "_run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert cli.main(["audit"]) == 0
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_that_python_ignores_is_sent_again(monkeypatch, capsys):
