@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -32,6 +34,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         heavy = {item.path for item in items if {"slow", "distributed"} & {mark.name for mark in item.iter_markers()}}
         items.sort(key=lambda item: item.path not in heavy)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_matrix_tiles() -> "Iterator[Callable[[], bool]]":
+    """Tests compute in float32 on every machine (`cpu_dtype`), so that what they expect does not depend on it; what
+    tells the machine's."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        of_the_machine = torch.cpu._is_amx_tile_supported
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        yield of_the_machine
 
 
 def pytest_collection_finish() -> None:

@@ -15,7 +15,7 @@ from spf.data import HARMLESS_STUB, Anchor, load_safety_rows, packaged_prompts
 from spf.evaluation import TRANSFORMS
 from spf.lab.bench import cell as cells
 from spf.lab.bench.alike import made_from
-from spf.lab.bench.cell import Cell, fine_tune
+from spf.lab.bench.cell import JUDGE, Cell, fine_tune
 from spf.lab.bench.grid import BenchArguments, _done, read_grid, run_grid
 from spf.lab.bench.methods import METHODS, Method, Workspace, check_settings
 from spf.lab.bench.scenarios import (
@@ -337,10 +337,30 @@ def test_a_cell_from_before_a_setting_existed_has_its_default(tmp_path):
     path = cell.path(tmp_path)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(good_cell() | {"config": config}))
-    assert _done(cell, tmp_path)
-    assert _done(replace(cell, curve_steps=5), tmp_path)
-    assert not _done(replace(cell, adam_beta1=0.5), tmp_path)
-    assert not _done(replace(cell, rule={"rank": 5}), tmp_path)
+    assert _done(cell, tmp_path, False)
+    assert _done(replace(cell, curve_steps=5), tmp_path, False)
+    assert not _done(replace(cell, adam_beta1=0.5), tmp_path, False)
+    assert not _done(replace(cell, rule={"rank": 5}), tmp_path, False)
+    # --prompts were named since, and it was not asked them
+    assert not _done(cell, tmp_path, True)
+
+
+def test_kept_seeds_of_a_row_with_other_settings_are_refused_before_anything_runs(tmp_path, capsys):
+    config = tmp_path / "grid.yaml"
+    grid = "model: tiny\ngrids: [{scenarios: [benign], methods: [plain], seeds: [0], learning_rate: 1.0e-4}]\n"
+    config.write_text(grid)
+    for seed in (0, 1):
+        path = Cell("benign", "plain", seed, "tiny").path(tmp_path / "out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = good_cell(seed=seed, model="tiny", judge=JUDGE) | {"config": asdict(Cell("benign", "plain"))}
+        path.write_text(json.dumps(kept))
+    command = ["bench", str(config), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"{path}: made with learning_rate 0.001, and seed 0 of the same row is to be run with 0.0001: " in said
+    # all of its seeds: those that are there are made again
+    config.write_text(grid.replace("[0]", "[0, 1]"))
+    assert len([c for c in read_grid(config) if not _done(c, tmp_path / "out", False)]) == 2
 
 
 @pytest.mark.parametrize("scenario", ["benign", "dpo"])
@@ -393,7 +413,7 @@ def test_a_warning_of_any_training_is_one_of_the_cell(leaks):
     assert result["watched"]["warned"] == any(leaks)
 
 
-def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsys):
+def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsys, no_matrix_tiles):
     config = tmp_path / "grid.yaml"
     config.write_text(
         "model: tiny\ngrids:\n"
@@ -405,6 +425,8 @@ def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsy
     others = tmp_path / "others.jsonl"
     others.write_text('{"prompt": "Foreign request", "part": "report"}\n')
     command = ["bench", str(config), "--output", str(tmp_path / "out"), "--work", str(work), "--prompts", str(others)]
+    # its workers are processes of their own, so this one computes as the machine does, too
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", no_matrix_tiles)
     assert main(command) == 0
     cell = json.loads((tmp_path / "out/tiny/lora/identity-shift/spf/seed-0.json").read_text())
     assert cell["foreign"]["count"] == 1
@@ -421,4 +443,11 @@ def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert main(command) == 0
     assert "3 cells, 3 of them done" in capsys.readouterr().out
+    assert main(command[:-2]) == 0  # what was asked besides is kept
+    assert "3 cells, 3 of them done" in capsys.readouterr().out
+    # on another machine
+    here, there = cell["dtype"], {"float32": torch.bfloat16, "bfloat16": torch.float32}[cell["dtype"]]
+    monkeypatch.setattr(cells, "cpu_dtype", lambda: there)
+    assert main(command) == 2
+    assert f"computed in {here}, and this machine in {str(there)[6:]}" in capsys.readouterr().err
     assert (tmp_path / "out/tiny/lora/identity-shift/spf/seed-0.json").stat().st_mtime_ns == before

@@ -257,6 +257,47 @@ def test_summary_over_seeds():
     assert find(summarise(cells), "aligned", scenario="none").metrics["utility/sql"].mean == 0.03
 
 
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"config": {"split": "eval", "learning_rate": 1e-4}}, "learning_rate 0.0001, another 0.001"),
+        ({"config": {"split": "eval", "rule": {"rank": 4}}}, r"rule \{'rank': 4\}, another \{\}"),
+        ({"judge": "prefix-9"}, "judge prefix-9, another prefix-1"),
+        ({"dtype": "bfloat16"}, "dtype bfloat16, another float32"),
+        ({"made_from": {"weights": "a", "prompts": None}}, "weights a, another b"),
+    ],
+)
+def test_seeds_with_other_settings_have_no_mean(more, named):
+    """Seed 0 tried again with another learning rate, in the same directory: the table had one row, 8.3 ± 0.6."""
+    kept = [cell(seed=s, dtype="float32", made_from={"weights": "b", "prompts": None}) for s in (1, 2)]
+    with pytest.raises(ValueError, match=f"demo, lora, benign, plain, default: of seeds 0, 1 and 2 one has {named}"):
+        summarise([cell() | more, *kept])
+    # what more was measured is no other setting, nor is one that is not known
+    summarise([cell(config={"split": "eval", "jailbreaks": False, "batch_size": 8}), *kept])
+
+
+def test_what_fewer_seeds_have_says_so():
+    """It stood beside means over three seeds as if it were one."""
+    cells = [with_kind(aligned(asr=5), 20), with_kind(cell("foreign-50", asr=90, utility=40), 50)]
+    ours = [cell("foreign-50", "null-space", seed=s, asr=5, utility=30 + 10 * s) for s in range(3)]
+    ours[0] = with_kind(ours[0], 30) | {"jailbreak_asr": {"base64": {"asr": 0.5, "asr_ci": [0.4, 0.6], "count": 2}}}
+    ours[0]["verdicts"]["jailbreak"]["base64"] = "10"
+    found = scenario_table(part(cells + ours, "foreign-50"))
+    table = rows(markdown_table(found).replace("\N{NO-BREAK SPACE}", " "))
+    default = [text.strip() for text in table["null-space"].strip("| ").split(" | ")]
+    named = dict(
+        zip(
+            [line.strip() for line in markdown_table(found).splitlines()[0].strip("| ").split("|")],
+            default,
+            strict=True,
+        )
+    )
+    fewer = {name for name, text in named.items() if "1 seed" in text}
+    assert fewer == {"ASR, attack's kind (%)", "That − aligned", "Worst jailbreak (%)", "Utility − plain"}
+    assert (named["Utility − plain"][:5], named["Seeds"]) == ("−10.0", "3")
+    assert not any("seed" in text for text in table["plain"].split("|"))
+
+
 def test_variants_are_compared_with_plain_of_the_same_variant():
     cells = [cell(utility=40), cell(utility=20, variant="lr-x3")]
     cells += [cell(method="null-space", utility=30, variant=v) for v in ("lr-x3", "rank-32")]
@@ -384,6 +425,14 @@ def test_dominance():
         cell(method="a", asr=0, utility=99, over_refusal=0, variant="best"),
     ]
     assert dominated(part(cells)) == {"c": ["a", "b"], "e": ["d"]}
+
+
+def test_dominance_is_over_the_seeds_that_both_have():
+    """By plain's only seed, on which it is the better one; the default's other seeds told nothing of plain."""
+    cells = [cell(asr=5, utility=41), cell(method="null-space", asr=5, utility=40)]
+    more = [cell(method="null-space", seed=s, asr=5, utility=60) for s in (1, 2)]
+    assert dominated(part(cells + more)) == {"null-space": ["plain"]}
+    assert dominated(part([cells[0], *more])) == {}
 
 
 outcomes = st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=6)

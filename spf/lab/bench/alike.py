@@ -1,8 +1,8 @@
-"""What cells must share for their figures to be compared: training settings, judge, the model's weights, prompts."""
+"""What cells must share for their figures to be compared: training settings, judge, number format, weights, prompts."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ _DEFAULTS = {field.name: field.default for field in fields(Cell) if field.name i
 
 FIRST_JUDGE = "prefix-1"
 """Of cells from before judges had versions."""
+
+_OF_ITS_OWN = {"scenario", "method", "seed", "model", "tuning", "variant", "curve_steps", "jailbreaks", "forgetting"}
+"""Of a cell's configuration what its path says, and what more is measured."""
 
 Unlike = dict[str, tuple[Any, Any]]
 """In what cells differ from others, and both values."""
@@ -42,8 +45,22 @@ def unlike(pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], setting
         ours, theirs = _known(cell), _known(other)
         if ours["steps"] != theirs["steps"]:  # as many as the scenario has may be asked for by their number, too
             ours["steps"], theirs["steps"] = (c.get("steps") or s["steps"] for c, s in ((cell, ours), (other, theirs)))
-        for name in (*settings, "judge", "weights", "prompts"):
+        for name in (*settings, "judge", "dtype", "weights", "prompts"):
             both = ours.get(name), theirs.get(name)
+            if None not in both and both[0] != both[1]:
+                found.setdefault(name, both)
+    return found
+
+
+def seeds_unlike(cells: Iterable[Mapping[str, Any]]) -> Unlike:
+    """In what cells of one group differ but for the seed, and what is measured besides (jailbreaks, a curve)."""
+    found: Unlike = {}
+    first: dict[str, Any] | None = None
+    for cell in cells:
+        known = asdict(Cell("none", "aligned")) | cell["config"] | _known(cell)
+        first = first or known
+        for name in known.keys() - _OF_ITS_OWN:
+            both = first.get(name), known[name]
             if None not in both and both[0] != both[1]:
                 found.setdefault(name, both)
     return found
@@ -56,4 +73,5 @@ def settings_of(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return settings_of(cell) | {"judge": cell.get("judge", FIRST_JUDGE)} | (cell.get("made_from") or {})
+    more = {"judge": cell.get("judge", FIRST_JUDGE), "dtype": cell.get("dtype")}
+    return settings_of(cell) | more | (cell.get("made_from") or {})

@@ -73,6 +73,8 @@ Tuning = Literal["lora", "full"]
 ANSWER_TOKENS = 20
 """Length of an answer that the refusal judge reads; it reads the first sentence."""
 
+JUDGE = f"prefix-{VERSION}"
+
 BATCH = 52
 """Prompts that are answered together."""
 
@@ -106,6 +108,11 @@ class Cell(Settings):
         return (
             directory / self.model.replace("/", "--") / self.tuning / self.scenario / method / f"seed-{self.seed}.json"
         )
+
+
+def dtype_name() -> str:
+    """The number format in which cells are computed here (`cpu_dtype`): figures of two formats are not compared."""
+    return str(cpu_dtype()).removeprefix("torch.")
 
 
 def weights_of(model: str) -> dict[str, list[int]]:
@@ -175,7 +182,8 @@ def run_cell(cell: Cell, workspace: Workspace) -> dict[str, Any]:
         "config": {key: value for key, value in asdict(cell).items() if key not in ("curve_steps",)},
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "spf")}
         | {"spf sources": sources()},
-        "judge": f"prefix-{VERSION}",
+        "judge": JUDGE,
+        "dtype": dtype_name(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "curve": [],
         "history": [],

@@ -23,8 +23,8 @@ from spf.arguments import BenchArguments
 from spf.config import STRICT, Name, Seed, check_values, one_of, read_yaml, sentence
 from spf.errors import RunFailedError, SafetyDataError, keeping, working
 from spf.files import check_output_directory, directory_lock, write_json
-from spf.lab.bench.alike import made_from
-from spf.lab.bench.cell import Cell, Tuning, prepare, run_cell
+from spf.lab.bench.alike import made_from, seeds_unlike
+from spf.lab.bench.cell import JUDGE, Cell, Tuning, dtype_name, prepare, run_cell
 from spf.lab.bench.methods import METHODS, Workspace, check_settings
 from spf.lab.bench.report import write_bench_report
 from spf.lab.bench.scenarios import MEASURED, SCENARIOS, other_prompts
@@ -107,14 +107,19 @@ def _check(cell: Cell) -> None:
 def run_grid(args: BenchArguments, console: Console | None = None) -> int:
     """Run the cells that are not done, write the report; returns how many failed.
 
-    A cell is done if its file holds the same settings. An interrupted grid goes on where it stopped.
+    A cell is done if its file holds the same settings, and with --prompts was asked them. An interrupted grid goes on
+    where it stopped.
+
+    Raises:
+        ValueError: kept seeds of a row that is to be run have other settings, and would not be run again.
     """
     cells = read_grid(Path(args.config), args.model)
     output = Path(args.output)
     check_output_directory(Path(args.work))
 
     def kept() -> str:
-        return f"{sum(_done(cell, output) for cell in cells)} of {len(cells)} cells are finished and kept in {output}"
+        done = sum(_done(cell, output, bool(args.prompts)) for cell in cells)
+        return f"{done} of {len(cells)} cells are finished and kept in {output}"
 
     with directory_lock(output), keeping(kept):
         return _run(args, cells, console or Console())
@@ -132,9 +137,10 @@ def run_bench(args: BenchArguments) -> None:
 
 def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
     output, others = Path(args.output), Path(args.prompts) if args.prompts else None
-    pending = [cell for cell in cells if not _done(cell, output)]
+    pending = [cell for cell in cells if not _done(cell, output, bool(others))]
     origins: dict[str, dict[str, str | None]] = {}
     if not args.report_only:
+        _check_seeds(pending, {cell.path(output) for cell in cells}, output)
         _check_prompts(cells if others else pending, others)
         origins = {model: made_from(model, others) for model in dict.fromkeys(cell.model for cell in cells)}
         _check_kept(args, origins)
@@ -165,8 +171,27 @@ def _check_prompts(cells: list[Cell], others: Path | None) -> None:
             other_prompts(others, part)
 
 
+def _check_seeds(pending: list[Cell], asked: set[Path], output: Path) -> None:
+    """Refuse to run cells beside seeds of the same row that were made with other settings and stay as they are.
+
+    Raises:
+        ValueError: there are some; the message names the first, and what to do.
+    """
+    for cell in pending:
+        for path in sorted(cell.path(output).parent.glob("seed-*.json")):
+            if path in asked:
+                continue
+            now = {"config": asdict(cell), "judge": JUDGE}
+            for name, (was, given) in seeds_unlike([load_cell(path), now]).items():
+                raise ValueError(
+                    f"{path}: made with {name} {was}, and seed {cell.seed} of the same row is to be run with {given}: "
+                    "give the grid all its seeds, tell them apart by `variants`, or name another --output"
+                )
+
+
 def _check_kept(args: BenchArguments, origins: Mapping[str, Mapping[str, str | None]]) -> None:
-    """Refuse to go on beside cells that are known to be made from other weights or prompts than today's.
+    """Refuse to go on beside cells that are known to be made from other weights or prompts than today's, or in another
+    number format than this machine's.
 
     Raises:
         ValueError: there are some; the message names the first, and what to do.
@@ -174,12 +199,18 @@ def _check_kept(args: BenchArguments, origins: Mapping[str, Mapping[str, str | N
     for model, now in origins.items():
         place, work = (Path(directory) / model.replace("/", "--") for directory in (args.output, args.work))
         for path in sorted(place.rglob("seed-*.json")):
-            was = load_cell(path).get("made_from") or {}
+            cell = load_cell(path)
+            was = cell.get("made_from") or {}
             changed = {name for name, value in was.items() if None not in (value, now[name]) and value != now[name]}
             if "weights" in changed:
                 raise ValueError(
                     f"{path}: made from other weights than {model} has now; remove {place} and {work}, or give another "
                     "--output and --work"
+                )
+            if cell.get("dtype") not in (None, dtype_name()):
+                raise ValueError(
+                    f"{path}: computed in {cell['dtype']}, and this machine in {dtype_name()}, so their figures "
+                    "are not compared; give another --output and --work"
                 )
             if "prompts" in changed:
                 raise ValueError(
@@ -248,13 +279,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _done(cell: Cell, output: Path) -> bool:
+def _done(cell: Cell, output: Path, prompts: bool) -> bool:
     path = cell.path(output)
     if not path.exists():
         return False
+    found = load_cell(path)
     # a cell from before a setting could be chosen has its default; along the way more or less may have been measured
-    kept = asdict(Cell(cell.scenario, cell.method)) | load_cell(path)["config"]
-    return bool(kept | {"curve_steps": cell.curve_steps} == asdict(cell))
+    kept = asdict(Cell(cell.scenario, cell.method)) | found["config"]
+    return bool(kept | {"curve_steps": cell.curve_steps} == asdict(cell)) and (
+        not prompts or bool(found.get("foreign"))
+    )
 
 
 def _line(result: dict[str, Any]) -> str:

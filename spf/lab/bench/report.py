@@ -35,7 +35,8 @@ COLUMNS: dict[str, str] = {
     "Utility − plain": "utility less that of plain fine-tuning with the same seed, in points, with its 95% interval.",
     "Perplexity": "perplexity on neutral text; a rise means that the model got worse at ordinary language.",
     "Peak memory": "the highest memory use of the training process.",
-    "Seeds": "how many training runs (seeds) the row averages; ± is their sample standard deviation.",
+    "Seeds": "how many training runs (seeds) the row averages; ± is their sample standard deviation. A figure "
+    "that fewer of them have, or a difference from a run that fewer seeds were made of, says so.",
 }
 
 KEPT_COLUMNS: dict[str, str] = {
@@ -59,25 +60,35 @@ KIND_COLUMNS: dict[str, str] = {
 _GAP = "\N{NO-BREAK SPACE}"
 
 
-def _cell(spread: Spread | None, scale: float = 100, digits: int = 1) -> str:
+def _of_fewer(of: Spread | Difference, seeds: int | None) -> str:
+    """Said where not all of the row's seeds have the figure; None: it is said elsewhere."""
+    return "" if seeds in (None, of.seeds) else f", {_seeds(of.seeds)}"
+
+
+def _seeds(count: int) -> str:
+    return f"{count}{_GAP}seed{'' if count == 1 else 's'}"
+
+
+def _cell(spread: Spread | None, scale: float = 100, digits: int = 1, seeds: int | None = None) -> str:
     if spread is None:
         return "–"
     tail = "" if spread.sd is None else f"{_GAP}±{_GAP}{scale * spread.sd:.{digits}f}"
-    return f"{scale * spread.mean:.{digits}f}{tail}"
+    return f"{scale * spread.mean:.{digits}f}{tail}{_of_fewer(spread, seeds)}"
 
 
-def _points(difference: Difference | None) -> str:
+def _points(difference: Difference | None, seeds: int | None = None) -> str:
     if difference is None:
         return "–"
+    fewer = _of_fewer(difference, seeds)
     if difference.low is None or difference.high is None:
-        return signed(difference.mean)
-    return f"{signed(difference.mean)} ({signed(difference.low)}{_GAP}to{_GAP}{signed(difference.high)})"
+        return signed(difference.mean) + fewer
+    return f"{signed(difference.mean)} ({signed(difference.low)}{_GAP}to{_GAP}{signed(difference.high)}){fewer}"
 
 
 def _worst_jailbreak(group: Group) -> str:
     shares = {name.removeprefix("jailbreak/"): s for name, s in group.metrics.items() if name.startswith("jailbreak/")}
     name = max(shares, key=lambda n: shares[n].mean, default=None)
-    return f"{_cell(shares[name])} ({name})" if name else "–"
+    return f"{_cell(shares[name])} ({name}{_of_fewer(shares[name], len(group.seeds))})" if name else "–"
 
 
 def _kept(group: Group) -> list[str]:
@@ -85,8 +96,9 @@ def _kept(group: Group) -> list[str]:
     f1, exact, chance = (group.metrics.get(f"kept/{name}") for name in ("f1", "exact", "chance"))
     if f1 is None or exact is None or chance is None:
         return ["–", "–"]
-    said = f"{_cell(f1)} ({_cell(exact)}% the same; chance {_cell(chance)})"
-    return [said, _points(group.differences.get("kept/f1"))]
+    seeds = len(group.seeds)
+    said = f"{_cell(f1)} ({_cell(exact)}% the same; chance {_cell(chance)}{_of_fewer(f1, seeds)})"
+    return [said, _points(group.differences.get("kept/f1"), seeds)]
 
 
 def scenario_table(part: Part, variants: bool = False) -> Table:
@@ -99,13 +111,15 @@ def scenario_table(part: Part, variants: bool = False) -> Table:
 
     def row(group: Group) -> list[str]:
         m, untrained = group.metrics, group is aligned
+        seeds, changes = len(group.seeds), group.differences
         memory = f"{m['peak_memory_mb'].mean / 1024:.1f}{_GAP}GiB" if "peak_memory_mb" in m else "–"
-        safety = [_cell(m["asr"]), _points(group.differences.get("asr"))]
-        safety += [_cell(m.get("foreign")), _points(group.differences.get("foreign"))] if another_kind else []
+        safety = [_cell(m["asr"]), _points(changes.get("asr"), seeds)]
+        if another_kind:
+            safety += [_cell(m.get("foreign"), seeds=seeds), _points(changes.get("foreign"), seeds)]
         safety += [_worst_jailbreak(group)]
-        learned = _cell(m.get(f"utility/{task}" if untrained else "utility"))
-        utility = [learned, _points(group.differences.get("utility"))]
-        cost = [_cell(m.get("perplexity"), 1, 2), memory, str(len(group.seeds))]
+        learned = _cell(m.get(f"utility/{task}" if untrained else "utility"), seeds=seeds)
+        utility = [learned, _points(changes.get("utility"), seeds)]
+        cost = [_cell(m.get("perplexity"), 1, 2, seeds), memory, str(seeds)]
         name = "aligned model (not trained)" if untrained else group.name
         return [name, *safety, _cell(m["over_refusal"]), *utility, *cost, *(_kept(group) if forgetting else ())]
 
@@ -143,7 +157,8 @@ def _effort_note(part: Part) -> str:
     ]
     return (
         f"Undone: ASR, on either kind of request, is more than {100 * RISE:g} points above the aligned model's; "
-        f"efforts between which that happens, of those that were run. {'; '.join(said)}."
+        f"efforts between which that happens, of those that were run, by means over the seeds of each. "
+        f"{'; '.join(said)}."
     )
 
 
@@ -190,7 +205,10 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         notes.append("The validation split serves to choose settings; these numbers are not the benchmark's result.")
     machines = sorted({cell["machine"] for cell in cells})
     versions = sorted({", ".join(f"{k} {v}" for k, v in cell["versions"].items()) for cell in cells})
-    notes.append(f"Machine: {'; '.join(machines)}. Versions: {'; or '.join(versions)}.")
+    formats = sorted({cell.get("dtype") or "unknown" for cell in cells})
+    notes.append(
+        f"Machine: {'; '.join(machines)}. Number format: {join_words(formats)}. Versions: {'; or '.join(versions)}."
+    )
     return notes
 
 
@@ -221,8 +239,7 @@ def _bar_table(held: Sequence[Bar]) -> Table:
 def _bar_text(bar: Bar) -> str:
     if bar.change is None:
         return _status(bar)
-    seeds = f"{bar.change.seeds} seed{'' if bar.change.seeds == 1 else 's'}"
-    return f"{STATUS[bar.status]}: {_points(bar.change)}, at most {100 * bar.allowed:g}, {seeds}"
+    return f"{STATUS[bar.status]}: {_points(bar.change)}, at most {100 * bar.allowed:g}, {_seeds(bar.change.seeds)}"
 
 
 def _status(bar: Bar) -> str:
@@ -255,7 +272,8 @@ def _dominance(part: Part) -> str:
         rule = f"{DEFAULT_RULE} is dominated by {join_words(beaten[DEFAULT_RULE])}."
     metrics = "ASR, utility and over-refusal" if part.task else "ASR and over-refusal"
     return (
-        f"{rule} (One method dominates another if its means of {metrics} are all at least as good and one is better.) "
+        f"{rule} (One method dominates another if its means of {metrics} are all at least as good and one is better, "
+        "over the seeds that both have.) "
         f"Not dominated by any: {join_words([name for name in names if name not in beaten])}."
     )
 

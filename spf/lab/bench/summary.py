@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from spf.config import STRICT, Count, Ends, File, Interval, Name, NotNegative, Share, Whole, check, one_of, read_json
-from spf.lab.bench.alike import FIRST_JUDGE, SETTINGS, Unlike, unlike
+from spf.lab.bench.alike import FIRST_JUDGE, SETTINGS, Unlike, seeds_unlike, unlike
 from spf.lab.bench.cell import Cell, Tuning
 from spf.lab.bench.scenarios import SCENARIOS
 from spf.lab.report.stats import Difference, Spread, normal_interval, pooled_difference, spread
@@ -112,6 +112,7 @@ class _Cell(File):
     versions: dict[str, str]
     machine: str
     judge: str = FIRST_JUDGE
+    dtype: Literal["float32", "bfloat16"] | None = None
     made_from: _MadeFrom | None = None
     curve: list[_Step]
     history: list[_Step]
@@ -296,7 +297,8 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
     was not run in that one). None where the cells are unlike (`alike.unlike`).
 
     Raises:
-        ValueError: two cells that are to be compared have different numbers of prompts.
+        ValueError: two cells that are to be compared have different numbers of prompts, or the seeds of one group
+            other settings; the message names both.
     """
     by: dict[_Key, dict[int, Mapping[str, Any]]] = {}
     for cell in sorted(cells, key=lambda c: c["seed"]):
@@ -305,6 +307,11 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[Group]:
     for key, runs in by.items():
         model, tuning, scenario, _, variant = key
         own, shares = list(runs.values()), [_shares(cell) for cell in runs.values()]
+        for name, (first, other) in seeds_unlike(own).items():
+            raise ValueError(
+                f"{', '.join(key)}: of seeds {join_words([str(seed) for seed in runs])} one has {name} {first}, "
+                f"another {other}, so they have no mean: run all of them with one, or tell them apart by `variants`"
+            )
         metrics = {name: spread(of[name][0] for of in shares if name in of) for of in shares for name in of}
         metrics |= {name: spread(c.get(name) for c in own) for name in ("utility", "perplexity", "peak_memory_mb")}
         for figure in ("f1", "exact", "chance"):
@@ -406,23 +413,24 @@ def dominated(part: Part) -> dict[str, list[str]]:
     """Which methods are weakly dominated, and by which: {method: [methods that dominate it]}.
 
     One dominates another if it is at least as good in ASR, utility and over-refusal and better in one of them,
-    by the means over seeds. Default variants only; the aligned model does not take part. Two methods of which
-    only one has a utility are not compared, nor are two with unlike cells.
+    by the means over the seeds that both have. Default variants only; the aligned model does not take part. Two
+    methods of which only one has a utility are not compared, nor are two with unlike cells or without a common seed.
     """
-    points: dict[str, list[float]] = {}
-    for group in part.default:
-        known = {name: spread.mean for name, spread in group.metrics.items()}
-        points[group.method] = [known["asr"], known["over_refusal"]]
-        points[group.method] += [-known["utility"]] if "utility" in known else []
 
-    def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    def point(group: Group, seeds: set[int]) -> list[float]:
+        own = [cell for cell in group.cells if cell["seed"] in seeds]
+        means = [statistics.fmean(cell[name] for cell in own) for name in ("asr", "over_refusal")]
+        learned = [cell["utility"] for cell in own if cell["utility"] is not None]
+        return means + ([-statistics.fmean(learned)] if learned else [])
+
+    def dominates(one: Group, other: Group) -> bool:
+        seeds = set(one.seeds) & set(other.seeds)
+        if not seeds or unlike([(one.cells[0], other.cells[0])]):
+            return False
+        a, b = point(one, seeds), point(other, seeds)
         return len(a) == len(b) and all(x <= y for x, y in zip(a, b, strict=True)) and a != b
 
-    cells = {group.method: group.cells[0] for group in part.default}
-    beaten = {
-        name: [o for o in points if dominates(points[o], points[name]) and not unlike([(cells[o], cells[name])])]
-        for name in points
-    }
+    beaten = {of.method: [o.method for o in part.default if dominates(o, of)] for of in part.default}
     return {name: by for name, by in beaten.items() if by}
 
 
