@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from spf.audit import LIST_FILE
 from spf.conflicts import REFUSES_NONE, TAKE_OUT, distinct
 from spf.data import SafetyRow
-from spf.matrices import NAMED, describe_fixed
-from spf.optimizer import Attachment
+from spf.optimizer import Attachment, kept_fixed
 from spf.rules import Rule
 from spf.text.refusal import is_refusal
 from spf.training_data import TrainingData, remaining, remedy
@@ -26,27 +25,7 @@ def first_lines(
     them. took: seconds that parts of the set-up took.
     """
     lines = [_samples(running, rows, at_hand, answered)]
-    rule = running.rule
-    if rule.holds:
-        run = running.run
-        fixed = describe_fixed(running.probe.model, [name for name in run.others if name not in run.kept])
-        if fixed:
-            learn = (
-                "; rows of tokens that were added to the vocabulary learn" if running.correction.learning_rows else ""
-            )
-            lines.append(
-                f"kept fixed: {', '.join(fixed)}; they are no matrices on an input, so null-space cannot hold what "
-                f"they change{learn}; train them with another rule, or freeze them to save their memory"
-            )
-        for why in dict.fromkeys(run.kept.values()):
-            names = [name for name, reason in run.kept.items() if reason == why]
-            more = ", ..." * (len(names) > NAMED)
-            lines.append(f"kept fixed, too: {len(names)} matrices, {why} ({', '.join(names[:NAMED])}{more})")
-        if rule.basis_samples(len(rows)) == len(rows):
-            lines.append(
-                f"all {len(rows)} safety samples are held, so the watched prompts stay refused whatever leaks; with 9 "
-                "or more, one is kept apart to watch"
-            )
+    lines += kept_fixed(running)
     before = running.monitor.before
     parts = [f"{name} {seconds:.1f} s" for name, seconds in took.items() if seconds >= MOMENT or name == "bases"]
     lines.append(

@@ -1,6 +1,7 @@
 """attach(probe, optimizer, rule): a step rule on the optimizer's own step hooks; SafetyOptimizer for plain loops."""
 
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from spf.config import Whole, check
 from spf.data import Anchor
 from spf.errors import CorrectionError, UnsupportedSetupError
+from spf.matrices import NAMED, describe_fixed
 from spf.monitor import Monitor, Reads, watched_line
 from spf.probe import SafetyProbe
 from spf.rules import Given, NullSpace, Rule
 from spf.run import Run
+from spf.sharding import is_first
 from spf.stepping import Stepping
 from spf.subspace import SafetySubspace
 
@@ -65,7 +68,8 @@ class Attachment:
         given = Given(subspace, resumed, *samples, correction_dtype, new_tokens, tighten, near_task)
         self.correction = rule.prepare(self.run, given)
         self._probe_seconds = 0.0
-        self.stepping = Stepping(self.sharding, unknown, self._before, self.correction.after_step, self._finish_step)
+        calls = (self._before, self.correction.after_step, self._finish_step)
+        self.stepping = Stepping(self.sharding, unknown, *calls, rule.adds_gradients)
         self.stepping.lr_scale = self.correction.lr_scale
         self.sharding.forget_order()
         self._setup_seconds = time.perf_counter() - start
@@ -216,6 +220,29 @@ class Attachment:
         self.run.result = None
 
 
+def kept_fixed(running: Attachment) -> list[str]:
+    """What a rule that holds does not let the optimizer train, and whether no sample is left to watch."""
+    if not running.rule.holds:
+        return []
+    run, lines = running.run, []
+    if fixed := describe_fixed(running.probe.model, [name for name in run.others if name not in run.kept]):
+        learn = "; rows of tokens that were added to the vocabulary learn" if running.correction.learning_rows else ""
+        lines.append(
+            f"kept fixed: {', '.join(fixed)}; they are no matrices on an input, so null-space cannot hold what "
+            f"they change{learn}; train them with another rule, or freeze them to save their memory"
+        )
+    for why in dict.fromkeys(run.kept.values()):
+        names = [name for name, reason in run.kept.items() if reason == why]
+        more = ", ..." * (len(names) > NAMED)
+        lines.append(f"kept fixed, too: {len(names)} matrices, {why} ({', '.join(names[:NAMED])}{more})")
+    if (count := len(running.probe.rotation.anchors)) == len(run.basis):
+        lines.append(
+            f"all {count} safety samples are held, so the watched prompts stay refused whatever leaks; with 9 or "
+            "more, one is kept apart to watch"
+        )
+    return lines
+
+
 def attach(
     probe: SafetyProbe, optimizer: torch.optim.Optimizer, rule: Rule | None = None, **options: Any
 ) -> Attachment:
@@ -253,6 +280,11 @@ class SafetyOptimizer(torch.optim.Optimizer):
         """`options` as for `attach`."""
         self.optimizer = optimizer
         self.attachment = attach(probe, optimizer, rule, **options)
+        said = kept_fixed(self.attachment)
+        if self.attachment.lr_scale != 1:
+            said.append(f"every step is made at {self.attachment.lr_scale:.2f} times the learning rate (rescale)")
+        for line in said if is_first() else ():
+            warnings.warn(f"spf: {line}", stacklevel=2)
         self.defaults = optimizer.defaults
         # torch's bookkeeping for hooks on this object; its own __init__ would build new groups.
         self._optimizer_step_pre_hooks: OrderedDict = OrderedDict()

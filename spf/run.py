@@ -62,12 +62,11 @@ class Run:
         rest = anchors[held:] or anchors
         self.rotation = AnchorRotation(rest, min(probe.rotation.size, len(rest)), probe.rotation.seed)
         self.watched: list[Anchor] = rest[:WATCHED]
+        self.watches_own = not rule.holds or rule.adds_gradients or held == len(anchors)
         self.trained = {id(parameter): parameter.dtype for parameter in trainable.values()}
         self.result: ProbeResult | None = None
         self.comparison: Comparison | None = None
-        self.steps = 0
-        self.skipped = 0
-        self.corrected = 0
+        self.steps = self.skipped = self.corrected = 0
         self._window: dict[str, list[float]] = {}
         self._met: set[str] | None = None  # until a step is made: a run that goes on may be at its end
 
@@ -176,10 +175,11 @@ class Run:
             CorrectionError: matrices are trained by now that were not when the rule was put on.
         """
         reshard(self.probe.model)
-        trained = self.rule.corrects(find_matrices(self.probe.model)[0])
-        if left_out := sorted(trained.keys() - self.matrices.keys() - self.others.keys()):
+        matrices, others = find_matrices(self.probe.model)
+        trained = self.rule.corrects(matrices).keys() | others.keys()
+        if left_out := sorted(trained - self.matrices.keys() - self.others.keys()):
             raise CorrectionError(
-                f"spf: {left_out[0]} and {len(left_out) - 1} more trainable matrices are not corrected; they were "
+                f"spf: {left_out[0]} and {len(left_out) - 1} more trainable weights are not corrected; they were "
                 "added or unfrozen after training began"
             )
 

@@ -25,6 +25,7 @@ class Stepping:
         before: Callable[[set[str]], None],
         after: Callable[[set[str]], None],
         finish: Callable[[], None],
+        adds_gradients: bool,
     ):
         """unknown: parameters that were frozen when the rule was put on, id to name.
 
@@ -43,6 +44,7 @@ class Stepping:
         self.first_call = True
         self.seconds = 0.0
         self._unknown = unknown
+        self._adds_gradients = adds_gradients
         self._calls = (before, after, finish)
         self._depth = self._unannounced = 0
         self._to_step: set[str] = set()
@@ -94,6 +96,7 @@ class Stepping:
         if self.first_call:
             self._to_step = set(self.sharding.parts) - self.sharding.frozen
         self._refuse_unknown()
+        self._refuse_scaled()
         with torch.no_grad():
             self._calls[0](self.sharding.stepped())
         self._scale()
@@ -135,6 +138,15 @@ class Stepping:
         for group, before in zip(self.optimizer.param_groups, self._groups, strict=bool(self._groups)):
             group.update(before)
         self._groups = []
+
+    def _refuse_scaled(self) -> None:
+        """A GradScaler leaves it to fused optimizers to unscale gradients within the step, after this hook."""
+        if self._adds_gradients and vars(self.optimizer).get("grad_scale") is not None:
+            raise UnsupportedSetupError(
+                "a fused optimizer unscales float16 gradients itself, so the rule's safety gradients would be divided "
+                "by the scale, too; call scaler.unscale_(optimizer) before the step, take an optimizer that is not "
+                "fused, or bf16"
+            )
 
     def _refuse_unknown(self) -> None:
         """A parameter that was frozen when the rule was put on, and is trained now, would go uncorrected."""

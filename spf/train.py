@@ -33,6 +33,7 @@ from spf.callback import SafetyCallback
 from spf.checkpoint import TRAINER_FILE
 from spf.config import Count, NotNegative, Positive, Seed, Share, Whole, check, read_yaml
 from spf.data import load_safety_rows
+from spf.data.columns import refuse_unreadable
 from spf.data.training import load_training_data
 from spf.errors import RunFailedError, keeping, working
 from spf.files import directory_lock
@@ -317,25 +318,6 @@ def _load(script: ScriptArguments) -> DatasetDict:
     if script.dataset_streaming:
         raise ValueError("dataset_streaming is not supported by spf train: it loads the whole data set")
     return load_training_data(script.dataset_name, script.dataset_config)
-
-
-def refuse_unreadable(dataset: Dataset, trainer: str, text: str) -> None:
-    """text: the column that SFT reads as a whole text.
-
-    Raises:
-        ValueError: the columns are in no form that the trainer reads.
-    """
-    forms = {
-        "sft": [["messages"], ["conversations"], ["prompt", "completion"], [text], ["input_ids"]],
-        "dpo": [["chosen", "rejected"]],
-        "kto": [["prompt", "completion", "label"], ["chosen", "rejected"]],
-        "grpo": [["prompt"]],
-    }[trainer]
-    if not any(set(form) <= set(dataset.column_names) for form in forms):
-        raise ValueError(
-            f"the data have the columns {', '.join(dataset.column_names)}, and {trainer} reads "
-            f"{', or '.join(' and '.join(form) for form in forms)}; rename yours, or make such ones of them"
-        )
 
 
 def _split(data: DatasetDict, script: ScriptArguments, argument: str) -> Dataset:

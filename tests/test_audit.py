@@ -150,6 +150,16 @@ def forms(tokenizer):
             "input_ids": whole,
             "labels": [token if i >= len(asked) - 1 else -100 for i, token in enumerate(whole)],
         },
+        "conversations": {
+            "conversations": [{"from": "user", "value": prompt}, {"from": "assistant", "value": answer}],
+        },
+        "preference, its prompt not told": {"chosen": f"{prompt} {answer}", "rejected": f"{prompt} No."},
+        # as UltraFeedback has it
+        "preference, its prompt told twice": {
+            "prompt": prompt,
+            "chosen": [user(prompt), answered(answer)],
+            "rejected": [user(prompt), answered(REFUSAL)],
+        },
         "a label of other data": {"messages": [user(prompt), answered(answer)], "label": False},
         # as ORPO's trainer makes it of a conversation: asked was a chat within a chat
         "a chat as text": {

@@ -123,6 +123,28 @@ def test_columns_that_no_trainer_reads_are_named_before_the_model_is_loaded(
     assert f"the data have the columns instruction, output, and {said}; rename yours" in error
 
 
+CHAT = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "row", "said"),
+    [
+        ("sft", {"prompt": "Say hello.", "messages": CHAT}, "remove the column prompt"),  # as UltraChat has it
+        ("sft", {"conversations": CHAT}, "rename the column to messages"),
+        ("dpo", {"prompt": "Say hello.", "chosen": CHAT, "rejected": CHAT}, "remove the column prompt"),
+    ],
+)
+def test_forms_that_trl_breaks_off_at_are_named_before_the_model_is_loaded(
+    workspace, trainer, row, said, monkeypatch, capsys
+):
+    """KeyError: 'completion', KeyError: 'text' and a TypeError, when the model was there."""
+    monkeypatch.setattr("spf.train._load_model", lambda *_: pytest.fail("the model was loaded"))
+    (workspace / "form.jsonl").write_text(json.dumps(row))
+    arguments = ["--trainer", trainer, "--model", str(workspace / "model"), "--data", str(workspace / "form.jsonl")]
+    assert cli.main(["train", *arguments, "--output", str(workspace / "columns")]) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_flags_override_the_file_and_the_rule_can_be_off(workspace):
     path = str(workspace / "config.yaml")
     assert cli.main(["train", path, "--safety_rule", "none", "--max_steps", "1", "--save_strategy", "no"]) == 0

@@ -567,6 +567,52 @@ def test_held_out_samples_are_not_in_the_basis_and_are_what_is_measured(anchors)
     assert len(probe.rotation.anchors) == len(anchors)  # the caller's probe stays as it is
 
 
+@pytest.mark.parametrize(
+    ("rule", "own"),
+    [
+        (NullSpace(rank=4, prompts=6), False),
+        (NullSpace(rank=4, prompts=6, feedback=Mix()), True),
+        (Mix(), True),
+        (SPF(), True),
+    ],
+)
+def test_a_rule_that_works_with_what_is_watched_is_known(rule, own, anchors):
+    probe = SafetyProbe(make_model(), anchors, anchors_per_step=4, pad_token_id=1)
+    run = attach(probe, torch.optim.SGD(probe.model.parameters(), lr=0.1), rule).run
+    assert (
+        run.watches_own == own == bool({a.where for a in run.rotation.anchors} & {a.where for a in run.watched} and own)
+    )
+    few = SafetyProbe(make_model(), anchors[:4], pad_token_id=1)
+    assert attach(few, torch.optim.SGD(few.model.parameters(), lr=0.1), NullSpace(rank=4, reworded=0)).run.watches_own
+
+
+def test_a_loop_of_ones_own_is_told_what_does_not_learn(anchors):
+    """Embeddings, norms and biases got no gradient, steps were longer, and all samples were held, without a word."""
+    probe = SafetyProbe(make_model(), anchors[:4], pad_token_id=1)
+    adamw = torch.optim.AdamW(probe.model.parameters(), lr=1e-3)
+    with pytest.warns(UserWarning, match="spf: kept fixed") as said:
+        SafetyOptimizer(adamw, probe, NullSpace(rank=4, reworded=0), calibration=anchors[4:8])
+    lines = [str(one.message) for one in said]
+    assert any("spf: kept fixed: 1 embedding (" in line and "5 norms (" in line for line in lines), lines
+    assert any("spf: all 4 safety samples are held" in line for line in lines), lines
+    assert any("spf: every step is made at 1." in line for line in lines), lines
+
+
+def test_gradients_that_a_fused_optimizer_unscales_are_refused(anchors):
+    """The safety gradient would be divided by 65536 with them, and the step proven."""
+    for rule, refused in ((Mix(), True), (NullSpace(rank=4, reworded=0), False)):
+        probe = SafetyProbe(make_model(), anchors, pad_token_id=1)
+        adamw = torch.optim.AdamW(probe.model.parameters(), lr=1e-3, fused=True)
+        attachment = attach(probe, adamw, rule)
+        ids = utility_batch(0)
+        probe.model(input_ids=ids, labels=ids).loss.backward()
+        attachment.refresh()
+        # as torch.amp.GradScaler does where fused=True
+        adamw.grad_scale, adamw.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+        with pytest.raises(UnsupportedSetupError, match="unscale_") if refused else nullcontext():
+            adamw.step()
+
+
 def test_a_second_attachment_gets_the_same_samples(anchors):
     """A bug once: the constructor took the held samples out of the caller's probe, 29, 3, 3 of them were left."""
     model = make_model()

@@ -233,7 +233,7 @@ def test_an_adapter_that_is_added_on_the_way_is_found(tmp_path, tokenizer, rows)
                 model.base_model.set_adapter(["default", "second"])
 
     trainer = make_trainer(tmp_path, tokenizer, callback, tiny("lora", "float32"), [Add()], max_steps=4)
-    with pytest.raises(CorrectionError, match=r"second\.weight and 1 more trainable matrices are not corrected"):
+    with pytest.raises(CorrectionError, match=r"second\.weight and 1 more trainable weights are not corrected"):
         trainer.train()
 
 
@@ -402,6 +402,32 @@ def test_a_second_optimizer_does_not_train_what_is_kept_fixed(first, anchors):
             optimizer.finish()
     else:
         assert "proven" in optimizer.finish()
+
+
+@pytest.mark.parametrize("frozen_again", [True, False])
+def test_what_is_unfrozen_later_for_a_second_optimizer_is_noticed(frozen_again, anchors):
+    """Gradual unfreezing: norms that were frozen at first were on no list, neither as held nor as not trained."""
+    model = make_model(width=64)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    for parameter in norms:
+        parameter.requires_grad_(False)
+    probe = SafetyProbe(model, anchors[:1], pad_token_id=1)
+    mine = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = SafetyOptimizer(mine, probe, NullSpace(rank=40, reworded=0))
+    for parameter in norms:
+        parameter.requires_grad_(True)
+    other = torch.optim.AdamW(norms, lr=1e-2)
+    ids = torch.randint(5, 900, (2, 9), generator=torch.Generator().manual_seed(1))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    other.step()
+    if frozen_again:
+        for parameter in norms:
+            parameter.requires_grad_(False)
+        assert f"but {len(norms)} weights that are not trained have been changed" in optimizer.finish()
+    else:
+        with pytest.raises(CorrectionError, match=r"norm\S+ and 4 more trainable weights are not corrected"):
+            optimizer.finish()
 
 
 class Balance(TrainerCallback):

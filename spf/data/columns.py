@@ -7,7 +7,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 COLUMNS = (
-    *("messages", "prompt", "completion", "chosen", "text", "label", "tools", "chat_template_kwargs"),
+    *("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text", "label"),
+    *("tools", "chat_template_kwargs"),
     *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths", "position_ids"),
     *("prompt_ids", "completion_ids", "chosen_ids", "answer_ids"),
 )
@@ -30,6 +31,30 @@ def with_read_columns(dataset: AnyDataset) -> AnyDataset:
     return dataset if columns == list(dataset.column_names or ()) else dataset.select_columns(columns)
 
 
+def as_trl_reads(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row in the columns that TRL's trainers make of it: `conversations` of from and value are messages, and what
+    `chosen` and `rejected` begin with, both texts, is their prompt. A prompt in text that `chosen`, a whole
+    conversation, begins with, as in UltraFeedback, is asked once."""
+    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        pairs = enumerate(zip(chosen, rejected, strict=False))
+        shared = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(chosen), len(rejected)))
+        shared -= chosen[:shared].endswith(" ")
+        return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:]} if shared else row
+    if isinstance(prompt, str) and isinstance(chosen, list) and chosen and _said(chosen[0]) == prompt.strip():
+        return {name: value for name, value in row.items() if name != "prompt"}
+    told = row.get("conversations")
+    if row.get("messages") is None and isinstance(told, list):
+        names = {"from": "role", "value": "content"}
+        return {**row, "messages": [{names.get(key, key): value for key, value in one.items()} for one in told]}
+    return row
+
+
+def _said(message: Any) -> Any:
+    said = message.get("content") if isinstance(message, Mapping) else None
+    return said.strip() if isinstance(said, str) else said
+
+
 def document_lengths(row: Mapping[str, Any]) -> list[int]:
     """How many tokens each document of a tokenised row has: `seq_lengths` says so where TRL packed it, elsewhere
     `position_ids` begin again at 0. Padding, whose positions are all the same, is of the document beside it."""
@@ -42,3 +67,43 @@ def document_lengths(row: Mapping[str, Any]) -> list[int]:
     begins = np.flatnonzero((positions[:-1] == 0) & (positions[1:] != 0))
     padded = len(begins) and (positions[: begins[0]] == positions[0]).all()
     return np.diff([0, *begins[int(bool(padded)) :], tokens]).tolist()
+
+
+def refuse_unreadable(dataset: Dataset, trainer: str, text: str) -> None:
+    """text: the column that SFT reads as a whole text.
+
+    Raises:
+        ValueError: the columns are in no form that the trainer reads.
+    """
+    forms = {
+        "sft": [["messages"], ["conversations"], ["prompt", "completion"], [text], ["input_ids"]],
+        "dpo": [["chosen", "rejected"]],
+        "kto": [["prompt", "completion", "label"], ["chosen", "rejected"]],
+        "grpo": [["prompt"]],
+    }[trainer]
+    names = set(dataset.column_names)
+    if trainer == "sft" and "prompt" in names and not names & {"completion", "input_ids"}:
+        raise ValueError(
+            f"the data have the columns {', '.join(dataset.column_names)}, and sft takes what has `prompt` for prompt "
+            "and completion; remove the column prompt, or rename the answers' column to completion"
+        )
+    if trainer == "dpo" and isinstance(_first(dataset, "prompt"), str) and isinstance(_first(dataset, "chosen"), list):
+        raise ValueError(
+            "`prompt` is text and `chosen` a list of messages, which dpo cannot join; remove the column prompt where "
+            "chosen begins with it, or make it a list of messages"
+        )
+    turns = _first(dataset, "conversations")
+    if trainer == "sft" and "messages" not in names and turns and not {"from", "value"} <= set(turns[0]):
+        raise ValueError(
+            f"`conversations` has messages of {' and '.join(turns[0])}, and sft reads from and value there; rename the "
+            "column to messages where they are role and content"
+        )
+    if not any(set(form) <= names for form in forms):
+        raise ValueError(
+            f"the data have the columns {', '.join(dataset.column_names)}, and {trainer} reads "
+            f"{', or '.join(' and '.join(form) for form in forms)}; rename yours, or make such ones of them"
+        )
+
+
+def _first(dataset: Dataset, column: str) -> Any:
+    return dataset[0][column] if len(dataset) and column in dataset.column_names else None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from spf.data.columns import document_lengths
+from spf.data.columns import as_trl_reads, document_lengths
 from spf.errors import ChatError, SafetyDataError, kind_of
 from spf.text.chat import Messages, chat_options, render_chat, template_variables
 from spf.text.generation import THOUGHTS, after_thoughts, special_ids, thinks
@@ -114,7 +114,7 @@ class _Reader:
             for number, (ids, learned) in enumerate(self._documents(row)):
                 yield from ((number, *found) for found in self._tokenised(ids, learned))
         else:
-            yield from ((0, *found) for found in self._pairs(row))
+            yield from ((0, *found) for found in self._pairs(as_trl_reads(row)))
 
     def _pairs(self, row: Row) -> Iterator[tuple[list[int], list[int]]]:
         if "prompt_ids" in row:

@@ -1,13 +1,16 @@
 """Locked models on disk that plain transformers reloads with the same logits, and their way back."""
 
 import copy
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.config import File, parse_json, read_json
@@ -24,6 +27,8 @@ class _Mark(File):
 
     fingerprints: list[str]
     attention_bias_added: bool
+    biases: str | None = None
+    """Hash of the attention's biases as they were saved; not there in earlier versions."""
 
 
 def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
@@ -72,7 +77,7 @@ def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str
         state[name] = torch.zeros(wanted[name].shape, dtype=model.dtype, device=device_of[name.rpartition(".")[0]])
     known = before["fingerprints"] if before else []
     fingerprints = sorted({*known, *(fingerprint for _, biases, _ in shifts.values() for fingerprint in biases)})
-    mark = {"fingerprints": fingerprints, "attention_bias_added": added}
+    mark = {"fingerprints": fingerprints, "attention_bias_added": added, "biases": _hash_of(model, state)}
     setattr(config, SAVED_MARK, mark)
     own, model.config = model.config, config
     try:
@@ -80,6 +85,7 @@ def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str
     finally:
         model.config = own
     tokenizer.save_pretrained(directory)
+    (Path(directory) / ORIGINAL_BIASES).unlink(missing_ok=True)  # another model's, which was locked there before
     biases = {str(layer): bias.detach().clone() for layer, (bias, _, _) in shifts.items() if bias is not None}
     if biases and not added:
         save_file(biases, Path(directory) / ORIGINAL_BIASES)
@@ -90,7 +96,7 @@ def unlock_saved(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     """The model that `save_locked` saved, as it was before it was locked, bit by bit; and its tokenizer.
 
     Raises:
-        ValueError: the directory holds no model saved with its lock.
+        ValueError: the directory holds no model saved with its lock, or its biases are others by now (trained).
     """
     path = Path(directory) / "config.json"
     remedy = "give the directory that `spf lock apply` wrote"
@@ -106,6 +112,11 @@ def unlock_saved(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
             f"so the lock cannot be taken out; {remedy}"
         )
     model = whole_model_of(AutoModelForCausalLM, str(directory))
+    if mark.biases not in (None, _hash_of(model, model.state_dict())):
+        raise ValueError(
+            f"{directory}: the attention's biases are not those that were saved with the lock (trained, or saved in "
+            f"another type, since), and what was learned would go with it; {remedy}"
+        )
     delattr(model.config, SAVED_MARK)
     outputs, _ = attention_outputs(model)
     if mark.attention_bias_added:
@@ -123,3 +134,14 @@ def unlock_saved(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     if biases:
         raise ValueError(f"{originals}: the model has no layer {next(iter(biases))}; {remedy}")
     return model, AutoTokenizer.from_pretrained(directory)
+
+
+def _hash_of(model: Model, state: Mapping[str, Tensor]) -> str:
+    """Of the biases in the attention, in float32."""
+    outputs, _ = attention_outputs(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    attention = tuple({f"{names[id(output.base)].rpartition('.')[0]}." for output in outputs})
+    found = hashlib.sha256()
+    for name in sorted(name for name in state if name.startswith(attention) and name.endswith(".bias")):
+        found.update(name.encode() + state[name].detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()

@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from spf.errors import UnsupportedSetupError
+from spf.linalg import exact_matmul
 from spf.sharding.blocks import Part
 from spf.sharding.zero import Zero, gathered, is_partitioned, is_zero
 
@@ -186,7 +187,7 @@ class Sharding:
             for block in part.blocks(tensors[name]):
                 if block.cut:
                     row = part.cut_rows.index(block.rows.start)
-                    sums[name][row] += (block.tensor.float() @ V[block.columns])[0]
+                    sums[name][row] += exact_matmul(block.tensor, V[block.columns])[0]
         flat = self.total(torch.cat([sums[name].flatten() for name in names]))
         split = flat.split([sums[name].numel() for name in names])
         return {name: piece.view_as(sums[name]) for name, piece in zip(names, split, strict=True)}

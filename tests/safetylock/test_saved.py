@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from spf.safetylock import extract, save_locked, unlock_saved
 from spf.safetylock.lock import locks_on
+from spf.safetylock.saved import ORIGINAL_BIASES
 from tests.safetylock.toys import descendant, logits, packed, some_pairs, toy
 
 
@@ -62,6 +63,29 @@ def test_a_lock_above_a_saved_one_is_taken_out_with_it_or_refused(kind, tokenize
     both = save_locked(first, tokenizer, tmp_path / "both")
     assert locks_on(AutoModelForCausalLM.from_pretrained(both)) == {lock.fingerprint, lock.top(2).fingerprint}
     assert torch.allclose(logits(unlock_saved(both)[0]), original, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-bias"])
+def test_what_was_trained_since_is_not_taken_out_with_the_lock(kind, tokenizer, tmp_path):
+    """A locked model has biases that train; "bit by bit the model that was locked" was one without them."""
+    lock = extract(toy(kind), tokenizer, some_pairs(6), k=4)
+    model = descendant(kind)
+    lock.apply(model, tokenizer)
+    where = save_locked(model, tokenizer, tmp_path / "locked")
+    trained = AutoModelForCausalLM.from_pretrained(where)
+    with torch.no_grad():
+        trained.model.layers[0].self_attn.q_proj.bias.add_(0.1)
+    trained.save_pretrained(where)
+    with pytest.raises(ValueError, match=r"biases are not those that were saved with the lock \(trained"):
+        unlock_saved(where)
+
+
+def test_biases_of_a_model_that_was_locked_there_before_are_not_left(tokenizer, tmp_path):
+    for kind in ("llama-bias", "llama"):
+        model = descendant(kind)
+        extract(toy(kind), tokenizer, some_pairs(6), k=4).apply(model, tokenizer)
+        where = save_locked(model, tokenizer, tmp_path / "locked")
+        assert (where / ORIGINAL_BIASES).exists() == (kind == "llama-bias")
 
 
 def test_a_lock_whose_original_biases_were_lost_is_not_said_to_be_taken_out(tokenizer, tmp_path):

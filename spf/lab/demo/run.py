@@ -133,7 +133,8 @@ def _run(args: DemoArguments, chosen: Rule, command: str, output: Path, console:
     arms: dict[str, tuple[str, Rule | None, int | None]] = {
         "base": ("base", None, None),
         "plain": ("plain", None, None),
-        "spf": (args.safety_rule, chosen, 1 if args.safety_rule == "spf" else None),
+        # one anchor, as in the benchmark
+        "spf": (args.safety_rule, chosen, 1 if args.safety_rule in ("spf", "rank1") else None),
     }
     if not args.quick and args.safety_rule != "spf":
         arms["paper"] = ("spf", RULES["spf"](), 1)

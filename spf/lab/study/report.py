@@ -546,7 +546,7 @@ def report_runs(args: SeedsArguments) -> None:
 
     Raises:
         FileNotFoundError: a directory holds no results.json.
-        ValueError: runs of different presets or grammars, or of other models.
+        ValueError: runs of different presets, grammars or settings, of other models or prompts, or of one seed.
     """
     output = Path(args.output)
     check_output_directory(output)
@@ -557,6 +557,15 @@ def report_runs(args: SeedsArguments) -> None:
     kinds = {(r.get("kind"), r.get("preset"), r.get("grammar")) for r in found}
     if len(kinds) > 1:
         raise ValueError(f"spf study report: the runs differ in preset or grammar: {sorted(map(str, kinds))}")
+    for name in ("settings", "aligned", "safe", "unsafe"):
+        for run, other in zip(args.runs[1:], found[1:], strict=True):
+            if (ours := found[0].get(name)) != (theirs := other.get(name)):
+                differ = f" ({value_text(ours)}, and {value_text(theirs)})" if isinstance(ours, str) else ""
+                raise ValueError(f"{args.runs[0]} and {run} differ in {name}{differ}; they are no seeds of one another")
+    seeds = [str(run["seed"] if "seed" in run else path.resolve()) for run, path in zip(found, paths, strict=True)]
+    if twice := next((seed for seed in seeds if seeds.count(seed) > 1), None):
+        both = [run for run, seed in zip(args.runs, seeds, strict=True) if seed == twice]
+        raise ValueError(f"{' and '.join(both)}: one seed, which would count as {len(both)}; name each once")
     with directory_lock(output):
         try:
             path = write_report(found, output)

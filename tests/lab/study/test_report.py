@@ -228,6 +228,25 @@ def test_command_reads_the_runs_and_names_what_does_not_fit(runs, tmp_path, caps
     assert "another run writes here (pid" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({}, {}, "one seed, which would count as 2; name each once"),
+        ({"settings": {"steps": 1}}, {"seed": 1, "settings": {"steps": 2}}, "differ in settings; they are no seeds"),
+        ({"kind": "measure", "aligned": "a"}, {"kind": "measure", "aligned": "b"}, "differ in aligned (a, and b)"),
+        ({"kind": "measure", "unsafe": "a"}, {"kind": "measure", "unsafe": "b"}, "differ in unsafe (a, and b)"),
+    ],
+)
+def test_what_is_no_seed_of_another_has_no_mean_with_it(first, second, said, runs, tmp_path, capsys, monkeypatch):
+    """Two measures of different models, or one run named twice, were drawn with a spread over seeds."""
+    for name, more in (("0", first), ("1", second)):
+        measure.write_json(tmp_path / name / "results.json", {**runs[0], **more})
+    monkeypatch.setattr(report, "write_report", lambda found, directory: pytest.fail("a report of both"))
+    command = ["study", "report", "--output", str(tmp_path / "out"), "--runs", str(tmp_path / "0"), str(tmp_path / "1")]
+    assert main(command) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_what_is_wrong_deep_inside_is_a_mistake_in_the_input(runs, tmp_path, capsys):
     """Not a run that failed: such results were once code 1, or a traceback."""
     short, other = copy.deepcopy(runs[0]), copy.deepcopy(runs[1])
