@@ -120,7 +120,7 @@ class Attachment:
         asked = self.correction.between_steps()
         measured = self.correction.needs_probe or (self.cosines and self.monitor.is_due(self.steps))
         if measured:
-            self.run.result = self.probe.measure(next(self.run.rotation))
+            self.run.result = self.probe.measure(next(self.run.rotation)).of_all(self.sharding)
         if self.correction.needs_probe and not (self.rule.holds and self.monitor.is_due(self.steps + 1)):
             assert self.run.result is not None
             self.monitor.note_loss(self.run.result.loss)

@@ -1,7 +1,7 @@
 """SafetyProbe: one small forward/backward pass -> safety loss and factored safety gradients."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from spf.inputs import Inputs
 from spf.matrices import used_tokens
 from spf.next_token import begins_refusal
 from spf.progress import tracked
-from spf.sharding import object_of_rank_0
+from spf.sharding import Sharding, object_of_rank_0
 from spf.shared_prefix import NextToken
 from spf.subspace import Factors
 
@@ -39,6 +39,12 @@ class ProbeResult:
         return bool(torch.isfinite(torch.tensor(self.loss))) and all(
             bool(torch.isfinite(f.X).all() and torch.isfinite(f.D).all()) for f in self.factors.values()
         )
+
+    def of_all(self, sharding: Sharding) -> "ProbeResult":
+        """With the losses on which all processes agree, by which rules decide."""
+        own = torch.tensor([self.loss, self.excess], dtype=torch.float64)
+        loss, excess = sharding.joint(own[:0], own)[1].tolist()
+        return replace(self, loss=loss, excess=excess)
 
 
 @dataclass(frozen=True)

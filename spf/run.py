@@ -130,8 +130,9 @@ class Run:
             factors, blocks = result.factors[name], self.blocks(name, gradients[name])
             inner.append(sum((factors.inner_block(b.tensor, b.rows, b.columns) for b in blocks), torch.zeros(())))
             utility.append(sum((b.tensor.float().square().sum() for b in blocks), torch.zeros(())))
-        values = stacked([*inner, *utility])
-        values = self.sharding.total(values if result.finite else torch.full_like(values, torch.nan))
+        values, safety = stacked([*inner, *utility]), stacked([result.factors[name].norm_squared() for name in names])
+        values = values if result.finite else torch.full_like(values, torch.nan)
+        values = torch.cat(self.sharding.joint(values, safety.to(values)))
         if not bool(torch.isfinite(values).all()):
             self.result = self.comparison = None
             self.skipped += 1
@@ -143,11 +144,8 @@ class Run:
                 )
             return
         sums = values.tolist()
-        self.comparison = Comparison(
-            dict(zip(names, sums[: len(names)], strict=True)),
-            {name: float(result.factors[name].norm_squared()) for name in names},
-            dict(zip(names, sums[len(names) :], strict=True)),
-        )
+        inner_of, utility_of, safety_of = (sums[i * len(names) : (i + 1) * len(names)] for i in range(3))
+        self.comparison = Comparison(*(dict(zip(names, of, strict=True)) for of in (inner_of, safety_of, utility_of)))
         self._note_cosines(self.comparison)
 
     def meet(self, gradients: Mapping[str, Tensor], first_call: bool) -> None:

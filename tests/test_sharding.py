@@ -1,5 +1,6 @@
 """Parts and blocks of flattened matrices, and what is refused by name."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from spf import SPF, SafetyProbe, attach
 from spf.errors import UnsupportedSetupError
+from spf.probe import ProbeResult
 from spf.rules import components, without_components
 from spf.sharding import Sharding, innermost_optimizer, refuse_sharded, same_on_all_ranks, spread_over_ranks
 from spf.sharding.blocks import flat_part
 from spf.subspace import Factors
+from tests.conftest import make_model
 from tests.test_linalg import TF32
 
 
@@ -39,6 +43,31 @@ def test_what_is_sent_is_contiguous(monkeypatch):
     found = spread_over_ranks(["a"], lambda name: torch.zeros(4, 8)[:, ::2])
     assert torch.equal(found["a"], wanted)
     assert sent == [0, 0]
+
+
+@pytest.mark.parametrize(("other", "skipped"), [(-1e3, 0), (float("nan"), 1)])
+def test_processes_go_by_the_same_numbers(other, skipped, anchors, monkeypatch):
+    """Under DDP each went by its own: one corrected a step that the other left alone, and they drifted apart."""
+    model = make_model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = attach(SafetyProbe(model, anchors, pad_token_id=1), sgd, SPF()).run
+    ids = torch.randint(5, 600, (4, 16), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    run.result = run.probe.measure(next(run.rotation))
+    gradients = {name: matrix.weight.grad for name, matrix in run.matrices.items()}
+    run.compare(gradients)
+    alone = run.comparison
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_backend": "gloo"}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "all_reduce", lambda values: values.add_(other / 2))
+    with pytest.warns(UserWarning, match="NaN or inf") if skipped else nullcontext():
+        run.compare(gradients)
+    assert run.skipped == skipped
+    if not skipped:
+        for of, ours in vars(run.comparison).items():
+            wanted = {name: (value + other) / 2 for name, value in vars(alone)[of].items()}
+            assert ours == pytest.approx(wanted, rel=1e-5)
+    assert ProbeResult(3.0, {}).of_all(run.sharding).loss == pytest.approx((3.0 + other) / 2, nan_ok=True)
 
 
 @st.composite

@@ -68,7 +68,7 @@ class Constraining(Correction):
                 directions.append((b.tensor, direction, S, before))
         self._before = {}
         total = stacked(sums).sum(0) if sums else torch.zeros(4)
-        values = run.sharding.total(total).tolist()
+        values = run.sharding.joint(total, total[:0])[0].tolist()
         allowed = self.rule.margin - result.excess
         violation = max(0.0, values[0] - allowed)
         run.note("conflict_rate", float(values[0] > 0))

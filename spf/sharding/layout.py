@@ -171,6 +171,19 @@ class Sharding:
         dist.all_reduce(values)
         return values.to(device)
 
+    def joint(self, parts: Tensor, wholes: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of `parts` over the processes, where the matrices are split, and the mean of `wholes`, which each
+        knows as a whole, as all do with DDP: in one all-reduce.
+
+        So all go by the same numbers, which on GPUs differ by rounding; NaN where one process found it.
+        """
+        if self._alone or not dist.is_initialized() or dist.get_world_size() == 1:
+            return parts, wholes
+        means = torch.cat([parts if self.split else parts / dist.get_world_size(), wholes / dist.get_world_size()])
+        device, means = means.device, means.cuda() if dist.get_backend() == "nccl" else means
+        dist.all_reduce(means)
+        return means.to(device)[: len(parts)], means.to(device)[len(parts) :]
+
     def cut_products(self, tensors: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """M V (rows, k) of the rows of each matrix M that a border cuts, their pieces summed over the processes.
 

@@ -298,6 +298,16 @@ def test_what_fewer_seeds_have_says_so():
     assert not any("seed" in text for text in table["plain"].split("|"))
 
 
+def test_rows_whose_seeds_were_made_by_different_states_of_spf_are_named(tmp_path):
+    """A mean over seeds that today's code would not make was called that of today's default."""
+    made = [
+        cell(seed=s, versions={"torch": "2", **({"spf sources": of} if of else {})}) for s, of in ((0, None), (1, "a"))
+    ]
+    save(tmp_path, *made, cell(method="spf", versions={"torch": "2", "spf sources": "a"}))
+    write_bench_report(tmp_path)
+    assert "Seeds made by different states of spf's sources: plain." in (tmp_path / "results.md").read_text("utf-8")
+
+
 def test_variants_are_compared_with_plain_of_the_same_variant():
     cells = [cell(utility=40), cell(utility=20, variant="lr-x3")]
     cells += [cell(method="null-space", utility=30, variant=v) for v in ("lr-x3", "rank-32")]

@@ -289,6 +289,14 @@ def _not_compared(part: Part) -> str:
     return f" Not compared, since they differ: {join_words(said)}." if said else ""
 
 
+def _made_apart(part: Part) -> str:
+    """A sentence that names the rows whose seeds were made by different states of spf, as far as they are known."""
+    said = [
+        group.name for group in part.groups if len({cell["versions"].get("spf sources") for cell in group.cells}) > 1
+    ]
+    return f" Seeds made by different states of spf's sources: {join_words(said)}." if said else ""
+
+
 _OTHERS = {"aligned": "the aligned model", "plain": "plain"}
 
 
@@ -354,7 +362,7 @@ def write_bench_report(directory: str | Path) -> list[Path]:
                 "name": name,
                 "said": _describe(part.scenario),
                 "table": scenario_table(part),
-                "front": _dominance(part) + _not_compared(part),
+                "front": _dominance(part) + _not_compared(part) + _made_apart(part),
                 "ablation": scenario_table(part, variants=True),
                 "effort": effort_table(part),
                 "effort_note": _effort_note(part),
