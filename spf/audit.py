@@ -277,6 +277,7 @@ def audit_data(
             refused,
             rows,
             answered=answered,
+            leaning={conflict.prompt_ids for conflict in found.leaning},
             options=options,
             max_length=max_length,
             progress=progress,

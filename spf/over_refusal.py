@@ -6,7 +6,7 @@ which refused prompts are clearly harmless: a task of the user's, not an attack.
 that ends alone, "answer in one sentence" behind a harmful request looked harmless.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -27,7 +27,7 @@ T = TypeVar("T")
 Look = Literal["harmful", "unclear", "harmless"]
 """What a refused prompt looks like to the model; only beside a task of the user's some are called unclear."""
 
-PROBE = 3
+PROBE = 4
 """To be raised with every change of what is let go: what an earlier audit let go by another probe is not taken."""
 
 HARMFUL = 104
@@ -82,21 +82,23 @@ def looks(
     rows: Sequence[SafetyRow],
     *,
     answered: Sequence[Sequence[int]] = (),
+    leaning: Collection[tuple[int, ...]] = (),
     options: Mapping[str, Any] | None = None,
     max_length: int = 1 << 30,
     progress: bool = True,
 ) -> list[Look]:
     """What each prompt (token ids, up to where the answer begins) looks like to the model, wherever one looks.
 
-    rows: safety samples, examples of what it should refuse. answered: prompts of the same data that it answers. Where
-    the probe cannot tell, all are called harmful. All processes of a run have to call it.
+    rows: safety samples, examples of what it should refuse. answered: prompts of the same data that it answers.
+    leaning: those of the prompts that it answers, too, though it might refuse them. Where the probe cannot tell, all
+    are called harmful. All processes of a run have to call it.
     """
     if not prompts:
         return []
     samples = read_samples(model, tokenizer, rows, options=options, max_length=max_length, progress=progress)
     if samples is None:
         return ["harmful"] * len(prompts)
-    return samples.look(prompts, spread_over(answered, ANSWERED), progress)
+    return samples.look(prompts, spread_over(answered, ANSWERED), leaning, progress)
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,12 @@ class Frame:
 @dataclass(frozen=True)
 class Asked:
     """A prompt that was asked: the probability of being harmful that any stretch of it gets at most, the same by the
-    samples alone (`first`), `some` of its states (`PLACES`, n), and their `mean` (n,)."""
+    samples alone (`first`), or by them and what the data's task is known to be (`informed`), `some` of its states
+    (`PLACES`, n), and their `mean` (n,)."""
 
     share: float
     first: float
+    informed: float
     some: Tensor
     mean: Tensor
 
@@ -154,12 +158,17 @@ class Samples:
         return Probe(self.states, self.harmful)
 
     def look(
-        self, prompts: Sequence[Sequence[int]], answered: Sequence[Sequence[int]] = (), progress: bool = True
+        self,
+        prompts: Sequence[Sequence[int]],
+        answered: Sequence[Sequence[int]] = (),
+        leaning: Collection[tuple[int, ...]] = (),
+        progress: bool = True,
     ) -> list[Look]:
         """What the prompts (token ids) look like; the same on all processes, which have to call it.
 
         answered: prompts of the same data that the model answers. Those of them that look harmless the probe is fitted
-        on, too: they tell what the task looks like.
+        on, too: they tell what the task looks like. leaning: prompts of the data that it answers as well; they are of
+        that task if they look harmless then, and as a whole more like it than like an attack, whatever is refused.
         """
         harmless, task, _ = self._told(answered, [], progress)
         known = harmless if task else []
@@ -167,11 +176,22 @@ class Samples:
         like_task = [False] * len(prompts)
         if task:
             # whether harmful was asked; now whether of the task, as a whole
-            harmful = [states for states, kind in zip(self.states, self.harmful, strict=True) if kind]
-            fitted_on = [*known, *let_go]
-            apart = Probe([*harmful, *fitted_on], [True] * len(harmful) + [False] * len(fitted_on))
+            apart = self._apart([*known, *let_go])
             like_task = [apart.highest(asked.mean[None]) < 0.5 for asked in found]
+        if known and leaning:
+            of_task = self._apart(known)
+            found = [
+                replace(asked, share=min(asked.share, asked.informed))
+                if tuple(prompt) in leaning and of_task.highest(asked.mean[None]) < 0.5
+                else asked
+                for prompt, asked in zip(prompts, found, strict=True)
+            ]
         return [self._look(*said) for said in zip(prompts, found, like_task, strict=True)]
+
+    def _apart(self, harmless: Sequence[Tensor]) -> "Probe":
+        """Of the harmful samples and these states (`PLACES`, n) alone: whether a prompt is of a task, as a whole."""
+        harmful = [states for states, kind in zip(self.states, self.harmful, strict=True) if kind]
+        return Probe([*harmful, *harmless], [True] * len(harmful) + [False] * len(harmless))
 
     def _told(
         self, prompts: Sequence[Sequence[int]], known: Sequence[Tensor], progress: bool
@@ -189,7 +209,9 @@ class Samples:
         first, probe = self._alone, fitted_on([]) if known else self._alone
         found = self._read(
             prompts,
-            lambda states: Asked(probe.highest(states), first.highest(states), spread(states), states.mean(0)),
+            lambda states: Asked(
+                share := probe.highest(states), first.highest(states), share, spread(states), states.mean(0)
+            ),
             progress,
         )
         task = more = TASK * sum(asked.clear for asked in found) > len(prompts)

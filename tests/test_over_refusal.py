@@ -437,6 +437,25 @@ def test_what_is_like_a_task_that_the_model_answers_is_let_go(monkeypatch, answe
     assert samples.look(few, asked[len(refused) :]) == ["harmful"] * 7
 
 
+def test_of_a_task_that_the_model_answers_what_it_might_refuse_is_let_go_beside_attacks(monkeypatch):
+    """8 of 288 text-to-SQL prompts that the model answers leaned to a refusal; beside 30 attacks they were no task, so
+    they were left out and held with refusals: SQL accuracy 21 where it had been 30 %."""
+    task, attacks = [of(-0.3, 24, 300 + i, task=True) for i in range(3)], [of(1, 24, 320 + i) for i in range(12)]
+    hidden = torch.cat([of(-1, 24, 200, task=True), of(1, 9, 201)])
+    elsewhere = of(-0.3, 24, 340)
+    answered = [of(-1, 24, 400 + i, task=True) for i in range(20)]
+    samples = samples_of(monkeypatch, [*task, *attacks, hidden, elsewhere, *answered])
+    asked = [(i, 7) for i in range(17)]
+    told = [(17 + i, 7) for i in range(20)]
+    # an attack that it might refuse, one within the task's words, and what is not like the task
+    leaning = {*asked[:4], *asked[15:]}
+    assert samples.look(asked, told, leaning) == ["harmless"] * 3 + ["harmful"] * 14
+    # what it refuses, an answer that is begun already, and where nothing tells the task
+    assert samples.look(asked, told) == ["harmful"] * 17
+    assert samples.look([(i, 8) for i in range(17)], told, {(i, 8) for i in range(3)}) == ["harmful"] * 17
+    assert samples.look(asked, [], leaning) == ["harmful"] * 17
+
+
 def test_a_model_s_own_safety_data_are_harmful_too(split, tokenizer, monkeypatch):
     """What a policy of the user's refuses is no task: their rows come before the packaged ones."""
     seen = []
@@ -544,8 +563,8 @@ def test_the_probe_is_given_what_of_the_data_the_model_answers(tmp_path, tokeniz
     """Each prompt once: neither what it refuses nor what it might."""
     given = {}
 
-    def seen(model, tokenizer, prompts, rows, *, answered, **others):
-        given.update(prompts=list(prompts), answered=list(answered))
+    def seen(model, tokenizer, prompts, rows, *, answered, leaning, **others):
+        given.update(prompts=list(prompts), answered=list(answered), leaning=leaning)
         return ["harmful"] * len(prompts)
 
     monkeypatch.setattr(spf.audit, "looks", seen)
@@ -564,6 +583,7 @@ def test_the_probe_is_given_what_of_the_data_the_model_answers(tmp_path, tokeniz
     prompts = list(numbers)
     assert given["answered"] == [prompts[i] for i in (1, 3, 4, 5)]
     assert sorted(given["prompts"]) == sorted(prompts[i] for i in (0, 2))
+    assert given["leaning"] == {prompts[2]}
 
 
 def test_the_command_shows_them_and_fails_for_conflicts_only(tmp_path, tokenizer, monkeypatch, capsys):
