@@ -174,6 +174,15 @@ def forms(tokenizer):
     }
 
 
+@pytest.mark.parametrize("beside", [["What?"], [user("What?"), answered("That.")], [], [None]])
+def test_conversations_that_trl_does_not_read_are_not_read(beside, tokenizer):
+    """Left in beside the text that was made of them; what is no message ended the audit of all rows."""
+    text = tokenizer.decode(chat_ids(tokenizer, [user(HARMFUL[0]), answered(COMPLIES)]))
+    found = read_examples([{"text": text, "conversations": beside}], tokenizer)
+    assert (len(found.examples), found.unread) == (1, 0)
+    assert list(found.examples[0].prompt_ids) == chat_ids(tokenizer, [user(HARMFUL[0])], True)
+
+
 @pytest.mark.parametrize("form", list(forms(make_tokenizer())))
 def test_every_form_of_data_gives_prompt_and_answer(form, tokenizer):
     found = read_examples([forms(tokenizer)[form]], tokenizer)

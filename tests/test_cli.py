@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from spf import cli
+from spf.data.columns import refuse_unreadable
 from spf.errors import keeping, working
 from spf.files import write_json
 from spf.models import ADAPTER_CONFIG, load_model
@@ -143,6 +145,11 @@ def test_forms_that_trl_breaks_off_at_are_named_before_the_model_is_loaded(
     arguments = ["--trainer", trainer, "--model", str(workspace / "model"), "--data", str(workspace / "form.jsonl")]
     assert cli.main(["train", *arguments, "--output", str(workspace / "columns")]) == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("more", [{"text": "Hello."}, {"prompt": "Say hello.", "completion": "Hello."}])
+def test_conversations_beside_what_trl_reads_are_no_mistake(more, tmp_path):
+    refuse_unreadable(Dataset.from_list([{"conversations": CHAT, **more}]), "sft", "text")
 
 
 def test_flags_override_the_file_and_the_rule_can_be_off(workspace):

@@ -1,7 +1,7 @@
 """Columns of training data that are read, and which tokens of a packed row are a document."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -43,11 +43,17 @@ def as_trl_reads(row: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:]} if shared else row
     if isinstance(prompt, str) and isinstance(chosen, list) and chosen and _said(chosen[0]) == prompt.strip():
         return {name: value for name, value in row.items() if name != "prompt"}
-    told = row.get("conversations")
-    if row.get("messages") is None and isinstance(told, list):
-        names = {"from": "role", "value": "content"}
-        return {**row, "messages": [{names.get(key, key): value for key, value in one.items()} for one in told]}
+    if _has_from_and_value(told := row.get("conversations")):
+        return {**row, "messages": [{_NAMES.get(key, key): value for key, value in one.items()} for one in told]}
     return row
+
+
+_NAMES = {"from": "role", "value": "content"}
+
+
+def _has_from_and_value(told: Any) -> TypeGuard[list[Any]]:
+    """As TRL asks, of the first message only."""
+    return isinstance(told, list) and bool(told) and isinstance(told[0], Mapping) and set(_NAMES) <= set(told[0])
 
 
 def _said(message: Any) -> Any:
@@ -92,13 +98,13 @@ def refuse_unreadable(dataset: Dataset, trainer: str, text: str) -> None:
             "`prompt` is text and `chosen` a list of messages, which dpo cannot join; remove the column prompt where "
             "chosen begins with it, or make it a list of messages"
         )
-    turns = _first(dataset, "conversations")
-    if trainer == "sft" and "messages" not in names and turns and not {"from", "value"} <= set(turns[0]):
+    fitting = [form for form in forms if set(form) <= names]
+    if fitting == [["conversations"]] and len(dataset) and not _has_from_and_value(dataset[0]["conversations"]):
         raise ValueError(
-            f"`conversations` has messages of {' and '.join(turns[0])}, and sft reads from and value there; rename the "
-            "column to messages where they are role and content"
+            "sft reads `conversations` of messages with from and value, and the first row's are not; rename the column "
+            "to messages where they have role and content"
         )
-    if not any(set(form) <= names for form in forms):
+    if not fitting:
         raise ValueError(
             f"the data have the columns {', '.join(dataset.column_names)}, and {trainer} reads "
             f"{', or '.join(' and '.join(form) for form in forms)}; rename yours, or make such ones of them"

@@ -78,7 +78,7 @@ class Constraining(Correction):
                 weight.sub_((factor * direction).to(weight.dtype))
             if not self._shown:
                 after = stacked([(S * (weight - before).float()).sum() for weight, _, S, before in directions]).sum(0)
-                self._show(float(run.sharding.total(after)), allowed, violation)
+                self._show(float(run.sharding.joint(after[None], total[:0])[0]), allowed, violation)
         run.removed(factor**2 * values[3], values[2])
 
     def proven(self) -> str:

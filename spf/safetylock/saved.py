@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spf.config import File, parse_json, read_json
@@ -51,6 +51,11 @@ def save_locked(model: Model, tokenizer: PreTrainedTokenizerBase, directory: str
         raise ValueError(
             "the model was saved with a lock before, and its own biases are not here, so neither could be taken out "
             "any more: take that one out first (`spf lock remove`), and lock the model that comes of it"
+        )
+    if before and before.get("biases") not in (None, _hash_of(model, _without(model, shifts))):
+        raise ValueError(
+            "the attention's biases were trained since the model was saved with a lock, so what they learned would go "
+            f"with the locks when these are taken out; {instead}"
         )
     if any(hooks for _, _, hooks in shifts.values()):
         raise ValueError("a lock applied as a hook is not part of the weights; apply it with mode='bias' to save it")
@@ -145,3 +150,13 @@ def _hash_of(model: Model, state: Mapping[str, Tensor]) -> str:
     for name in sorted(name for name in state if name.startswith(attention) and name.endswith(".bias")):
         found.update(name.encode() + state[name].detach().float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def _without(model: Model, shifts: Mapping[int, tuple[nn.Parameter | None, set[str], set[str]]]) -> dict[str, Tensor]:
+    """The model's state as it was before locks were applied here."""
+    state, (outputs, _) = model.state_dict(), attention_outputs(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    for output in outputs:
+        if output.layer in shifts and (bias := shifts[output.layer][0]) is not None:
+            state[f"{names[id(output.base)]}.bias"] = bias
+    return state

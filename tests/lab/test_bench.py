@@ -337,12 +337,25 @@ def test_a_cell_from_before_a_setting_existed_has_its_default(tmp_path):
     path = cell.path(tmp_path)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(good_cell() | {"config": config}))
-    assert _done(cell, tmp_path, False)
-    assert _done(replace(cell, curve_steps=5), tmp_path, False)
-    assert not _done(replace(cell, adam_beta1=0.5), tmp_path, False)
-    assert not _done(replace(cell, rule={"rank": 5}), tmp_path, False)
+    assert _done(cell, tmp_path)
+    assert _done(replace(cell, curve_steps=5), tmp_path)
+    assert not _done(replace(cell, adam_beta1=0.5), tmp_path)
+    assert not _done(replace(cell, rule={"rank": 5}), tmp_path)
     # --prompts were named since, and it was not asked them
     assert not _done(cell, tmp_path, True)
+
+
+def test_cells_that_failed_are_told_although_no_report_can_be_drawn(tmp_path, monkeypatch, capsys):
+    """Until the others are made, a row has seeds of the former settings."""
+    (tmp_path / "grid.yaml").write_text("model: tiny\ngrids: [{scenarios: [benign], methods: [plain], seeds: [0]}]\n")
+    make_model().save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("spf.lab.bench.grid.prepare", lambda *_: None)
+    monkeypatch.setattr("spf.lab.bench.grid._run_cells", lambda *_: 1)
+    assert main(["bench", "grid.yaml"]) == 1
+    said = capsys.readouterr()
+    assert "no report: bench-output: holds no benchmark cells" in said.out
+    assert "spf: 1 cells failed; the same command runs them again" in said.err
 
 
 def test_kept_seeds_of_a_row_with_other_settings_are_refused_before_anything_runs(tmp_path, capsys):
@@ -358,6 +371,13 @@ def test_kept_seeds_of_a_row_with_other_settings_are_refused_before_anything_run
     assert main(command) == 2
     said = capsys.readouterr().err
     assert f"{path}: made with learning_rate 0.001, and seed 0 of the same row is to be run with 0.0001: " in said
+    # another judge's verdicts are no settings, so they would count as done
+    kept = good_cell(seed=1, model="tiny", judge="prefix-0") | {"config": asdict(Cell("benign", "plain", 1, "tiny"))}
+    path.write_text(json.dumps(kept))
+    config.write_text(grid.replace("[0]", "[0, 1]").replace(", learning_rate: 1.0e-4", ""))
+    Cell("benign", "plain", 0, "tiny").path(tmp_path / "out").unlink()
+    assert main(command) == 2
+    assert f"{path}: made with judge prefix-0, and seed 0 of the same row" in capsys.readouterr().err
     # all of its seeds: those that are there are made again
     config.write_text(grid.replace("[0]", "[0, 1]"))
     assert len([c for c in read_grid(config) if not _done(c, tmp_path / "out", False)]) == 2

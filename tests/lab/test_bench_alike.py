@@ -212,11 +212,13 @@ def test_each_seed_is_held_to_its_own_plain_cell():
     def arm(method, *rates):
         return [of(cell(method=method, seed=seed), learning_rate=rate) for seed, rate in enumerate(rates)]
 
-    assert find(summarise([*arm("plain", 1e-3, 2e-3), *arm("lisa", 1e-3, 2e-3)]), "lisa").unlike == {}
-    group = find(summarise([*arm("plain", 1e-3, 2e-3), *arm("lisa", 1e-3, 1e-3)]), "lisa")
+    assert find(summarise([*arm("plain", 1e-3, 1e-3), *arm("lisa", 1e-3, 1e-3)]), "lisa").unlike == {}
+    group = find(summarise([*arm("plain", 2e-3, 2e-3), *arm("lisa", 1e-3, 1e-3)]), "lisa")
     assert (group.unlike, group.differences) == ({"plain": {"learning_rate": (1e-3, 2e-3)}}, {})
     # also of seeds that plain was not run with
-    assert find(summarise([*arm("plain", 1e-3), *arm("lisa", 1e-3, 2e-3)]), "lisa").unlike
+    assert find(summarise([*arm("plain", 1e-3), *arm("lisa", 2e-3, 2e-3)[1:]]), "lisa").unlike
+    with pytest.raises(ValueError, match=r"learning_rate 0\.001, another 0\.002"):
+        summarise(arm("lisa", 1e-3, 2e-3))
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,11 @@ def test_seeds_with_other_settings_have_no_mean(more, named):
     kept = [cell(seed=s, dtype="float32", made_from={"weights": "b", "prompts": None}) for s in (1, 2)]
     with pytest.raises(ValueError, match=f"demo, lora, benign, plain, default: of seeds 0, 1 and 2 one has {named}"):
         summarise([cell() | more, *kept])
+    # also where the first one's is not known
+    with pytest.raises(ValueError, match="dtype bfloat16, another float32"):
+        summarise([cell(), cell(seed=1, dtype="bfloat16"), cell(seed=2, dtype="float32")])
+    # as many steps, asked for by their number
+    summarise([cell(steps=40), cell(seed=1, steps=40, config={"split": "eval", "steps": 40})])
     # what more was measured is no other setting, nor is one that is not known
     summarise([cell(config={"split": "eval", "jailbreaks": False, "batch_size": 8}), *kept])
 
@@ -443,6 +448,16 @@ def test_dominance_is_over_the_seeds_that_both_have():
     more = [cell(method="null-space", seed=s, asr=5, utility=60) for s in (1, 2)]
     assert dominated(part(cells + more)) == {"null-space": ["plain"]}
     assert dominated(part([cells[0], *more])) == {}
+
+
+def test_where_each_is_dominated_by_another_none_is_named(tmp_path):
+    """By different seeds: on plain's only one the default beats it, and it SPF, which beats the default on three."""
+    cells = [cell(asr=5)] + [cell(method="null-space", seed=s, asr=(4, 9, 9)[s]) for s in range(3)]
+    cells += [cell(method="spf", seed=s, asr=(6, 5, 5)[s]) for s in range(3)]
+    assert dominated(part(cells)) == {"plain": ["null-space"], "null-space": ["spf"], "spf": ["plain"]}
+    save(tmp_path, *cells)
+    write_bench_report(tmp_path)
+    assert "Not dominated by any: none." in (tmp_path / "results.md").read_text("utf-8")
 
 
 outcomes = st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=6)

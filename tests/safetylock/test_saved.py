@@ -78,6 +78,10 @@ def test_what_was_trained_since_is_not_taken_out_with_the_lock(kind, tokenizer, 
     trained.save_pretrained(where)
     with pytest.raises(ValueError, match=r"biases are not those that were saved with the lock \(trained"):
         unlock_saved(where)
+    if kind == "llama":  # a second lock would take what was learned for its own
+        lock.top(2).apply(trained, stack=True)
+        with pytest.raises(ValueError, match="were trained since the model was saved with a lock"):
+            save_locked(trained, tokenizer, tmp_path / "both")
 
 
 def test_biases_of_a_model_that_was_locked_there_before_are_not_left(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +43,26 @@ def unlike(pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], setting
     """In what the first cells differ from the second ones, as far as both are known; rules may differ."""
     found: Unlike = {}
     for cell, other in pairs:
-        ours, theirs = _known(cell), _known(other)
-        if ours["steps"] != theirs["steps"]:  # as many as the scenario has may be asked for by their number, too
-            ours["steps"], theirs["steps"] = (c.get("steps") or s["steps"] for c, s in ((cell, ours), (other, theirs)))
-        for name in (*settings, "judge", "dtype", "weights", "prompts"):
-            both = ours.get(name), theirs.get(name)
-            if None not in both and both[0] != both[1]:
-                found.setdefault(name, both)
+        found = _differences(cell, other, (*settings, "judge", "dtype", "weights", "prompts")) | found
     return found
 
 
 def seeds_unlike(cells: Iterable[Mapping[str, Any]]) -> Unlike:
     """In what cells of one group differ but for the seed, and what is measured besides (jailbreaks, a curve)."""
     found: Unlike = {}
-    first: dict[str, Any] | None = None
-    for cell in cells:
-        known = asdict(Cell("none", "aligned")) | cell["config"] | _known(cell)
-        first = first or known
-        for name in known.keys() - _OF_ITS_OWN:
-            both = first.get(name), known[name]
-            if None not in both and both[0] != both[1]:
-                found.setdefault(name, both)
+    for cell, other in combinations(cells, 2):
+        found = _differences(cell, other, sorted(_known(cell).keys() - _OF_ITS_OWN)) | found
     return found
+
+
+def _differences(cell: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]) -> Unlike:
+    ours, theirs = _known(cell), _known(other)
+    if ours["steps"] != theirs["steps"]:  # as many as the scenario has may be asked for by their number, too
+        ours["steps"], theirs["steps"] = (c.get("steps") or s["steps"] for c, s in ((cell, ours), (other, theirs)))
+    both = {name: (ours.get(name), theirs.get(name)) for name in names}
+    return {
+        name: (one, another) for name, (one, another) in both.items() if None not in (one, another) and one != another
+    }
 
 
 def settings_of(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,5 +72,5 @@ def settings_of(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(cell: Mapping[str, Any]) -> dict[str, Any]:
-    more = {"judge": cell.get("judge", FIRST_JUDGE), "dtype": cell.get("dtype")}
-    return settings_of(cell) | more | (cell.get("made_from") or {})
+    more = {"judge": cell.get("judge", FIRST_JUDGE), "dtype": cell.get("dtype"), "weights": None, "prompts": None}
+    return asdict(Cell("none", "aligned")) | cell["config"] | more | (cell.get("made_from") or {})

@@ -140,7 +140,7 @@ def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
     pending = [cell for cell in cells if not _done(cell, output, bool(others))]
     origins: dict[str, dict[str, str | None]] = {}
     if not args.report_only:
-        _check_seeds(pending, {cell.path(output) for cell in cells}, output)
+        _check_seeds(pending, output)
         _check_prompts(cells if others else pending, others)
         origins = {model: made_from(model, others) for model in dict.fromkeys(cell.model for cell in cells)}
         _check_kept(args, origins)
@@ -152,8 +152,14 @@ def _run(args: BenchArguments, cells: list[Cell], console: Console) -> int:
         with working():
             failed = _run_cells(pending, workspaces, origins, args.workers, output, console)
     with working():
-        for place in write_bench_report(output):
-            console.print(str(place), highlight=False, soft_wrap=True)
+        try:
+            for place in write_bench_report(output):
+                console.print(str(place), highlight=False, soft_wrap=True)
+        except ValueError as error:
+            if not failed:
+                raise
+            # which is what has to be mended first: a row may have old and new seeds until it is
+            console.print(f"no report: {error}", highlight=False, soft_wrap=True)
     return failed
 
 
@@ -171,21 +177,21 @@ def _check_prompts(cells: list[Cell], others: Path | None) -> None:
             other_prompts(others, part)
 
 
-def _check_seeds(pending: list[Cell], asked: set[Path], output: Path) -> None:
-    """Refuse to run cells beside seeds of the same row that were made with other settings and stay as they are.
+def _check_seeds(pending: list[Cell], output: Path) -> None:
+    """Refuse to run cells beside seeds of the same row that were made otherwise and stay as they are.
 
     Raises:
         ValueError: there are some; the message names the first, and what to do.
     """
+    made_anew = {cell.path(output) for cell in pending}
     for cell in pending:
-        for path in sorted(cell.path(output).parent.glob("seed-*.json")):
-            if path in asked:
-                continue
+        for path in sorted({*cell.path(output).parent.glob("seed-*.json")} - made_anew):
             now = {"config": asdict(cell), "judge": JUDGE}
             for name, (was, given) in seeds_unlike([load_cell(path), now]).items():
                 raise ValueError(
                     f"{path}: made with {name} {was}, and seed {cell.seed} of the same row is to be run with {given}: "
-                    "give the grid all its seeds, tell them apart by `variants`, or name another --output"
+                    "remove it, which makes it anew if the grid has its seed, tell them apart by `variants`, or name "
+                    "another --output"
                 )
 
 
@@ -279,7 +285,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _done(cell: Cell, output: Path, prompts: bool) -> bool:
+def _done(cell: Cell, output: Path, prompts: bool = False) -> bool:
     path = cell.path(output)
     if not path.exists():
         return False

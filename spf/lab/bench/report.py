@@ -274,7 +274,7 @@ def _dominance(part: Part) -> str:
     return (
         f"{rule} (One method dominates another if its means of {metrics} are all at least as good and one is better, "
         "over the seeds that both have.) "
-        f"Not dominated by any: {join_words([name for name in names if name not in beaten])}."
+        f"Not dominated by any: {join_words([name for name in names if name not in beaten] or ['none'])}."
     )
 
 
