@@ -44,6 +44,11 @@ def cpu_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def dtype_name() -> str:
+    """The number format in which this machine computes (`cpu_dtype`): figures of two formats are not compared."""
+    return str(cpu_dtype()).removeprefix("torch.")
+
+
 def machine_device() -> torch.device:
     """The GPU if there is one, else the CPU: where commands that are one process put their models."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -141,11 +141,16 @@ def unlock_saved(directory: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     return model, AutoTokenizer.from_pretrained(directory)
 
 
-def _hash_of(model: Model, state: Mapping[str, Tensor]) -> str:
-    """Of the biases in the attention, in float32."""
+def _output_names(model: Model) -> dict[int, str]:
+    """Where the output projection of each layer's attention is in the model."""
     outputs, _ = attention_outputs(model)
     names = {id(module): name for name, module in model.named_modules()}
-    attention = tuple({f"{names[id(output.base)].rpartition('.')[0]}." for output in outputs})
+    return {output.layer: names[id(output.base)] for output in outputs}
+
+
+def _hash_of(model: Model, state: Mapping[str, Tensor]) -> str:
+    """Of the biases in the attention, in float32."""
+    attention = tuple(f"{name.rpartition('.')[0]}." for name in _output_names(model).values())
     found = hashlib.sha256()
     for name in sorted(name for name in state if name.startswith(attention) and name.endswith(".bias")):
         found.update(name.encode() + state[name].detach().float().cpu().numpy().tobytes())
@@ -154,9 +159,6 @@ def _hash_of(model: Model, state: Mapping[str, Tensor]) -> str:
 
 def _without(model: Model, shifts: Mapping[int, tuple[nn.Parameter | None, set[str], set[str]]]) -> dict[str, Tensor]:
     """The model's state as it was before locks were applied here."""
-    state, (outputs, _) = model.state_dict(), attention_outputs(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    for output in outputs:
-        if output.layer in shifts and (bias := shifts[output.layer][0]) is not None:
-            state[f"{names[id(output.base)]}.bias"] = bias
-    return state
+    names = _output_names(model)
+    before = {f"{names[layer]}.bias": bias for layer, (bias, _, _) in shifts.items() if bias is not None}
+    return model.state_dict() | before

@@ -467,7 +467,7 @@ def test_the_command_runs_resumes_and_reports(work, tmp_path, monkeypatch, capsy
     assert "3 cells, 3 of them done" in capsys.readouterr().out
     # on another machine
     here, there = cell["dtype"], {"float32": torch.bfloat16, "bfloat16": torch.float32}[cell["dtype"]]
-    monkeypatch.setattr(cells, "cpu_dtype", lambda: there)
+    monkeypatch.setattr("spf.models.cpu_dtype", lambda: there)
     assert main(command) == 2
     assert f"computed in {here}, and this machine in {str(there)[6:]}" in capsys.readouterr().err
     assert (tmp_path / "out/tiny/lora/identity-shift/spf/seed-0.json").stat().st_mtime_ns == before

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from spf.lab.bench.cell import Cell, weights_of
 SETTINGS = ("steps", "learning_rate", "lora_rank", "batch_size", "adam_beta1")
 """Of a cell's configuration what is no choice of the method's."""
 
-_DEFAULTS = {field.name: field.default for field in fields(Cell) if field.name in SETTINGS}
+_DEFAULTS = asdict(Cell("none", "aligned"))
 
 FIRST_JUDGE = "prefix-1"
 """Of cells from before judges had versions."""
@@ -73,4 +73,4 @@ def settings_of(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(cell: Mapping[str, Any]) -> dict[str, Any]:
     more = {"judge": cell.get("judge", FIRST_JUDGE), "dtype": cell.get("dtype"), "weights": None, "prompts": None}
-    return asdict(Cell("none", "aligned")) | cell["config"] | more | (cell.get("made_from") or {})
+    return _DEFAULTS | cell["config"] | more | (cell.get("made_from") or {})

@@ -63,7 +63,15 @@ from spf.lab.bench.scenarios import (
 from spf.lab.demo.sql import execution_match, make_sql_examples
 from spf.lab.demo.summary import make_summary_examples
 from spf.lab.trainer import AnswerTrainer, collate_answers
-from spf.models import cpu_dtype, load_aligned_demo_model, load_model, machine_device, peak_memory_mb, save_whole
+from spf.models import (
+    cpu_dtype,
+    dtype_name,
+    load_aligned_demo_model,
+    load_model,
+    machine_device,
+    peak_memory_mb,
+    save_whole,
+)
 from spf.text.generation import context_length, pad_id
 from spf.text.refusal import VERSION, is_refusal
 
@@ -108,11 +116,6 @@ class Cell(Settings):
         return (
             directory / self.model.replace("/", "--") / self.tuning / self.scenario / method / f"seed-{self.seed}.json"
         )
-
-
-def dtype_name() -> str:
-    """The number format in which cells are computed here (`cpu_dtype`): figures of two formats are not compared."""
-    return str(cpu_dtype()).removeprefix("torch.")
 
 
 def weights_of(model: str) -> dict[str, list[int]]:

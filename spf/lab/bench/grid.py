@@ -24,11 +24,12 @@ from spf.config import STRICT, Name, Seed, check_values, one_of, read_yaml, sent
 from spf.errors import RunFailedError, SafetyDataError, keeping, working
 from spf.files import check_output_directory, directory_lock, write_json
 from spf.lab.bench.alike import made_from, seeds_unlike
-from spf.lab.bench.cell import JUDGE, Cell, Tuning, dtype_name, prepare, run_cell
+from spf.lab.bench.cell import JUDGE, Cell, Tuning, prepare, run_cell
 from spf.lab.bench.methods import METHODS, Workspace, check_settings
 from spf.lab.bench.report import write_bench_report
 from spf.lab.bench.scenarios import MEASURED, SCENARIOS, other_prompts
 from spf.lab.bench.summary import load_cell
+from spf.models import dtype_name
 from spf.progress import progress, tracked
 from spf.words import expanded
 

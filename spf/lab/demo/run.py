@@ -40,7 +40,7 @@ from spf.lab.demo.report import REDO, Measured, demo_table, overhead_table, plot
 from spf.lab.demo.sql import SQLExample, execution_match, make_sql_examples
 from spf.lab.report.tables import rich_table
 from spf.lab.trainer import AnswerTrainer, collate_answers
-from spf.models import cpu_dtype, load_aligned_demo_model, save_whole
+from spf.models import cpu_dtype, dtype_name, load_aligned_demo_model, save_whole
 from spf.progress import progress
 from spf.rules import RULES, NullSpace, Rule
 from spf.text.generation import context_length, pad_id
@@ -141,7 +141,7 @@ def _run(args: DemoArguments, chosen: Rule, command: str, output: Path, console:
     config = {
         **{key: value for key, value in asdict(args).items() if key != "output"},
         "model": "SmolLM2-135M-Instruct, aligned by spf align",
-        "dtype": str(cpu_dtype()).removeprefix("torch."),
+        "dtype": dtype_name(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "command": command,
         "prompts": {
